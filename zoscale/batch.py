@@ -1,0 +1,131 @@
+"""`MicroBatch`: the rows that one forward takes, and which outputs answer for what."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label that Hugging Face gives to tokens without a loss."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence to run, and the positions in it whose next token matters.
+
+    Args:
+        tokens: input token ids.
+        answers: (position, target token, option number within the example) triples.
+        example: number of the example within the micro-batch.
+    """
+
+    tokens: tuple[int, ...]
+    answers: tuple[tuple[int, int, int], ...]
+    example: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of fixed content and shape. All tensors are int64 unless said otherwise.
+
+    Args:
+        input_ids: [R, T], padded on the right.
+        attention_mask: [R, T], 1 for real tokens.
+        position_row, position_column: [P], the distinct outputs that the head is computed for.
+        answer_position: [A], index into P; the output that predicts the answer token.
+        answer_token: [A], the target.
+        answer_option: [A], index into S; the option whose score the token belongs to.
+        option_example: [S], the example of each option, 0 .. num_examples - 1, ascending.
+        option_is_gold: bool [S], whether it is the right option.
+        num_examples: examples in the micro-batch.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_row: Tensor
+    position_column: Tensor
+    answer_position: Tensor
+    answer_token: Tensor
+    answer_option: Tensor
+    option_example: Tensor
+    option_is_gold: Tensor
+    num_examples: int
+    num_tokens: int
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Row], gold: Sequence[Sequence[bool]], pad_token: int) -> "MicroBatch":
+        """Pad rows to the longest.
+
+        Args:
+            rows: any number of rows per example; an option's tokens may lie in one row only.
+            gold: per example, per option: whether it is right.
+            pad_token: token id for padding (masked).
+        """
+        longest = max(len(row.tokens) for row in rows)
+        first_option = [0]
+        for options in gold:
+            first_option.append(first_option[-1] + len(options))
+        positions: dict[tuple[int, int], int] = {}
+        answers = []
+        for number, row in enumerate(rows):
+            for column, token, option in row.answers:
+                place = positions.setdefault((number, column), len(positions))
+                answers.append((place, token, first_option[row.example] + option))
+        padded = [list(row.tokens) + [pad_token] * (longest - len(row.tokens)) for row in rows]
+        mask = [[1] * len(row.tokens) + [0] * (longest - len(row.tokens)) for row in rows]
+        place, token, option = torch.tensor(answers).view(-1, 3).unbind(1)
+        row_number, column_number = torch.tensor(list(positions)).view(-1, 2).unbind(1)
+        return cls(
+            torch.tensor(padded),
+            torch.tensor(mask),
+            row_number,
+            column_number,
+            place,
+            token,
+            option,
+            torch.tensor([e for e, options in enumerate(gold) for _ in options]),
+            torch.tensor([flag for options in gold for flag in options]),
+            len(gold),
+            sum(len(row.tokens) for row in rows),
+        )
+
+    @classmethod
+    def from_labels(cls, batch: Mapping[str, Any]) -> "MicroBatch":
+        """From Hugging Face tensors: `input_ids`, `labels` ([R, T], -100 = no loss), optionally `attention_mask`.
+
+        Raises:
+            ValueError: if a key is missing, shapes differ or no token has a label.
+        """
+        if "input_ids" not in batch or "labels" not in batch:
+            raise ValueError(f"expected a batch with input_ids and labels, got the keys {sorted(batch)}")
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        mask = batch.get("attention_mask", torch.ones_like(input_ids))
+        if not input_ids.shape == labels.shape == mask.shape or input_ids.dim() != 2:
+            raise ValueError(
+                f"expected input_ids, labels and attention_mask of one shape [rows, tokens], got "
+                f"{tuple(input_ids.shape)}, {tuple(labels.shape)}, {tuple(mask.shape)}"
+            )
+        row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        if row.numel() == 0:
+            raise ValueError("expected at least one label that is not -100, got none; the batch has no loss")
+        rows = input_ids.shape[0]
+        return cls(
+            input_ids,
+            mask,
+            row,
+            column,
+            torch.arange(row.numel(), device=row.device),
+            labels[row, column + 1],
+            row,
+            torch.arange(rows, device=row.device),
+            torch.ones(rows, dtype=torch.bool, device=row.device),
+            rows,
+            int(mask.sum()),
+        )
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})

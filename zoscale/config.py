@@ -1,0 +1,248 @@
+"""The configuration of a run: frozen dataclasses filled from defaults < YAML files < command-line overrides.
+
+    config = parse(["--config", "run.yaml", "optimizer.lr=1e-3"], tables, defaults)
+    optimizer = build(config.optimizer, OPTIMIZERS, params)
+
+The task, probe, estimator and optimizer are `Method`s: a name in a table that the caller passes in (the
+classes live in higher layers), and the keyword-only arguments of that class.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Self, TypeVar
+
+from zoscale.config_cli import help_text, read_command_line
+from zoscale.config_parser import Given, Schema, Tables
+from zoscale.config_schema import Method
+from zoscale.config_sections import (
+    DataConfig,
+    ModelConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from zoscale.config_yaml import ConfigError, did_you_mean, dump_yaml, plain, show
+
+__all__ = [
+    "ConfigError", "DataConfig", "Method", "ModelConfig", "RunConfig", "RuntimeConfig", "ScheduleConfig",
+    "TrackingConfig", "TrainConfig", "build", "check_adapter", "exit_with", "parse", "parse_or_exit",
+    "validate",
+]  # fmt: skip
+
+T = TypeVar("T")
+DEFAULT_ADAPTER = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: everything that decides what is computed, and where it goes.
+
+    Args:
+        name: Name of the run; the start of its folder's name.
+        seed: Seed of every random number, 0 to 2**63 - 1.
+        output_dir: Folder of run folders.
+        overwrite: Delete the folder of an earlier run with the same configuration and start again.
+        adapter: Fields of peft.LoraConfig, over the default ones; null is full fine-tuning.
+        master: Type of the master copy of the trainable weights, which updates go to; none keeps no copy.
+        objective: What is minimized: the loss of the answer among the candidates, or of the text's tokens.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    output_dir: str = "runs"
+    overwrite: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: dict[str, Any] | None = field(default_factory=DEFAULT_ADAPTER.copy)
+    master: Literal["fp32", "none"] = "fp32"
+    objective: Literal["classification", "lm"] = "classification"
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    task: Method
+    probe: Method
+    estimator: Method
+    optimizer: Method
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None:  # so that a partial adapter means the same in Python and in YAML
+            object.__setattr__(self, "adapter", plain({**DEFAULT_ADAPTER, **self.adapter}, "adapter"))
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any], tables: Tables, defaults: Mapping[str, str]) -> Self:
+        """The configuration that `tree` (the shape of `to_dict`, any part left out) gives; see `parse`."""
+        given = Given()
+        given.add(plain(dict(tree), "the configuration"), "the configuration")
+        config: Self = Schema(cls, tables, defaults).fill(given)
+        validate(config)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, complete: `from_dict` of them is equal to this."""
+        tree = dataclasses.asdict(self)
+        for key, value in tree.items():
+            if isinstance(getattr(self, key), Method):
+                tree[key] = {"name": value["name"], **value["args"]}
+        return tree
+
+    def to_yaml(self) -> str:
+        """`to_dict` as YAML."""
+        return dump_yaml(self.to_dict())
+
+    @property
+    def hash(self) -> str:
+        """Ten hex digits that name what is computed.
+
+        Left out, because they change where results go or how long one waits, not what is computed: name,
+        output_dir, overwrite, tracking, runtime.timeout_minutes and runtime.threads. Of a model, tokenizer or DeepSpeed
+        file the path counts, not its content. Equal numbers count alike: 1 is 1.0.
+        """
+        tree = self.to_dict()
+        for key in ("name", "output_dir", "overwrite", "tracking"):
+            del tree[key]
+        for key in ("timeout_minutes", "threads"):
+            del tree["runtime"][key]
+        text = json.dumps(_canonical(tree), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of this run: same configuration, same folder."""
+        return Path(self.output_dir) / f"{self.name}-{self.hash}"
+
+    def flatten(self) -> dict[str, str | int | float | bool | None]:
+        """Dotted keys to scalars, as MLflow parameters are; lists and empty mappings as JSON text."""
+        return dict(_leaves(self.to_dict(), ""))
+
+
+def _canonical(value: Any) -> Any:
+    """Equal numbers alike: 1.0 becomes 1."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _leaves(value: Any, prefix: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        below = ((f"{prefix}.{key}" if prefix else key, item) for key, item in value.items())
+        return [leaf for key, item in below for leaf in _leaves(item, key)]
+    return [(prefix, json.dumps(value) if isinstance(value, dict | list | tuple) else value)]
+
+
+# ------------------------------------------------------------ reading
+
+
+def parse(
+    argv: Sequence[str], tables: Tables, defaults: Mapping[str, str], *, command: str = "zoscale train"
+) -> RunConfig:
+    """The configuration that a command line gives: defaults < --config files, left to right < overrides.
+
+    Args:
+        argv: `[--config FILE]... [key=value]...`; --help and --print-config print and exit with status 0.
+        tables: For each method section (task, probe, estimator, optimizer), its classes by name.
+        defaults: For each method section, the name that is used when none is given.
+        command: What the user typed before `argv`, for --help.
+
+    Raises:
+        ConfigError: The command line or a file is wrong.
+    """
+    line = read_command_line(argv)
+    schema = Schema(RunConfig, tables, defaults)
+    if "--help" in line.flags:
+        print(help_text(schema, f"usage: {command} {_USAGE}"))
+        raise SystemExit(0)
+    config: RunConfig = schema.fill(line.given())
+    validate(config)
+    if "--print-config" in line.flags:
+        print(config.to_yaml(), end="")
+        raise SystemExit(0)
+    return config
+
+
+_USAGE = """[--config FILE]... [key=value]... [--print-config] [--help]
+
+Defaults < --config files, left to right < overrides. An override is key=value, --key=value or --key value.
+--config FILE    YAML with the keys below as nested mappings
+--print-config   print the resolved configuration as YAML and exit
+"""
+
+
+def parse_or_exit(
+    argv: Sequence[str], tables: Tables, defaults: Mapping[str, str], *, command: str = "zoscale train"
+) -> RunConfig:
+    """`parse`; a mistake is printed to stderr and the process exits with status 2."""
+    try:
+        return parse(argv, tables, defaults, command=command)
+    except ConfigError as error:
+        exit_with(error, command)
+
+
+def exit_with(error: ConfigError, command: str) -> NoReturn:
+    """Print `error` as the user's mistake and exit with status 2."""
+    print(f"{command}: error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def build(method: Method, table: Mapping[str, Callable[..., T]], *positional: Any) -> T:
+    """The object that `method` names: its class in `table`, called with `positional` and its arguments."""
+    if method.name not in table:
+        remedy = did_you_mean(method.name, table, "choose one of them")
+        raise ConfigError(f"one of {', '.join(table)}", show(method.name), remedy)
+    return table[method.name](*positional, **plain(method.args, method.name))
+
+
+# ------------------------------------------------------------ checking
+
+
+def check_adapter(adapter: Mapping[str, Any] | None, allowed: Iterable[str]) -> None:
+    """Raise `ConfigError` if `adapter` has a key that is not `allowed` (the fields of peft.LoraConfig)."""
+    known = [f"adapter.{key}" for key in allowed]
+    for key in adapter or {}:
+        if f"adapter.{key}" not in known:
+            remedy = did_you_mean(f"adapter.{key}", known, "see the fields of peft.LoraConfig")
+            raise ConfigError("a field of peft.LoraConfig", f"adapter.{key}", remedy)
+
+
+_MINIMUM = {
+    "seed": 0, "data.batch_size": 1, "data.micro_batch_size": 1, "data.num_train": 1, "data.num_dev": 0,
+    "data.num_validation": 0, "data.max_length": 1, "train.steps": 0, "train.eval_every": 0,
+    "train.log_every": 1, "train.eval_micro_batch_size": 1, "train.max_skipped_in_row": 0,
+    "schedule.warmup_steps": 0, "runtime.threads": 1,
+}  # fmt: skip
+
+
+def validate(config: RunConfig) -> None:
+    """Raise `ConfigError` for values that are of the right type and yet impossible, alone or together."""
+    values = config.flatten()
+    for key, minimum in _MINIMUM.items():
+        value = values[key]
+        if isinstance(value, int) and value < minimum:
+            raise ConfigError(f"{key} to be at least {minimum}", str(value), "raise it")
+    model, data, schedule = config.model, config.data, config.schedule
+    if (model.id is None) == (model.config is None):
+        got = "neither" if model.id is None else f"both (model.id={show(model.id)})"
+        raise ConfigError("exactly one of model.id and model.config", got, "set one, and the other to null")
+    if data.batch_size % data.micro_batch_size:
+        got = f"data.batch_size={data.batch_size} and data.micro_batch_size={data.micro_batch_size}"
+        raise ConfigError("a micro-batch size that divides the batch size", got, "change one of them")
+    if schedule.warmup_steps > config.train.steps:
+        got = f"schedule.warmup_steps={schedule.warmup_steps} and train.steps={config.train.steps}"
+        raise ConfigError("a warmup that ends within the run", got, "shorten the warmup")
+    if schedule.name == "constant" and schedule.warmup_steps:
+        got = f"schedule.warmup_steps={schedule.warmup_steps} with schedule.name=constant"
+        raise ConfigError("no warmup", got, "use constant_with_warmup, or schedule.warmup_steps=0")
+    if config.runtime.timeout_minutes <= 0:
+        raise ConfigError("runtime.timeout_minutes above 0", str(config.runtime.timeout_minutes), "raise it")
+    if not re.fullmatch(r"[\w.-]+", config.name):
+        expected = "name to be letters, digits, '.', '_' or '-'"
+        raise ConfigError(expected, show(config.name), "rename the run, it names a folder")

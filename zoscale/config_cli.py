@@ -1,0 +1,125 @@
+"""The command line and the files it names, as what the user gave; and the text of `--help`."""
+
+import argparse
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zoscale.config_parser import Given, Schema
+from zoscale.config_schema import MISSING, Field, Method, fields_of, is_section
+from zoscale.config_yaml import ConfigError, Text, load_yaml, plain, show
+
+COMMAND_LINE = "the command line"
+
+
+@dataclass
+class CommandLine:
+    """A command line: files and overrides (dotted key, text), left to right, and what to print instead."""
+
+    files: list[str] = field(default_factory=list)
+    overrides: list[tuple[str, str]] = field(default_factory=list)
+    flags: set[str] = field(default_factory=set)
+
+    def given(self) -> Given:
+        """The files merged left to right, under the overrides."""
+        given = Given()
+        for name in self.files:
+            given.add(_read_file(name), name)
+        for key, text in self.overrides:
+            tree: Any = plain(Text(text), key)
+            for part in reversed(key.split(".")):
+                tree = {part: tree}
+            given.add(plain(tree, key[:80]), COMMAND_LINE)
+        return given
+
+
+def read_command_line(argv: Sequence[str]) -> CommandLine:
+    """`--config FILE`, `key=value`, `--key=value`, `--key value`, `--help`, `--print-config` in any order."""
+    line, words = CommandLine(), iter(argv)
+    for word in words:
+        if word in ("-h", "--help", "--print-config"):
+            line.flags.add("--help" if word == "-h" else word)
+            continue
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals and word.startswith("--"):
+            text = next(words, "--")
+            equals = "" if text.startswith("--") else "="
+        if not equals or not all(key.split(".")):
+            raise ConfigError("key=value", show(word), "write dotted.key=value, or --config FILE")
+        if key == "config" and word.startswith("--"):
+            line.files.append(text)
+        else:
+            line.overrides.append((key, text))
+    return line
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "one that is not UTF-8 text"
+        got = f"{show(name)} ({reason})"
+        raise ConfigError("a readable YAML file", got, "check the path given to --config") from error
+    tree = load_yaml(text, name)
+    if tree is not None and not isinstance(tree, dict):
+        got = f"a {type(tree).__name__}"
+        raise ConfigError(f"{name} to hold a mapping (key: value)", got, "start it with a key")
+    return tree or {}
+
+
+def help_text(schema: Schema, usage: str) -> str:
+    """Every key of the configuration with its meaning, type and default; every method of every table too."""
+    fields = fields_of(schema.root)
+    sections = {key: spec.hint for key, spec in fields.items() if is_section(spec.hint)}
+    values = [spec for key, spec in fields.items() if key not in sections]
+    blocks = [usage, _block(_summary(schema.root), "", schema.root, values)]
+    for key, cls in sections.items():
+        if cls is not Method:
+            blocks.append(_block(f"{key}: {_summary(cls)}", f"{key}.", cls, fields_of(cls).values()))
+            continue
+        default = schema.defaults.get(key, "none, it must be set")
+        blocks.append(f"{key}.name: {', '.join(schema.tables[key])} (default: {default})\n")
+        for name, method in schema.tables[key].items():
+            arguments = fields_of(method, keyword_only=True).values()
+            blocks.append(_block(f"{key}.name={name}: {_summary(method)}", f"{key}.", method, arguments))
+    return "\n".join(blocks)
+
+
+def _summary(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").strip().partition("\n")[0]
+
+
+def _block(title: str, prefix: str, cls: type, fields: Iterable[Field]) -> str:
+    """The help of some fields of `cls`, with what its docstring says of them."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter  # here: only --help pays for it
+
+    class Formatter(DefaultHelpFormatter):
+        def _format_action_invocation(self, action: argparse.Action) -> str:
+            return action.dest  # as in `key=value`, without dashes
+
+    parser = ArgumentParser(
+        usage=argparse.SUPPRESS, description=title, add_help=False, formatter_class=Formatter
+    )
+    meanings = _meanings(cls)
+    for field_ in fields:
+        required = field_.default is MISSING
+        default = None if required else field_.default
+        parser.add_argument(
+            f"--{prefix}{field_.name}", type=field_.hint, default=default, required=required,
+            help=meanings.get(field_.name),
+        )  # fmt: skip
+    return parser.format_help().replace("options:\n", "").lstrip("\n")
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """What the docstrings of `cls`, its constructor and its bases say of each argument; the nearest wins."""
+    from docstring_parser import parse
+
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for documented in (vars(base).get("__init__"), base):
+            for param in parse(getattr(documented, "__doc__", None) or "").params:
+                meanings[param.arg_name] = " ".join((param.description or "").split())
+    return meanings

@@ -1,0 +1,160 @@
+"""From what the user gave and tables of classes to one dataclass of values.
+
+Knows no particular configuration: the root is any dataclass whose fields are values, dataclasses (sections)
+or `Method`s (sections whose further keys are the keyword-only arguments of the class that `name` picks).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoscale.config_schema import MISSING, Field, Method, conform, fields_of, is_section, type_name
+from zoscale.config_yaml import ConfigError, Text, did_you_mean, show
+
+Tables = Mapping[str, Mapping[str, type]]
+
+
+@dataclass
+class Given:
+    """What the user gave: nested values, and for every dotted key the place that gave it last."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def add(self, tree: Mapping[str, Any], source: str) -> None:
+        """Merge `tree` over the values: mappings key by key, anything else as a whole."""
+        self.values = self._merged(self.values, tree, source, "")
+
+    def _merged(self, base: Any, tree: Mapping[str, Any], source: str, prefix: str) -> dict[str, Any]:
+        base = Text.as_mapping(base)
+        merged = dict(base) if isinstance(base, dict) else {}
+        for key, value in tree.items():
+            old, dotted = merged.get(key), prefix + key
+            self.sources[dotted] = source
+            new = Text.as_mapping(value) if isinstance(old, dict) else value
+            merged[key] = self._merged(old, new, source, dotted + ".") if isinstance(new, dict) else new
+        return merged
+
+    def source(self, key: str) -> str:
+        """Where the value of `key` comes from."""
+        while key and key not in self.sources:
+            key = key.rpartition(".")[0]
+        return self.sources.get(key, "the defaults")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A root dataclass, and for its method sections their tables (name -> class) and default names."""
+
+    root: type
+    tables: Tables
+    defaults: Mapping[str, str]
+
+    def fill(self, given: Given) -> Any:
+        """The root dataclass holding what was given over the defaults.
+
+        Raises:
+            ConfigError: An unknown key or method, a value of the wrong type, or a required value missing.
+        """
+        values = {}
+        for key, spec in self._known("", given.values, fields_of(self.root), given).items():
+            if spec.hint is Method:
+                values[key] = self._method(key, given)
+            elif is_section(spec.hint):
+                values[key] = self._section(key, spec.hint, given)
+            else:
+                values[key] = _value(key, spec, given.values, given)
+        return self.root(**values)
+
+    def _section(self, key: str, cls: Any, given: Given) -> Any:
+        tree = _mapping(key, given, f"{key}.{next(iter(fields_of(cls)))}=...")
+        fields = self._known(key + ".", tree, fields_of(cls), given)
+        return cls(**{name: _value(f"{key}.{name}", spec, tree, given) for name, spec in fields.items()})
+
+    def _method(self, section: str, given: Given) -> Method:
+        tree = dict(_mapping(section, given, f"{section}.name=..."))
+        name = self._method_name(section, tree.pop("name", self.defaults.get(section, MISSING)), given)
+        fields = fields_of(self.tables[section][name], keyword_only=True)
+        for arg in tree:
+            if arg not in fields:
+                self._refuse_argument_of_another(section, name, arg, given)
+        fields = self._known(section + ".", tree, fields, given)
+        args = {arg: _value(f"{section}.{arg}", spec, tree, given) for arg, spec in fields.items()}
+        return Method(name, args)
+
+    def _refuse_argument_of_another(self, section: str, name: str, arg: str, given: Given) -> None:
+        methods = self.tables[section].items()
+        owners = [other for other, cls in methods if arg in fields_of(cls, keyword_only=True)]
+        if owners:
+            key, chosen_by = f"{section}.{arg}", given.source(f"{section}.name")
+            raise ConfigError(
+                f"an argument of {section} {name} (chosen by {chosen_by})",
+                f"{key} (from {given.source(key)}), which belongs to {', '.join(owners)}",
+                f"remove {key}, or choose {section}.name={owners[0]}",
+            )
+
+    def _method_name(self, section: str, name: Any, given: Given) -> str:
+        key, table = f"{section}.name", self.tables[section]
+        choices = f"{key} to be one of {', '.join(table)}"
+        if name is MISSING:
+            raise ConfigError(choices, "nothing", f"set {key}")
+        if not isinstance(name, str) or name not in table:
+            got = f"{show(name)} (from {given.source(key)})"
+            raise ConfigError(choices, got, did_you_mean(str(name), table, "choose one of them"))
+        return str(name)
+
+    def _known(
+        self, prefix: str, tree: Mapping[str, Any], fields: dict[str, Field], given: Given
+    ) -> dict[str, Field]:
+        """`fields`, once every key of `tree` (given below `prefix`) is known to be one of them."""
+        for key, value in tree.items():
+            if key not in fields:
+                dotted, known = prefix + key, list(self.keys(given))
+                if isinstance(value, dict) and value:
+                    dotted += "." + next(iter(value))
+                remedy = did_you_mean(dotted, known, "see --help for every key")
+                if dotted in known:
+                    remedy = "write it as nested mappings, section: {key: value}"
+                raise ConfigError("a known key", f"{show(dotted)} (from {given.source(dotted)})", remedy)
+        return fields
+
+    def keys(self, given: Given) -> Iterator[str]:
+        """Every dotted key that the methods named in `given` leave open to be set."""
+        for key, spec in fields_of(self.root).items():
+            below: dict[str, Field] = {}
+            if spec.hint is Method:
+                yield f"{key}.name"
+                tree = Text.as_mapping(given.values.get(key))
+                name = tree.get("name") if isinstance(tree, dict) else None
+                cls = self.tables[key].get(name if isinstance(name, str) else self.defaults.get(key, ""))
+                below = fields_of(cls, keyword_only=True) if cls else {}
+            elif is_section(spec.hint):
+                below = fields_of(spec.hint)
+            else:
+                yield key
+            yield from (f"{key}.{name}" for name in below)
+
+
+def _mapping(key: str, given: Given, example: str) -> Mapping[str, Any]:
+    tree = Text.as_mapping(given.values.get(key, {}))
+    if not isinstance(tree, dict):
+        got = f"{show(tree)} (from {given.source(key)})"
+        raise ConfigError(f"{key} to be a section of keys", got, f"set {example}")
+    return tree
+
+
+def _value(key: str, spec: Field, tree: Mapping[str, Any], given: Given) -> Any:
+    """The value given for one field, in its type, or its default; a mapping goes over a default mapping."""
+    if spec.name not in tree:
+        if spec.default is MISSING:
+            raise ConfigError(f"{key} ({type_name(spec.hint)})", "nothing", f"set {key}, it has no default")
+        return spec.fresh_default()
+    value = tree[spec.name]
+    try:
+        conformed = conform(value, spec.hint)
+    except ValueError as error:
+        got = f"{show(value)} (from {given.source(key)})"
+        remedy = f"give {key} a value of that type (see --help)"
+        raise ConfigError(f"{key} to be {type_name(spec.hint)}", got, remedy) from error
+    both = isinstance(conformed, dict) and isinstance(spec.default, dict)
+    return {**spec.fresh_default(), **conformed} if both else conformed

@@ -1,0 +1,116 @@
+"""The sections of a run's configuration that are fixed: one frozen dataclass each."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model to tune.
+
+    Args:
+        id: Hugging Face id such as facebook/opt-1.3b, or a local folder; give exactly one of id and config.
+        config: Architecture with random weights instead of an id, e.g. {model_type: opt, hidden_size: 768}.
+        revision: Branch, tag or commit of the model on the Hub; null is its main branch.
+        tokenizer: Hugging Face id or local folder of the tokenizer; null is the model's id.
+        dtype: Type of the weights in the forward pass.
+        attention: Attention implementation of transformers.
+        trust_remote_code: Run Python code that comes with the model.
+        allow_pickle: Load weights that are pickles (pytorch_model.bin), which can run code when loaded.
+    """
+
+    id: str | None = None
+    config: dict[str, Any] | None = None
+    revision: str | None = None
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Batches and the number of examples.
+
+    Args:
+        batch_size: Examples per step over all ranks.
+        micro_batch_size: Examples per forward pass; divides batch_size.
+        num_train: Training examples; null is all.
+        num_dev: Examples held out of the training set for choosing a checkpoint; null is all that are left.
+        num_validation: Validation examples; null is all.
+        max_length: Longest prompt with its answer, in tokens.
+    """
+
+    batch_size: int = 16
+    micro_batch_size: int = 4
+    num_train: int | None = 1000
+    num_dev: int | None = 500
+    num_validation: int | None = None
+    max_length: int = 512
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The length of the run and what happens when.
+
+    Args:
+        steps: Optimizer steps of the whole run.
+        eval_every: Steps between evaluations; 0 is only at the end.
+        log_every: Steps between log lines.
+        eval_micro_batch_size: Examples per forward pass in an evaluation.
+        max_skipped_in_row: Consecutive steps that a non-finite loss may skip before the run stops.
+    """
+
+    steps: int = 1000
+    eval_every: int = 100
+    log_every: int = 10
+    eval_micro_batch_size: int = 16
+    max_skipped_in_row: int = 20
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the steps, as a factor of the optimizer's lr.
+
+    Args:
+        name: Shape; linear and cosine fall to 0 at the last step.
+        warmup_steps: Steps of linear growth from 0 at the start; not with constant.
+    """
+
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """MLflow.
+
+    Args:
+        mlflow: Log parameters, metrics and artifacts to MLflow.
+        uri: Tracking URI; null is MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db in output_dir.
+        experiment: Name of the MLflow experiment.
+        tags: Tags of the MLflow run.
+    """
+
+    mlflow: bool = True
+    uri: str | None = None
+    experiment: str = "zoscale"
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How the run is executed.
+
+    Args:
+        deepspeed: Path of a DeepSpeed JSON; null is the ZeRO-3 settings of this package.
+        timeout_minutes: Minutes that a rank waits for the others before the job fails.
+        threads: CPU threads of torch per rank; null is torch's own choice.
+        noise: Backend of the random numbers; auto is compiled where it can be.
+    """
+
+    deepspeed: str | None = None
+    timeout_minutes: float = 10.0
+    threads: int | None = None
+    noise: Literal["auto", "eager", "compiled"] = "auto"

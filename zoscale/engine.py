@@ -1,0 +1,157 @@
+"""`ZeroOrderEngine`: model, mesh, forward and optimizer behind one call, `step(batch)`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from zoscale.batch import MicroBatch
+from zoscale.estimators import Estimator, GradientEstimate, TwoPoint
+from zoscale.forward import Forward, Losses, SequentialForward
+from zoscale.mesh import Mesh
+from zoscale.models import AnswerModel, is_block
+from zoscale.noise import Noise
+from zoscale.objectives import Objective, language_modeling
+from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
+from zoscale.probes import Block, Direction, Probe
+from zoscale.shards import Master, ShardedParam, order_gathers_after_writes, shard_parameters
+
+OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ZeroOrderOptimizer]
+NoiseBackend = Literal["auto", "eager", "compiled"]
+Batch = Mapping[str, Any] | MicroBatch | Sequence[MicroBatch] | Sequence[Mapping[str, Any]]
+
+_COMPILE_ABOVE = 2**20  # trainable elements from which a compiled generator pays for its compilation
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; the same on every rank but for the local counts.
+
+    Args:
+        step: number of the step, from 0.
+        estimate: the loss and the projected gradients used.
+        losses: of the candidates.
+        lr: learning rate of the first parameter group, as used.
+        skipped: whether a loss was not finite, so that nothing was updated.
+    """
+
+    step: int
+    estimate: GradientEstimate
+    losses: Losses
+    lr: float
+    skipped: bool
+
+    @property
+    def loss(self) -> float:
+        """Estimate of f(x) before the update."""
+        return self.estimate.loss
+
+
+class ZeroOrderEngine:
+    """Zero-order training of a causal LM whose trainable parameters are those with `requires_grad`.
+
+    Args:
+        model: a Hugging Face (or PEFT) causal LM. With an accelerator it is sharded by ZeRO-3.
+        accelerator: from `zoscale.start`; None = this process alone, plain tensors.
+        optimizer: makes the update rule from this rank's shards and the mesh; a class with its defaults will do.
+        probe: what directions look like.
+        estimator: which points are evaluated.
+        objective: the loss of a micro-batch.
+        seed: of all directions.
+        master: keep the truth of trainable slices in fp32 (4 bytes per local element), or none.
+        noise: compile the generator: `auto` does from about a million trainable elements on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        accelerator: Accelerator | None = None,
+        optimizer: OptimizerFactory = JaguarSignSGD,
+        probe: Probe | None = None,
+        estimator: Estimator | None = None,
+        objective: Objective = language_modeling,
+        seed: int = 0,
+        master: Master = "fp32",
+        noise: NoiseBackend = "auto",
+    ) -> None:
+        self.model = model
+        module = model if accelerator is None else _shard(model, accelerator)
+        self._zero = getattr(module, "optimizer", None)
+        self.mesh = Mesh(next(model.parameters()).device if accelerator is None else accelerator.device)
+        self.shards = shard_parameters(model, master=master)
+        self.specs = [shard.spec for shard in self.shards]
+        self.probe = probe or Block()
+        self.estimator = estimator or TwoPoint()
+        self.objective = objective
+        compiled = noise == "compiled" or (noise == "auto" and self.num_trainable >= _COMPILE_ABOVE)
+        self.noise = Noise(seed, compiled=compiled)
+        self.answers = AnswerModel(module, model)
+        self.forward: Forward = SequentialForward(self.answers, self.shards, self.mesh)
+        self.optimizer = optimizer(self.shards, self.mesh)
+        self.num_steps = 0
+
+    @property
+    def num_trainable(self) -> int:
+        """Trainable elements of the whole model."""
+        return sum(spec.numel for spec in self.specs)
+
+    def step(self, batch: Batch) -> StepResult:
+        """One step on a batch: the same call with the same micro-batches on every rank.
+
+        Args:
+            batch: micro-batches, shared out to the ranks whole; or Hugging Face tensors (`input_ids`, `labels`,
+                optionally `attention_mask`), one micro-batch each.
+        """
+        directions = self.directions(self.num_steps)
+        losses = self.losses(micro_batches(batch), directions)
+        estimate = self.estimator.estimate(directions, losses.values)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        if estimate.is_finite:
+            self.optimizer.step(estimate)
+        result = StepResult(self.num_steps, estimate, losses, lr, skipped=not estimate.is_finite)
+        self.num_steps += 1
+        return result
+
+    def directions(self, step: int) -> list[Direction]:
+        """The q directions of a step."""
+        return [self.probe.draw(self.noise, self.specs, step, k) for k in range(self.estimator.num_directions)]
+
+    def losses(self, batches: Sequence[MicroBatch], directions: Sequence[Direction]) -> Losses:
+        """The losses of the estimator's candidates; the weights are left as they were."""
+        order_gathers_after_writes(self._zero)
+        return self.forward.losses(batches, self.estimator.candidates(directions), self.objective)
+
+
+def micro_batches(batch: Batch) -> list[MicroBatch]:
+    """A batch as a list of micro-batches.
+
+    Raises:
+        ValueError: if it is empty or malformed.
+    """
+    items = [batch] if isinstance(batch, Mapping | MicroBatch) else list(batch)
+    if not items:
+        raise ValueError("expected at least one micro-batch, got an empty batch")
+    return [item if isinstance(item, MicroBatch) else MicroBatch.from_labels(item) for item in items]
+
+
+def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Hand the model to ZeRO-3 for forward passes only: no optimizer, no gradient hooks, blocks gathered whole."""
+    import deepspeed
+
+    blocks = {type(module) for module in model.modules() if is_block(model, module)}
+    if blocks:
+        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
+    engine: Any = accelerator.prepare(model)
+    zero = getattr(engine, "optimizer", None)
+    if type(zero).__name__ != "DeepSpeedZeRoOffload":
+        raise ValueError(
+            f"expected a ZeRO-3 engine without an optimizer, got {type(zero).__name__}; start with zoscale.start()"
+        )
+    for handle in zero.backward_hooks:
+        handle.remove()
+    zero.backward_hooks.clear()
+    return engine  # type: ignore[no-any-return]

@@ -1,0 +1,157 @@
+"""Estimators: which points to evaluate, and the gradient that their losses imply.
+
+A gradient is a few scalars and seeds: `GradientEstimate` holds q directions and q projected gradients and turns them
+into numbers only slice by slice, on the shard that asks.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoscale.probes import Direction, Piece
+from zoscale.shards import Segment
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point x + radius * z.
+
+    Args:
+        direction: z; None = the point x itself.
+        radius: signed smoothing radius (the paper's tau).
+    """
+
+    direction: Direction | None
+    radius: float = 0.0
+
+
+@dataclass(frozen=True)
+class GradientEstimate:
+    """g = (1/q) sum_k rho_k z_k, kept as scalars.
+
+    Args:
+        directions: z_1 .. z_q.
+        projected_grads: rho_1 .. rho_q, derivatives of the loss along the directions.
+        loss: estimate of f(x): f(x) itself where it was taken, else the mean over the perturbed points.
+    """
+
+    directions: tuple[Direction, ...]
+    projected_grads: tuple[float, ...]
+    loss: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step may be taken."""
+        return math.isfinite(self.loss) and all(math.isfinite(rho) for rho in self.projected_grads)
+
+    def mean(self, group: Sequence[Piece]) -> list[Tensor]:
+        """(1/q) sum_k rho_k z_k on each piece: float32 of its size."""
+        totals = _zeros(group)
+        for number, segment, rho in self._terms(group):
+            segment.add_to(totals[number], rho)
+        return [total.div_(len(self.directions)) for total in totals]
+
+    def mean_over_visits(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:
+        """On each piece, the mean of rho_k z_k over the directions that visit a coordinate (z_k not zero there).
+
+        Given that a direction visits coordinate i, E[rho z_i] is the partial derivative i, whatever the support and
+        q: what JAGUAR's memory keeps.
+
+        Returns:
+            Per piece the mean (float32, zero where not visited) and the visited coordinates (bool).
+        """
+        totals, visits = _zeros(group), _zeros(group)
+        for number, segment, rho in self._terms(group):
+            segment.add_to(totals[number], rho)
+            segment.count_in(visits[number])
+        return [(total.div_(seen.clamp(min=1)), seen > 0) for total, seen in zip(totals, visits, strict=True)]
+
+    def _terms(self, group: Sequence[Piece]) -> Iterator[tuple[int, Segment, float]]:
+        """(number of the piece, z_k on it, rho_k), direction by direction, where z_k is not zero."""
+        for direction, rho in zip(self.directions, self.projected_grads, strict=True):
+            for number, segment in enumerate(direction.segments(group)):
+                if segment is not None:
+                    yield number, segment, rho
+
+
+def _zeros(group: Sequence[Piece]) -> list[Tensor]:
+    return [torch.zeros(piece.stop - piece.start, device=piece.shard.truth.device) for piece in group]
+
+
+class Estimator(ABC):
+    """Turns losses at candidate points into a gradient estimate.
+
+    Args:
+        tau: smoothing radius > 0, in units of the weights.
+        num_directions: q >= 1 directions per step.
+    """
+
+    def __init__(self, *, tau: float = 1e-3, num_directions: int = 1) -> None:
+        if not (tau > 0 and math.isfinite(tau)):
+            raise ValueError(f"expected a finite tau > 0, got {tau}; the papers use 1e-3 (full) and 1e-2 (LoRA)")
+        if num_directions < 1:
+            raise ValueError(f"expected num_directions >= 1, got {num_directions}")
+        self.tau = tau
+        self.num_directions = num_directions
+
+    @property
+    @abstractmethod
+    def num_candidates(self) -> int:
+        """Forward evaluations of the batch per step (K)."""
+
+    @abstractmethod
+    def candidates(self, directions: Sequence[Direction]) -> list[Candidate]:
+        """The K points of a step, in the order in which `estimate` takes their losses."""
+
+    @abstractmethod
+    def estimate(self, directions: Sequence[Direction], losses: Sequence[float]) -> GradientEstimate:
+        """The estimate from the K losses (float64)."""
+
+
+class TwoPoint(Estimator):
+    """rho_k = (f(x + tau z_k) - f(x - tau z_k)) / (2 tau): two forwards per direction.
+
+    Args:
+        tau: smoothing radius > 0, in units of the weights.
+        num_directions: q >= 1 directions per step.
+    """
+
+    @property
+    def num_candidates(self) -> int:
+        return 2 * self.num_directions
+
+    def candidates(self, directions: Sequence[Direction]) -> list[Candidate]:
+        return [Candidate(z, sign * self.tau) for z in directions for sign in (1, -1)]
+
+    def estimate(self, directions: Sequence[Direction], losses: Sequence[float]) -> GradientEstimate:
+        pairs = zip(losses[::2], losses[1::2], strict=True)
+        rhos = tuple((plus - minus) / (2 * self.tau) for plus, minus in pairs)
+        return GradientEstimate(tuple(directions), rhos, sum(losses) / len(losses))
+
+
+class OneSided(Estimator):
+    """rho_k = (f(x + tau z_k) - f(x)) / tau: one forward per direction and one for f(x), shared.
+
+    Args:
+        tau: smoothing radius > 0, in units of the weights.
+        num_directions: q >= 1 directions per step.
+    """
+
+    @property
+    def num_candidates(self) -> int:
+        return 1 + self.num_directions
+
+    def candidates(self, directions: Sequence[Direction]) -> list[Candidate]:
+        return [Candidate(None), *(Candidate(z, self.tau) for z in directions)]
+
+    def estimate(self, directions: Sequence[Direction], losses: Sequence[float]) -> GradientEstimate:
+        base = losses[0]
+        rhos = tuple((loss - base) / self.tau for loss in losses[1:])
+        return GradientEstimate(tuple(directions), rhos, base)
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {"two_point": TwoPoint, "one_sided": OneSided}

@@ -1,0 +1,49 @@
+"""Writing what was trained as ordinary Hugging Face folders."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoscale.engine import ZeroOrderEngine
+from zoscale.shards import gathered
+
+
+def save_trained(engine: ZeroOrderEngine, folder: Path | str) -> None:
+    """Write the adapter in PEFT's format, or the whole model if there is none. A collective; rank 0 writes.
+
+    Raises:
+        OSError: if the folder cannot be written; on rank 0 only.
+    """
+    model: Any = engine.model
+    is_adapter = hasattr(model, "peft_config")
+    state = _collect(model, trainable_only=is_adapter, keep=engine.mesh.is_main)
+    if engine.mesh.is_main:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    engine.mesh.barrier()
+
+
+def _collect(model: nn.Module, *, trainable_only: bool, keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, gathered one at a time; empty where `keep` is false."""
+    state: dict[str, Tensor] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if trainable_only and not param.requires_grad:
+            continue
+        with gathered(param):
+            if keep:
+                state[name] = param.detach().to("cpu", copy=True)
+    if keep and not trainable_only:
+        state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in _persistent(model)}
+    return state
+
+
+@torch.no_grad()
+def _persistent(model: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._buffers
+        if name not in module._non_persistent_buffers_set
+    }

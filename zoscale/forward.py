@@ -1,0 +1,99 @@
+"""Losses of K candidate points on one batch, forward only."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from zoscale.batch import MicroBatch
+from zoscale.estimators import Candidate
+from zoscale.mesh import Mesh
+from zoscale.models import AnswerModel
+from zoscale.objectives import Objective
+from zoscale.probes import pieces
+from zoscale.shards import ShardedParam
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The same on every rank.
+
+    Args:
+        values: the mean loss of each candidate over the whole batch (float64).
+        count: number of things averaged (examples or tokens).
+        local_tokens: real tokens that this rank ran, over all candidates, without repeated work.
+        local_samples: examples that this rank ran, likewise.
+    """
+
+    values: tuple[float, ...]
+    count: float
+    local_tokens: int
+    local_samples: int
+
+
+class Forward(Protocol):
+    """Evaluates candidates; the weights are bit-identical before and after, also when it raises."""
+
+    def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
+        """The loss of every candidate on the same micro-batches (the whole batch, the same list on every rank)."""
+
+
+class SequentialForward:
+    """One forward of the sharded model per candidate and micro-batch: the oracle of faster ones.
+
+    Args:
+        model: answers for micro-batches.
+        shards: this rank's slices of the trainable tensors.
+        mesh: the ranks that share the micro-batches.
+    """
+
+    def __init__(self, model: AnswerModel, shards: Sequence[ShardedParam], mesh: Mesh) -> None:
+        self.model = model
+        self.shards = shards
+        self.mesh = mesh
+
+    @torch.no_grad()
+    def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
+        """See `Forward`."""
+        mine, turns = self.mesh.share(len(batches))
+        surplus = [self.mesh.rank % len(batches)] * (turns - len(mine))
+        local = [batches[item].to(self.mesh.device) for item in mine + surplus]
+        table = torch.zeros(len(candidates) + 1, turns, dtype=torch.float64, device=self.mesh.device)
+        for number, candidate in enumerate(candidates):
+            with perturbed(self.shards, candidate):
+                for turn, batch in enumerate(local):
+                    table[number, turn], table[-1, turn] = objective(self.model.answer_logprobs(batch), batch)
+        return _reduce(self.mesh.gather_items(table, len(batches)).tolist(), local[: len(mine)])
+
+
+@contextmanager
+def perturbed(shards: Sequence[ShardedParam], candidate: Candidate) -> Iterator[None]:
+    """Within, the next forward reads x + radius * z; after, every live slice is what it was, bit for bit."""
+    if candidate.direction is None:
+        yield
+        return
+    try:
+        for group in pieces(shards):
+            for piece, segment in zip(group, candidate.direction.segments(group), strict=True):
+                if segment is not None:
+                    piece.shard.perturb(piece.start, segment, candidate.radius)
+        for shard in shards:
+            shard.reach_next_forward()
+        yield
+    finally:
+        for shard in shards:
+            shard.restore()
+
+
+def _reduce(table: list[list[float]], own: Sequence[MicroBatch]) -> Losses:
+    """Sum in micro-batch order in float64: the same bits at any world size."""
+    *sums, counts = table
+    count = sum(counts)
+    return Losses(
+        tuple(sum(row) / count for row in sums),
+        count,
+        len(sums) * sum(batch.num_tokens for batch in own),
+        len(sums) * sum(batch.num_examples for batch in own),
+    )

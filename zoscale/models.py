@@ -1,0 +1,182 @@
+"""Hugging Face causal language models, built directly sharded, with the head on answer positions only."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from zoscale.batch import MicroBatch
+from zoscale.config import ConfigError, ModelConfig, check_adapter
+
+
+class AnswerModel:
+    """Log-probabilities of answer tokens from any causal LM, sharded or not.
+
+    Args:
+        module: what is called: the model itself, or the engine that wraps it.
+        model: the Hugging Face (or PEFT) model inside; its output embedding is the head.
+    """
+
+    def __init__(self, module: nn.Module, model: nn.Module) -> None:
+        self.module = module
+        self.model = model
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise ValueError(f"expected a causal LM with an output embedding, got {type(model).__name__}")
+        self.head: nn.Module = head
+        model.eval()
+
+    def answer_logprobs(self, batch: MicroBatch) -> Tensor:
+        """Log-probability of each answer token: float32 [A]."""
+        with _answer_positions(self.head, batch):
+            output = self.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        logits = output.logits[0].float()
+        chosen = logits[batch.answer_position, batch.answer_token]
+        return chosen - torch.logsumexp(logits, dim=-1)[batch.answer_position]
+
+
+@contextmanager
+def _answer_positions(head: nn.Module, batch: MicroBatch) -> Iterator[None]:
+    """The head sees one contiguous matrix [1, P, hidden] of the wanted positions instead of [R, T, hidden]."""
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        return (hidden[batch.position_row, batch.position_column].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters, counted without memory.
+
+    Args:
+        total: all parameters, tied ones once.
+        largest_block: of the largest transformer block.
+        outside_blocks: embeddings, head and final norm.
+    """
+
+    total: int
+    largest_block: int
+    outside_blocks: int
+
+
+def read_model_config(config: ModelConfig) -> Any:
+    """The architecture (a transformers `PretrainedConfig`); no weights are read.
+
+    Raises:
+        ConfigError: if it cannot be found, or needs code from the model's repository that was not allowed.
+    """
+    try:
+        if config.config is not None:
+            options = dict(config.config)
+            return AutoConfig.for_model(options.pop("model_type", ""), **options)
+        return AutoConfig.from_pretrained(
+            config.id, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, TypeError) as error:
+        wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
+        raise ConfigError("a Hugging Face id, a local folder or a known model_type", wanted, _first_line(error)) from error
+
+
+def check_model_config(config: ModelConfig, adapter: Mapping[str, Any] | None) -> None:
+    """What can be refused without building anything.
+
+    Raises:
+        ConfigError: for unknown adapter options, or an architecture that cannot be found.
+    """
+    from peft import LoraConfig
+
+    check_adapter(adapter, [field.name for field in fields(LoraConfig)])
+    read_model_config(config)
+
+
+def count_parameters(architecture: Any) -> ModelSize:
+    """Sizes of the model that an architecture describes, built on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+    model.tie_weights()
+    total = sum(param.numel() for param in model.parameters())
+    blocks = [sum(p.numel() for p in module.parameters()) for module in model.modules() if is_block(model, module)]
+    return ModelSize(total, max(blocks, default=total), total - sum(blocks))
+
+
+def is_block(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is a transformer block, by the model's own list of modules that are not split."""
+    return type(module).__name__ in (getattr(model, "_no_split_modules", None) or ())
+
+
+def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
+    """The model, each rank holding its shard from the start if ZeRO-3 is active.
+
+    Raises:
+        ConfigError: if there are no safetensors weights and pickles were not allowed, or the weights cannot be read.
+    """
+    dtype = getattr(torch, config.dtype)
+    options = {"dtype": dtype, "attn_implementation": config.attention, "trust_remote_code": config.trust_remote_code}
+    try:
+        if config.id is None:
+            return AutoModelForCausalLM.from_config(architecture, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            config.id,
+            config=architecture,
+            revision=config.revision,
+            use_safetensors=None if config.allow_pickle else True,
+            weights_only=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        remedy = "check model.id" if config.allow_pickle else "pickled weights are loaded only with model.allow_pickle=true"
+        raise ConfigError(f"readable safetensors weights at {config.id}", _first_line(error), remedy) from error
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    place = config.tokenizer or config.id
+    if place is None:
+        raise ConfigError("model.tokenizer beside model.config", "none", "name an id or a folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"a tokenizer at {place}", _first_line(error), "set model.tokenizer") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None) -> nn.Module:
+    """Freeze the base and add LoRA matrices; without an adapter every parameter is trained.
+
+    Args:
+        adapter: fields of `peft.LoraConfig`.
+
+    Raises:
+        ConfigError: for unknown fields, or targets that the model does not have.
+    """
+    if adapter is None:
+        return model.requires_grad_(True)
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **dict(adapter)))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"LoRA options that fit {type(model).__name__}", _first_line(error), "correct adapter") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

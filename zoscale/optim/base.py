@@ -1,0 +1,118 @@
+"""`ZeroOrderOptimizer`: a torch optimizer whose step takes a gradient estimate and updates this rank's shards."""
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoscale.estimators import GradientEstimate
+from zoscale.mesh import Mesh
+from zoscale.probes import Piece
+from zoscale.shards import ShardedParam, TensorSpec
+
+_GROUP_KEYS = ("pattern", "max_ndim", "lr_scale")
+
+
+class ZeroOrderOptimizer(torch.optim.Optimizer):
+    """Base of the update rules.
+
+    The torch contract holds: `param_groups` (with `lr`), stock schedulers, `state_dict`. The parameters are the local
+    truth slices, so state is sharded with them. Subclasses implement `update` for one group.
+
+    Groups are chosen by name, first match wins, each tensor lands in exactly one: `groups` is a list of mappings with
+    any of `pattern` (regular expression searched in the name), `max_ndim` (tensors of at most so many dimensions),
+    `lr_scale` (factor of lr) and the options of the update rule to override. What matches none takes the defaults.
+
+    Args:
+        shards: this rank's slices of all trainable tensors.
+        mesh: the ranks that hold the other slices (None = this process alone).
+        defaults: options of the rule; `lr` and `weight_decay` (decoupled) among them.
+        groups: as above.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[ShardedParam],
+        mesh: Mesh | None,
+        defaults: Mapping[str, Any],
+        groups: Sequence[Mapping[str, Any]] | None,
+    ) -> None:
+        self.mesh = mesh or Mesh()
+        if defaults["lr"] < 0 or defaults["weight_decay"] < 0:
+            raise ValueError(f"expected lr >= 0 and weight_decay >= 0, got {dict(defaults)}")
+        self._shards = {id(shard.truth): shard for shard in shards}
+        super().__init__(self._split(shards, dict(defaults), list(groups or [])), dict(defaults))
+
+    @abstractmethod
+    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
+        """Update the truth slices of one parameter group in place.
+
+        Called for every group on every rank in the same order; local slices may be empty.
+        """
+
+    def rule(self, spec: TensorSpec) -> str:
+        """Name of the rule for a tensor; tensors of different rules never share a group."""
+        return "default"
+
+    def rule_options(self, rule: str) -> dict[str, Any]:
+        """Group options that a rule implies, as `lr_scale`."""
+        return {}
+
+    @torch.no_grad()
+    def step(self, estimate: GradientEstimate) -> None:  # type: ignore[override]
+        """Update every shard and make the next forward see it."""
+        for group in self.param_groups:
+            shards = [self._shards[id(param)] for param in group["params"]]
+            self.update(shards, estimate, group)
+            for shard in shards:
+                shard.publish()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its own dtype (torch would cast fp32 momentum to 16-bit weights' dtype)."""
+        super().load_state_dict(state_dict)
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, saved in state_dict["state"].items():
+            for name, value in saved.items():
+                self.state[params[index]][name] = value.clone() if isinstance(value, Tensor) else value
+
+    def descend(self, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
+        """x <- x - lr (update + weight_decay x) on one piece, in float32."""
+        target = piece.shard.truth[piece.start : piece.stop]
+        x = target.float()
+        if group["weight_decay"]:
+            update = update + x * group["weight_decay"]
+        target.copy_(x - update * group["lr"])
+
+    def _split(
+        self, shards: Sequence[ShardedParam], defaults: dict[str, Any], groups: list[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        allowed = (*_GROUP_KEYS, *defaults)
+        for group in groups:
+            unknown = [key for key in group if key not in allowed]
+            if unknown:
+                raise ValueError(f"expected the keys {', '.join(allowed)} in optimizer.groups, got {unknown[0]!r}")
+        made: dict[tuple[int, str], dict[str, Any]] = {}
+        for shard in shards:
+            place = next((i for i, group in enumerate(groups) if _matches(group, shard.spec)), len(groups))
+            rule = self.rule(shard.spec)
+            if (place, rule) not in made:
+                made[place, rule] = self._group(defaults, groups[place] if place < len(groups) else {}, rule)
+            made[place, rule]["params"].append((shard.spec.name, shard.truth))
+        return [made[key] for key in sorted(made)]
+
+    def _group(self, defaults: dict[str, Any], chosen: Mapping[str, Any], rule: str) -> dict[str, Any]:
+        options = defaults | self.rule_options(rule) | dict(chosen)
+        options["lr"] = options["lr"] * options.pop("lr_scale", 1.0)
+        kept = {key: value for key, value in options.items() if key not in _GROUP_KEYS}
+        return {**kept, "rule": rule, "params": []}
+
+
+def _matches(group: Mapping[str, Any], spec: TensorSpec) -> bool:
+    try:
+        found = re.search(group.get("pattern", ""), spec.name) is not None
+    except re.error as error:
+        raise ValueError(f"expected a regular expression in optimizer.groups, got {group['pattern']!r}: {error}") from error
+    return found and len(spec.shape) <= group.get("max_ndim", len(spec.shape))

@@ -1,0 +1,132 @@
+"""JAGUAR SignSGD and JAGUAR Muon (arXiv 2506.04430): descent along a memory of partial derivatives."""
+
+import re
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoscale.estimators import GradientEstimate
+from zoscale.mesh import Mesh
+from zoscale.optim.base import ZeroOrderOptimizer
+from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
+from zoscale.probes import Piece, pieces
+from zoscale.shards import ShardedParam, TensorSpec
+
+State = MutableMapping[Tensor, Any]
+
+_EMBEDDING_OR_HEAD = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|head|score)(\.|$)")
+
+
+class JaguarSignSGD(ZeroOrderOptimizer):
+    """m_S <- beta m_S + (1 - beta) rho z_S on the visited coordinates S; x <- x - lr (sign(m) + weight_decay x).
+
+    Every coordinate moves by the sign of its memory; sign(0) = 0, so a coordinate never visited stays (arXiv
+    2506.04430, Algorithm 1). beta = 0 is the overwrite of the original JAGUAR (arXiv 2409.10442). With q > 1
+    directions a visited coordinate takes the mean over the directions that visited it.
+
+    Args:
+        lr: learning rate >= 0: the step of every coordinate.
+        beta: weight of the old memory, in [0, 1).
+        weight_decay: decoupled weight decay >= 0.
+        groups: overrides by name, see `ZeroOrderOptimizer`.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[ShardedParam],
+        mesh: Mesh | None = None,
+        *,
+        lr: float = 1e-4,
+        beta: float = 0.9,
+        weight_decay: float = 0.0,
+        groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "beta": _checked(beta), "weight_decay": weight_decay}
+        super().__init__(shards, mesh, defaults, groups)
+
+    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
+        for piece, memory in _remember(self.state, shards, estimate, group["beta"]):
+            self.descend(piece, memory.sign(), group)
+
+
+class JaguarMuon(ZeroOrderOptimizer):
+    """JAGUAR's memory, orthogonalised: X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 2).
+
+    Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, gathered once. Vectors,
+    embeddings and the head never go through Newton-Schulz: they take the sign rule.
+
+    Args:
+        lr: learning rate >= 0 of the matrices.
+        beta: weight of the old memory, in [0, 1).
+        weight_decay: decoupled weight decay >= 0.
+        scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
+        iteration: Newton-Schulz polynomial: `quintic` (5 iterations) or the paper's `cubic` (10).
+        sign_lr_scale: lr factor of the tensors under the sign rule.
+        groups: overrides by name, see `ZeroOrderOptimizer`.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[ShardedParam],
+        mesh: Mesh | None = None,
+        *,
+        lr: float = 1e-2,
+        beta: float = 0.9,
+        weight_decay: float = 0.0,
+        scale: Scale = "none",
+        iteration: Iteration = "quintic",
+        sign_lr_scale: float = 0.1,
+        groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self._sign_lr_scale = sign_lr_scale
+        defaults = {"lr": lr, "beta": _checked(beta), "weight_decay": weight_decay, "scale": scale, "iteration": iteration}
+        super().__init__(shards, mesh, defaults, groups)
+
+    def rule(self, spec: TensorSpec) -> str:
+        return "sign" if not spec.is_matrix or _EMBEDDING_OR_HEAD.search(spec.name) else "muon"
+
+    def rule_options(self, rule: str) -> dict[str, Any]:
+        return {"lr_scale": self._sign_lr_scale} if rule == "sign" else {}
+
+    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
+        for piece, memory in _remember(self.state, shards, estimate, group["beta"]):
+            if group["rule"] == "sign":
+                self.descend(piece, memory.sign(), group)
+        if group["rule"] == "muon":
+            for shard in shards:
+                self.descend(Piece(shard, 0, len(shard)), self._orthogonal_slice(shard, group), group)
+
+    def _orthogonal_slice(self, shard: ShardedParam, group: Mapping[str, Any]) -> Tensor:
+        spec = shard.spec
+        momentum = _momentum(self.state, shard)
+        whole = self.mesh.gather_flat(momentum, spec.numel).view(spec.rows, spec.columns)
+        direction = orthogonalize(whole, iteration=group["iteration"])
+        factor = update_scale(spec.rows, spec.columns, group["scale"])
+        return direction.reshape(-1)[shard.offset : shard.offset + len(shard)] * factor
+
+
+def _momentum(states: State, shard: ShardedParam) -> Tensor:
+    state = states[shard.truth]
+    if "momentum" not in state:
+        state["momentum"] = torch.zeros_like(shard.truth, dtype=torch.float32)
+    momentum: Tensor = state["momentum"]
+    return momentum
+
+
+def _remember(
+    states: State, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
+) -> Iterator[tuple[Piece, Tensor]]:
+    """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates, piece by piece; yields each piece with its memory."""
+    for batch in pieces(shards):
+        for piece, (gradient, visited) in zip(batch, estimate.mean_over_visits(batch), strict=True):
+            memory = _momentum(states, piece.shard)[piece.start : piece.stop]
+            memory.copy_(torch.where(visited, memory * beta + gradient * (1 - beta), memory))
+            yield piece, memory
+
+
+def _checked(beta: float) -> float:
+    if not 0 <= beta < 1:
+        raise ValueError(f"expected beta in [0, 1), got {beta}; it weighs the old memory, 0.9 is the default")
+    return beta

@@ -1,0 +1,296 @@
+"""Probes: what a direction z looks like and where it lives.
+
+A probe draws one `Direction` per (step, k); the direction gives z on any slice of any tensor without ever holding z
+whole. Values and supports are pure functions of (seed; step, k, tensor id, element): see `noise.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zoscale.noise import Domain, Key, Noise, Range
+from zoscale.shards import CHUNK, Segment, ShardedParam, TensorSpec
+
+Signs = Literal["rademacher", "ones"]
+
+_DENSE_ABOVE = 1 / 16  # a support with a larger share is cheaper as a dense segment than as an index
+
+
+class Piece(NamedTuple):
+    """Elements [start, stop) of a shard's local slice."""
+
+    shard: ShardedParam
+    start: int
+    stop: int
+
+    @property
+    def range(self) -> Range:
+        """The same elements in the whole tensor."""
+        offset = self.shard.offset
+        return Range(self.shard.spec.id, offset + self.start, offset + self.stop)
+
+
+def pieces(shards: Iterable[ShardedParam], limit: int = CHUNK) -> Iterator[list[Piece]]:
+    """All elements of the local slices, in groups of at most `limit` elements.
+
+    One group is drawn in one pass of the generator: many small tensors share it, a large one is cut.
+    """
+    group: list[Piece] = []
+    size = 0
+    for shard in shards:
+        for start in range(0, len(shard), limit):
+            piece = Piece(shard, start, min(start + limit, len(shard)))
+            if size + piece.stop - piece.start > limit and group:
+                yield group
+                group, size = [], 0
+            group.append(piece)
+            size += piece.stop - piece.start
+    if group:
+        yield group
+
+
+class Direction(ABC):
+    """z of one (step, k): regenerated piece by piece, at most a few row and column numbers are kept."""
+
+    def __init__(self, noise: Noise, step: int, k: int) -> None:
+        self.noise = noise
+        self.key = Key(step, k)
+
+    @abstractmethod
+    def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
+        """z on each piece, float32 on the shards' device; None where it is zero. The pieces share a device."""
+
+
+class Probe(ABC):
+    """Draws directions for a list of tensors."""
+
+    @abstractmethod
+    def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> Direction:
+        """The k-th direction of a step over all trainable tensors (`specs` sorted by id)."""
+
+
+class _Dense(Direction):
+    def __init__(self, noise: Noise, step: int, k: int, distribution: Literal["normal", "rademacher"]) -> None:
+        super().__init__(noise, step, k)
+        self._draw = noise.normal if distribution == "normal" else noise.rademacher
+
+    def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
+        values = self._draw(self.key, [piece.range for piece in group], group[0].shard.truth.device)
+        return [Segment(value) for value in values]
+
+
+class Gaussian(Probe):
+    """z ~ N(0, I) on every trainable element (MeZO, arXiv 2305.17333)."""
+
+    def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> Direction:
+        return _Dense(noise, step, k, "normal")
+
+
+class Rademacher(Probe):
+    """z = +1 or -1 on every trainable element."""
+
+    def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> Direction:
+        return _Dense(noise, step, k, "rademacher")
+
+
+@dataclass(frozen=True)
+class _Support:
+    """Rows x columns of one tensor, sorted int64 on the CPU; None = all of them."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+    def positions(self, spec: TensorSpec, first: int, last: int) -> Tensor | None:
+        """Flat positions of the support in [first, last) of the tensor, relative to first; None = all of them."""
+        if self.rows is None and self.columns is None:
+            return None
+        width = spec.columns
+        low, high = first // width, -(-last // width)
+        rows = torch.arange(low, high) if self.rows is None else self.rows
+        rows = rows[torch.searchsorted(rows, low) : torch.searchsorted(rows, high)]
+        columns = torch.arange(width) if self.columns is None else self.columns
+        flat = (rows[:, None] * width + columns).view(-1)
+        return flat[torch.searchsorted(flat, first) : torch.searchsorted(flat, last)] - first
+
+
+class JaguarDirection(Direction):
+    """Signs on a support of rows x columns per tensor; a tensor without a support is not perturbed.
+
+    Args:
+        supports: by tensor id.
+        signs: +1 or -1 at random (unbiased), or all +1 (the paper's code).
+    """
+
+    def __init__(self, noise: Noise, step: int, k: int, supports: dict[int, _Support], signs: Signs) -> None:
+        super().__init__(noise, step, k)
+        self.supports = supports
+        self.signs = signs
+
+    def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
+        device = group[0].shard.truth.device
+        found: dict[Piece, Tensor | None] = {}
+        for piece in group:
+            support = self.supports.get(piece.shard.spec.id)
+            if support is not None:
+                index = support.positions(piece.shard.spec, piece.range.start, piece.range.stop)
+                if index is None or index.numel():
+                    found[piece] = None if index is None else index.to(device, non_blocking=True)
+        signs = dict(zip(found, self._signs(found, device), strict=True))
+        return [_dense_or_sparse(piece, found[piece], signs[piece]) if piece in found else None for piece in group]
+
+    def _signs(self, found: Mapping[Piece, Tensor | None], device: torch.device) -> list[Tensor]:
+        every = [torch.arange(p.stop - p.start, device=device) if i is None else i for p, i in found.items()]
+        if self.signs == "ones":
+            return [torch.ones(index.numel(), device=device) for index in every]
+        return self.noise.rademacher_at(self.key, [piece.range for piece in found], every, device)
+
+
+def _dense_or_sparse(piece: Piece, index: Tensor | None, signs: Tensor) -> Segment:
+    if index is None:
+        return Segment(signs)
+    size = piece.stop - piece.start
+    if index.numel() <= _DENSE_ABOVE * size:
+        return Segment(signs, index)
+    value = torch.zeros(size, device=signs.device)
+    value[index] = signs
+    return Segment(value)
+
+
+class JaguarProbe(Probe):
+    """Signs on a random support.
+
+    Args:
+        signs: `rademacher` (unbiased estimate of the partial derivatives), or `ones` as in the code of arXiv
+            2506.04430, where each visited coordinate receives the sum of the derivatives over the support.
+    """
+
+    def __init__(self, *, signs: Signs = "rademacher") -> None:
+        self.signs = signs
+
+    def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> Direction:
+        return JaguarDirection(noise, step, k, self.supports(noise, specs, step, k), self.signs)
+
+    @abstractmethod
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+        """The support of each perturbed tensor, by id."""
+
+
+def _one_entry(spec: TensorSpec, position: int) -> _Support:
+    row, column = divmod(position, spec.columns)
+    return _Support(torch.tensor([row]), torch.tensor([column]))
+
+
+class Coordinate(JaguarProbe):
+    """One coordinate of all trainable elements (arXiv 2506.04430, Algorithm 1).
+
+    Args:
+        signs: `rademacher` or `ones`.
+    """
+
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+        (position,) = noise.integers(Key(step, k, Domain.SUPPORT), [(0, sum(spec.numel for spec in specs))])
+        for spec in specs:
+            if position < spec.numel:
+                return {spec.id: _one_entry(spec, position)}
+            position -= spec.numel
+        raise AssertionError("a drawn position lies outside all tensors")
+
+
+class Entry(JaguarProbe):
+    """One entry (i, j) of every tensor (arXiv 2506.04430, Algorithm 2).
+
+    Args:
+        signs: `rademacher` or `ones`.
+    """
+
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+        positions = noise.integers(Key(step, k, Domain.SUPPORT), [(spec.id, spec.numel) for spec in specs])
+        return {spec.id: _one_entry(spec, position) for spec, position in zip(specs, positions, strict=True)}
+
+
+class Row(JaguarProbe):
+    """One row of every matrix and one entry of every vector.
+
+    Args:
+        signs: `rademacher` or `ones`.
+    """
+
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+        wanted = [(spec.id, spec.rows if spec.is_matrix else spec.columns, 1) for spec in specs]
+        drawn = noise.choices(Key(step, k, Domain.SUPPORT), wanted)
+        return {
+            spec.id: _Support(chosen, None) if spec.is_matrix else _Support(None, chosen)
+            for spec, chosen in zip(specs, drawn, strict=True)
+        }
+
+
+class Block(JaguarProbe):
+    """A block of every tensor at once: max(1, floor(rows * m)) rows x max(1, floor(columns * n)) columns.
+
+    Rows and columns are drawn without replacement; of a vector, max(1, floor(columns * n)) entries.
+
+    Args:
+        rows: share of the rows, in (0, 1].
+        columns: share of the columns, in (0, 1].
+        signs: `rademacher` or `ones`.
+    """
+
+    def __init__(self, *, rows: float = 0.1, columns: float = 0.1, signs: Signs = "rademacher") -> None:
+        super().__init__(signs=signs)
+        self.rows = _share("rows", rows)
+        self.columns = _share("columns", columns)
+
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+        matrices = [spec for spec in specs if spec.is_matrix]
+        rows = [(spec.id, spec.rows, _portion(self.rows, spec.rows)) for spec in matrices]
+        columns = [(spec.id, spec.columns, _portion(self.columns, spec.columns)) for spec in specs]
+        drawn_rows = noise.choices(Key(step, k, Domain.SUPPORT), rows) if rows else []
+        chosen_rows = dict(zip((spec.id for spec in matrices), drawn_rows, strict=True))
+        drawn_columns = noise.choices(Key(step, k, Domain.SUPPORT_COLUMNS), columns)
+        return {
+            spec.id: _Support(chosen_rows.get(spec.id), chosen)
+            for spec, chosen in zip(specs, drawn_columns, strict=True)
+        }
+
+
+class Tensors(JaguarProbe):
+    """All entries of a random subset of the tensors: max(1, floor(share * number of tensors)) of them.
+
+    Args:
+        share: share of the tensors, in (0, 1].
+        signs: `rademacher` or `ones`.
+    """
+
+    def __init__(self, *, share: float = 0.25, signs: Signs = "rademacher") -> None:
+        super().__init__(signs=signs)
+        self.share = _share("share", share)
+
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+        count = _portion(self.share, len(specs))
+        (chosen,) = noise.choices(Key(step, k, Domain.SUPPORT), [(0, len(specs), count)])
+        return {specs[index].id: _Support(None, None) for index in chosen.tolist()}
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(f"expected {name} in (0, 1], got {value}")
+    return value
+
+
+def _portion(share: float, n: int) -> int:
+    return max(1, int(share * n))
+
+
+PROBES: dict[str, type[Probe]] = {
+    "gaussian": Gaussian,
+    "rademacher": Rademacher,
+    "coordinate": Coordinate,
+    "entry": Entry,
+    "row": Row,
+    "block": Block,
+    "tensors": Tensors,
+}

@@ -1,0 +1,161 @@
+"""Starting the processes: DeepSpeed ZeRO-3 without an optimizer, through Accelerate, on GPUs or CPUs."""
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import InitProcessGroupKwargs
+
+from zoscale.config import ConfigError
+from zoscale.models import ModelSize
+
+ZERO3: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1,
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "memory_efficient_linear": False,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_max_live_parameters": "auto",
+        "stage3_max_reuse_distance": "auto",
+    },
+}
+"""Forward-only ZeRO-3 (`ds_configs/zero3.json` is the same). "auto" is filled in from the model's size."""
+
+_DTYPE_SECTIONS = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How processes run.
+
+    Args:
+        dtype: compute dtype of the frozen weights: float32, bfloat16 or float16.
+        deepspeed: DeepSpeed configuration (ZeRO-3, no optimizer); None = `ZERO3`.
+        timeout_minutes: of collectives; a rank that waits longer takes the job down.
+        threads: torch CPU threads per rank; None = torch's default.
+    """
+
+    dtype: str = "float32"
+    deepspeed: Mapping[str, Any] | None = None
+    timeout_minutes: float = 10.0
+    threads: int | None = None
+
+
+def read_deepspeed_config(path: str | Path | None) -> dict[str, Any]:
+    """A DeepSpeed JSON file fit for forward-only training, or the default without one.
+
+    Raises:
+        ConfigError: if the file is missing or malformed, is not ZeRO-3, or brings an optimizer.
+    """
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if path is None else path
+    if str(path) == "none":
+        return json.loads(json.dumps(ZERO3))  # type: ignore[no-any-return]
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"a DeepSpeed JSON file at {path}", str(error), "correct runtime.deepspeed") from error
+    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
+    if stage != 3:
+        raise ConfigError(f"zero_optimization.stage 3 in {path}", repr(stage), "start from ds_configs/zero3.json")
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise ConfigError(f"no {section!r} section in {path}", "one", "remove it: zoscale updates the shards itself")
+    return dict(config)
+
+
+def fill_deepspeed_config(config: Mapping[str, Any], dtype: str, size: ModelSize | None) -> dict[str, Any]:
+    """Replace "auto" by numbers from the model's size, and switch the compute dtype on.
+
+    Prefetching and live parameters are bounded by one and two blocks, the reuse distance lets a tied embedding stay
+    gathered through one forward. Without a size, DeepSpeed's own defaults apply.
+
+    Raises:
+        ConfigError: if the file switches on another dtype than the run's.
+    """
+    filled: dict[str, Any] = json.loads(json.dumps(config))
+    for name, section in _DTYPE_SECTIONS.items():
+        enabled = filled.get(section, {}).get("enabled", "auto")
+        if enabled not in ("auto", name == dtype):
+            raise ConfigError(f"{section}.enabled to agree with dtype {dtype}", str(enabled), "change one of them")
+        filled[section] = {**filled.get(section, {}), "enabled": name == dtype}
+    bounds = {}
+    if size is not None:
+        bounds = {
+            "stage3_prefetch_bucket_size": size.largest_block,
+            "stage3_max_live_parameters": 2 * size.largest_block + size.outside_blocks,
+            "stage3_max_reuse_distance": size.total,
+        }
+    zero = filled["zero_optimization"]
+    for key in [key for key, value in zero.items() if value == "auto"]:
+        if key in bounds:
+            zero[key] = bounds[key]
+        else:
+            del zero[key]
+    return filled
+
+
+def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> Accelerator:
+    """Join the processes that the launcher started, or be the only one. Call it before the model is built.
+
+    Models built afterwards with `from_pretrained` or `from_config` are sharded at once.
+
+    Args:
+        runtime: how to run.
+        size: of the model to come, for the bounds on memory.
+
+    Raises:
+        ConfigError: for a DeepSpeed configuration that cannot train forward-only, or processes that did not join.
+    """
+    runtime = runtime or Runtime()
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    _stand_alone()
+    _skip_shm_build()
+    config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
+    plugin = DeepSpeedPlugin(hf_ds_config=fill_deepspeed_config(config, runtime.dtype, size), zero3_init_flag=True)
+    group = InitProcessGroupKwargs(
+        backend="nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timedelta(minutes=runtime.timeout_minutes),
+    )
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[group])
+    launched = int(os.environ["WORLD_SIZE"])
+    if accelerator.num_processes != launched:
+        raise ConfigError(f"{launched} processes", str(accelerator.num_processes), "check the launcher")
+    return accelerator
+
+
+def stop() -> None:
+    """Leave the process group, all ranks together."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _stand_alone() -> None:
+    """Without a launcher: a group of one process on this machine."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
+        os.environ[name] = str(value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+
+
+def _skip_shm_build() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collectives on a CPU: they are not used here."""
+    if not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

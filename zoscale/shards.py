@@ -1,0 +1,199 @@
+"""`ShardedParam`: this rank's live slice of one trainable tensor. The only reader of DeepSpeed's `ds_*` attributes."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+Master = Literal["fp32", "none"]
+
+CHUNK = 2**20
+"""Elements handled at once: bounds the temporaries of perturbing and updating (a few fp32 buffers of this size)."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One trainable tensor of the whole model.
+
+    Args:
+        id: index of the name in the sorted names of the trainable parameters; names the tensor's noise.
+        name: dotted name in the model.
+        shape: true shape, unsharded.
+    """
+
+    id: int
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the tensor has rows and columns."""
+        return len(self.shape) >= 2
+
+    @property
+    def rows(self) -> int:
+        """First dimension (1 for a vector)."""
+        return self.shape[0] if self.is_matrix else 1
+
+    @property
+    def columns(self) -> int:
+        """Elements per row; more than two dimensions are viewed as (first, rest)."""
+        return self.numel // max(1, self.rows)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A direction z on elements [start, start + n) of a tensor.
+
+    Args:
+        value: float32 [n] (dense), or float32 [s] at `index` (zero elsewhere).
+        index: int64 [s], positions relative to start, distinct; None = every element.
+    """
+
+    value: Tensor
+    index: Tensor | None = None
+
+    def add_to(self, accumulator: Tensor, scale: float) -> None:
+        """accumulator += scale * z, as one float32 multiplication and one addition per element."""
+        if self.index is None:
+            accumulator.add_(self.value * scale)
+        else:
+            accumulator[self.index] = accumulator[self.index] + self.value * scale
+
+    def count_in(self, visits: Tensor) -> None:
+        """Add one where z is not zero."""
+        if self.index is None:
+            visits.add_(self.value != 0)
+        else:
+            visits[self.index] += 1
+
+
+class ShardedParam:
+    """The local slice [offset, offset + len(self)) of one trainable tensor, without padding.
+
+    `truth` holds the weights: an fp32 master slice (`master="fp32"`), or the live slice itself (`"none"`). `live` is
+    the 1-D slice in the compute dtype that the next forward reads; it is derived from the truth by `publish`.
+
+    Args:
+        param: a parameter of a ZeRO-3 engine's model, or a plain contiguous one.
+        spec: its place in the model.
+        master: keep a master slice in fp32, or none.
+    """
+
+    def __init__(self, param: nn.Parameter, spec: TensorSpec, *, master: Master = "fp32") -> None:
+        self.spec = spec
+        self._param = param
+        self.offset, self.live = _local_slice(param, spec)
+        self.truth = self.live.float().clone() if master == "fp32" else self.live
+        self._undo: list[tuple[slice | Tensor, Tensor]] = []
+
+    def __len__(self) -> int:
+        return self.live.numel()
+
+    @property
+    def has_master(self) -> bool:
+        """Whether the truth is kept apart from the live slice."""
+        return self.truth is not self.live
+
+    def perturb(self, start: int, segment: Segment, radius: float) -> None:
+        """Write truth + radius * z to the live slice from `start` on; the truth is untouched. Undone by `restore`."""
+        where = slice(start, start + segment.value.numel()) if segment.index is None else segment.index + start
+        base = self.truth[where]
+        self._undo.append((where, base if self.has_master else base.clone()))
+        self.live[where] = (base.float() + segment.value * radius).to(self.live.dtype)
+
+    def restore(self) -> None:
+        """Make the live slice what it was before `perturb`, bit for bit."""
+        while self._undo:
+            where, base = self._undo.pop()
+            self.live[where] = base.to(self.live.dtype)
+        self.reach_next_forward()
+
+    def publish(self) -> None:
+        """Derive the live slice from the truth after an update."""
+        if self.has_master:
+            self.live.copy_(self.truth)
+        self.reach_next_forward()
+
+    def reach_next_forward(self) -> None:
+        """Drop every gathered copy of this tensor, so that the next forward gathers the slices again.
+
+        Without it ZeRO-3 keeps using stale full copies of persistent (small) parameters and of hpZ's secondary shards.
+        """
+        param = cast(Any, self._param)
+        if not hasattr(param, "ds_status"):
+            return
+        if getattr(param, "ds_secondary_tensor", None) is not None:
+            param.ds_secondary_tensor = None
+        if param.ds_status.name == "AVAILABLE":
+            param.partition()
+
+
+def trainable_specs(model: nn.Module) -> list[tuple[TensorSpec, nn.Parameter]]:
+    """The trainable tensors in the order of their ids. Tied parameters appear once, under their first name.
+
+    Raises:
+        ValueError: if nothing is trainable.
+    """
+    found = sorted((name, param) for name, param in model.named_parameters() if param.requires_grad)
+    if not found:
+        raise ValueError("expected at least one trainable parameter, got none; unfreeze some or add an adapter")
+    return [
+        (TensorSpec(index, name, tuple(getattr(param, "ds_shape", param.shape))), param)
+        for index, (name, param) in enumerate(found)
+    ]
+
+
+def shard_parameters(model: nn.Module, *, master: Master = "fp32") -> list[ShardedParam]:
+    """This rank's slices of all trainable tensors, sorted by id."""
+    return [ShardedParam(param, spec, master=master) for spec, param in trainable_specs(model)]
+
+
+def local_bytes(model: nn.Module) -> int:
+    """Bytes of parameters that this rank stores between forwards, padding included."""
+    tensors = (getattr(param, "ds_tensor", param) for param in model.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def true_numel(param: nn.Parameter) -> int:
+    """Elements of the whole tensor, sharded or not."""
+    return int(getattr(param, "ds_numel", param.numel()))
+
+
+def gathered(param: nn.Parameter) -> AbstractContextManager[Any]:
+    """Within, the parameter is whole on every rank, to be read only. A collective under ZeRO-3."""
+    if not hasattr(param, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([param], modifier_rank=None)
+    return context
+
+
+def order_gathers_after_writes(zero: object) -> None:
+    """Make ZeRO-3's gather stream wait for the stream that wrote the shards. A no-op on the CPU.
+
+    DeepSpeed orders the compute stream after the gathers, but not the gathers after edits of the shards.
+    """
+    stream = getattr(zero, "_DeepSpeedZeRoOffload__allgather_stream", None)
+    if stream is not None and torch.cuda.is_available():
+        stream.wait_stream(torch.cuda.current_stream())
+
+
+def _local_slice(param: nn.Parameter, spec: TensorSpec) -> tuple[int, Tensor]:
+    shard = getattr(param, "ds_tensor", None)
+    if shard is None:
+        if not param.is_contiguous():
+            raise ValueError(f"expected {spec.name} to be contiguous; call .contiguous() on it before training")
+        return 0, param.detach().view(-1)
+    rank = cast(Any, param).ds_zero_partition_rank
+    size = shard.numel()
+    offset = min(rank * size, spec.numel)
+    return offset, shard.detach()[: min(size, spec.numel - offset)]
