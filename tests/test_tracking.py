@@ -1,4 +1,4 @@
-"""Tracking against real stores: a SQLite file, an MLflow server on loopback, one that dies, one that is not there."""
+"""Tracking against real stores: a SQLite file, a server on loopback, one that dies, one that is not there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from zoscale import tracking
-from zoscale.tracking import NullTracker, Record, Tracker, import_run, read_metrics
+from zoscale.tracking import NullTracker, Record, Tracker, read_metrics
 
 mlflow = pytest.importorskip("mlflow")
 REPO = Path(__file__).resolve().parents[1]
@@ -244,6 +244,26 @@ def test_two_processes_create_the_store_and_the_experiment_together(tmp_path: Pa
     client = sqlite(runs / "a")
     experiment = client.get_experiment_by_name("same")
     assert len(client.search_runs([experiment.experiment_id])) == 2
+    assert {p.name for p in runs.iterdir()} == {"a", "b", "mlflow.db"}, "a draft was left behind"
+
+
+def test_another_process_creates_the_experiment_in_between(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    winner = start(store / "winner", experiment="race")
+    winner.finish()
+    find, calls = mlflow.MlflowClient.get_experiment_by_name, []
+
+    def first_look_too_early(client: Any, name: str) -> Any:
+        calls.append(name)
+        return find(client, name) if len(calls) > 1 else None
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", first_look_too_early)
+    loser = start(store / "loser", experiment="race")
+    loser.finish()
+    assert loser.mlflow_on and calls == ["race", "race"] and not warnings_of(caplog)
+    runs = [sqlite(store / "loser").get_run(run_id).info for run_id in (loser.run_id, winner.run_id)]
+    assert runs[0].experiment_id == runs[1].experiment_id
 
 
 # --- servers ------------------------------------------------------------------------------------------------
@@ -380,7 +400,7 @@ def test_a_server_that_never_answers(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert time.monotonic() - begin < 8.0 and not tracker.mlflow_on
     assert [w.split(";")[0].split(":")[0] for w in warnings_of(caplog)] == [
         "MLflow at http",
-        "MLflow is off for the rest of this run",
+        "MLflow is off from here on",
     ]
 
 

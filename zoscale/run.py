@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
 
 from zoscale import runtime
@@ -28,7 +30,7 @@ from zoscale.models import (
 from zoscale.objectives import OBJECTIVES
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
-from zoscale.shards import local_bytes
+from zoscale.shards import ShardedParam, TensorSpec, local_bytes
 from zoscale.tasks import TASKS, Task
 from zoscale.tracking import NullTracker, Tracker
 from zoscale.trainer import Trainer, claim, write_json
@@ -54,7 +56,8 @@ def check(config: RunConfig) -> Task:
         task: Task = build(config.task, TASKS)
         build(config.probe, PROBES)
         build(config.estimator, ESTIMATORS)
-        build(config.optimizer, OPTIMIZERS, [])
+        example = ShardedParam(nn.Parameter(torch.zeros(1, 1)), TensorSpec(0, "example", (1, 1)))
+        build(config.optimizer, OPTIMIZERS, [example])
     except ConfigError:
         raise
     except ValueError as error:
@@ -239,8 +242,6 @@ def say(engine: ZeroOrderEngine) -> Any:
 
 
 def _gpus() -> list[str]:
-    import torch
-
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 

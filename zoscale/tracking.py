@@ -18,6 +18,7 @@ import re
 import shlex
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -292,7 +293,7 @@ class _Sender(threading.Thread):
         if first:
             command = shlex.join(["python", "-m", "zoscale.tracking", str(self._run_dir), _shown(self.uri)])
             _log.warning(
-                "MLflow is off for the rest of this run: %s failed at %s: %s. Training and metrics.jsonl go on; "
+                "MLflow is off from here on: %s failed at %s: %s. Training and metrics.jsonl go on; "
                 "import them later: %s",
                 *(what, _shown(self.uri), _shown(str(error))[:400], command),
             )
@@ -367,8 +368,12 @@ def _open_experiment(uri: str, name: str) -> tuple[Any, str]:
     """The client and the experiment's id. Another process may be creating the store or the experiment too."""
     from mlflow import MlflowClient
 
-    sqlite = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else None
-    artifacts = (Path(sqlite).resolve().parent / "mlartifacts").as_uri() if sqlite else None
+    artifacts = None
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///")).resolve()
+        artifacts = (database.parent / "mlartifacts").as_uri()
+        if not database.exists():
+            _create_database(database, artifacts)
     for attempt in range(_TRIES):
         try:
             client = MlflowClient(tracking_uri=uri)
@@ -377,11 +382,32 @@ def _open_experiment(uri: str, name: str) -> tuple[Any, str]:
                 return client, found.experiment_id
             return client, client.create_experiment(name, artifact_location=artifacts)
         except Exception as error:
-            raced = sqlite or getattr(error, "error_code", "") == "RESOURCE_ALREADY_EXISTS"
+            raced = artifacts or getattr(error, "error_code", "") == "RESOURCE_ALREADY_EXISTS"
             if not raced or attempt == _TRIES - 1:
                 raise
             time.sleep(0.2 * 2**attempt)
     raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _create_database(path: Path, artifacts: str) -> None:
+    """Make the file under another name, then link it into place complete.
+
+    Two processes that let MLflow create the tables in one file together leave it broken for good.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        SqlAlchemyStore(f"sqlite:///{draft}", artifacts).engine.dispose()
+        os.link(draft, path)
+    except FileExistsError:
+        pass  # another process was first: its file is as good
+    except OSError:
+        if not path.exists():  # a file system without hard links
+            draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _find_run(client: Any, run_id: str) -> Any | None:

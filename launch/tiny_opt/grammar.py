@@ -10,8 +10,7 @@ import random
 import zlib
 from collections.abc import Container
 
-NEGATIVE, POSITIVE = 0, 1
-VERBALIZERS: tuple[str, str] = (" terrible", " great")
+VERBALIZERS: tuple[str, str] = (" terrible", " great")  # of the labels 0 and 1
 
 
 def _items(text: str) -> list[str]:
@@ -118,8 +117,8 @@ SUMMARY_FORMS = [
     "What {article} {word}, {second} {film}.", "It is {adverb}{word} and {second}.",
 ]
 VERDICTS: tuple[list[str], list[str]] = (
-    ["It was badly made.", "It was hardly worth it.", "It was a flop.", "I would avoid it."]
-    + ["Two thumbs down."],
+    ["It was badly made.", "It was hardly worth it.", "It was a flop.", "I would avoid it.",
+     "Two thumbs down."],
     ["It was well made.", "It was worth it.", "It was a hit.", "I would recommend it.", "Two thumbs up."],
 )
 NEUTRAL_FORMS = [

@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import torch
+from grammar import VERBALIZERS, document, sentiment_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, set_seed
-
-from grammar import VERBALIZERS, document, sentiment_rows
 
 HERE = Path(__file__).resolve().parent
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # the ids 0 to 3, as in OPT
