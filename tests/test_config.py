@@ -32,7 +32,7 @@ from zoscale.config import (
     parse_or_exit,
     validate,
 )
-from zoscale.config_yaml import dump_yaml, load_yaml
+from zoscale.config.strict_yaml import dump_yaml, load_yaml
 
 if TYPE_CHECKING:
     from nowhere import Tensor  # type: ignore[import-not-found]
@@ -206,9 +206,7 @@ def test_overrides_are_read_in_the_type_of_their_field(override: str, value: Any
 
 def test_a_new_method_drops_the_class_defaults_of_the_old_one_and_keeps_given_arguments(write: Write) -> None:
     path = write("optimizer: {name: jaguar_muon, lr: 0.5}")
-    assert read("--config", path, "optimizer.name=zo_sgd").optimizer == Method(
-        "zo_sgd", {"lr": 0.5, "decay": 0.0}
-    )
+    assert read("--config", path, "optimizer.name=zo_sgd").optimizer == Method("zo_sgd", {"lr": 0.5, "decay": 0.0})
 
 
 def test_an_argument_given_for_the_old_method_is_an_error_that_says_so(write: Write) -> None:
@@ -389,9 +387,7 @@ KEYS = [
 text = st.text() | st.sampled_from(TRICKY)
 keys = st.sampled_from(KEYS) | st.text(max_size=4)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | text | st.just("\ud800")
-trees = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4)
-)
+trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4))
 finite = st.floats(allow_nan=False, allow_infinity=False)
 plain_trees = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | finite | st.text(st.characters()) | text,
@@ -462,11 +458,7 @@ def assert_same(left: Any, right: Any) -> None:
     assert type(left) is type(right)
     assert left == right
     if isinstance(left, dict | list):
-        pairs = (
-            ((left[key], right[key]) for key in left)
-            if isinstance(left, dict)
-            else zip(left, right, strict=True)
-        )
+        pairs = ((left[key], right[key]) for key in left) if isinstance(left, dict) else zip(left, right, strict=True)
         for one, other in pairs:
             assert_same(one, other)
 
@@ -560,9 +552,7 @@ def test_help_has_every_key_with_a_meaning(capsys: pytest.CaptureFixture[str]) -
     text = help_of(capsys)
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "schedule": ScheduleConfig,
                 "tracking": TrackingConfig, "runtime": RuntimeConfig}  # fmt: skip
-    assert {*sections, *TABLES} == {
-        key for key, value in read("adapter=null").to_dict().items() if type(value) is dict
-    }
+    assert {*sections, *TABLES} == {key for key, value in read("adapter=null").to_dict().items() if type(value) is dict}
     fields = [f"{section}.{name}" for section, cls in sections.items() for name in asdict(cls())]
     fields += [key for key in read().to_dict() if key not in sections and key not in TABLES]
     for field in fields:

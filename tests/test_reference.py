@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
-
 import reference as ref
+import torch
 
 Array = npt.NDArray[Any]
 SHAPES: list[tuple[int, ...]] = [(7, 5), (6,), (3, 2, 4), (4, 9)]

@@ -73,9 +73,7 @@ def test_everything_arrives_in_sqlite(store: Path, tmp_path: Path) -> None:
     with start(run_dir, params=params, tags={"commit": "abc"}) as tracker:
         assert tracker.mlflow_on and tracker.run_id
         for step in range(3):
-            tracker.log(
-                step, {"loss": 2.0 - step, "rank_0/tokens_per_second": 10.0 * step, "../acc@1 (dev)//x": 0.5}
-            )
+            tracker.log(step, {"loss": 2.0 - step, "rank_0/tokens_per_second": 10.0 * step, "../acc@1 (dev)//x": 0.5})
         tracker.log_artifact(tmp_path / "plot.txt")
         tracker.log_artifacts(tmp_path / "adapter", "adapter")
         tracker.log_artifact(tmp_path / "absent")
@@ -90,9 +88,7 @@ def test_everything_arrives_in_sqlite(store: Path, tmp_path: Path) -> None:
     assert run.data.tags["commit"] == "abc" and run.data.tags["done"] == "yes"
     assert history(client, tracker.run_id, "loss") == [(0, 2.0), (1, 1.0), (2, 0.0)]
     assert history(client, tracker.run_id, "rank_0/tokens_per_second")[2] == (2, 20.0)
-    assert history(client, tracker.run_id, "acc_1 _dev_/x")[0] == (0, 0.5), (
-        "an odd name must not end the tracking"
-    )
+    assert history(client, tracker.run_id, "acc_1 _dev_/x")[0] == (0, 0.5), "an odd name must not end the tracking"
     assert {a.path for a in client.list_artifacts(tracker.run_id)} == {"plot.txt", "adapter"}
     assert (store / "mlartifacts" / tracker.run_id / "artifacts" / "adapter" / "deep" / "a.bin").exists()
     assert tracker.how_to_open() == f"mlflow ui --backend-store-uri sqlite:///{store}/mlflow.db"
@@ -114,9 +110,7 @@ def test_a_resumed_run_is_the_same_run(store: Path, caplog: pytest.LogCaptureFix
     run = client.get_run(first.run_id)
     assert len(client.search_runs([run.info.experiment_id])) == 1
     assert history(client, first.run_id, "loss") == [(1, 3.0), (2, 2.0)]
-    assert (
-        run.data.params == {"steps": "10", "lr": "1", "new": "5"} and run.data.tags["resumed.steps"] == "20"
-    )
+    assert run.data.params == {"steps": "10", "lr": "1", "new": "5"} and run.data.tags["resumed.steps"] == "20"
     assert "resumed.lr" not in run.data.tags
     assert [(r.step, r.metrics) for r in read_metrics(run_dir)] == [(1, {"loss": 3.0}), (2, {"loss": 2.0})]
     client.delete_run(first.run_id)
@@ -331,9 +325,7 @@ def test_a_real_server_and_its_death(
         tracker.log_artifact(tmp_path / "adapter.bin")
     client = mlflow.MlflowClient(tracking_uri=server.uri)
     run = client.get_run(tracker.run_id)
-    assert (
-        run.info.status == "FINISHED" and len(run.data.params) == 120 and math.isnan(run.data.metrics["nan"])
-    )
+    assert run.info.status == "FINISHED" and len(run.data.params) == 120 and math.isnan(run.data.metrics["nan"])
     assert history(client, tracker.run_id, "rank_0/loss") == [(s, float(s)) for s in range(50)]
     assert [a.path for a in client.list_artifacts(tracker.run_id)] == ["adapter.bin"]
     assert tracker.how_to_open().startswith(server.uri) and tracker.run_id in tracker.how_to_open()
@@ -413,9 +405,7 @@ def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
 
 
-def test_a_full_queue_gives_up(
-    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_queue_gives_up(store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(tracking, "_QUEUE_LIMIT", 5)
     monkeypatch.setattr(tracking, "_SEND_EVERY", 60.0)
     tracker = start(store / "full")

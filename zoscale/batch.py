@@ -75,16 +75,16 @@ class MicroBatch:
                 answers.append((place, token, first_option[row.example] + option))
         padded = [list(row.tokens) + [pad_token] * (longest - len(row.tokens)) for row in rows]
         mask = [[1] * len(row.tokens) + [0] * (longest - len(row.tokens)) for row in rows]
-        place, token, option = torch.tensor(answers).view(-1, 3).unbind(1)
-        row_number, column_number = torch.tensor(list(positions)).view(-1, 2).unbind(1)
+        answer_table = torch.tensor(answers).view(-1, 3)
+        position_table = torch.tensor(list(positions)).view(-1, 2)
         return cls(
             torch.tensor(padded),
             torch.tensor(mask),
-            row_number,
-            column_number,
-            place,
-            token,
-            option,
+            position_table[:, 0],
+            position_table[:, 1],
+            answer_table[:, 0],
+            answer_table[:, 1],
+            answer_table[:, 2],
             torch.tensor([e for e, options in enumerate(gold) for _ in options]),
             torch.tensor([flag for options in gold for flag in options]),
             len(gold),

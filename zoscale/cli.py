@@ -14,9 +14,11 @@ commands:
 
 def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") -> int:
     """Train as the command line says; 0 when done, 2 for a mistake of the user."""
-    from zoscale.run import DEFAULTS, TABLES, run
+    from zoscale.methods import DEFAULTS, TABLES
 
     config = parse_or_exit(sys.argv[1:] if argv is None else argv, TABLES, DEFAULTS, command=command)
+    from zoscale.run import run
+
     try:
         run(config)
     except ConfigError as error:

@@ -15,7 +15,7 @@ _SPLIT, _ORDER = 0, 1  # step words of the draws in Domain.DATA
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples of a run; `dev` is held out of the training split and chooses the step, `validation` is only reported."""
+    """Examples of a run; `dev` is held out of train and chooses the step, `validation` is only reported."""
 
     train: list[Example]
     dev: list[Example]
@@ -30,7 +30,9 @@ class Splits:
         """
         everything = task.examples("train")
         order = Noise(seed).permutation(Key(0, _SPLIT, Domain.DATA), len(everything)).tolist()
-        num_dev = config.num_dev if config.num_dev is not None else len(everything) - (config.num_train or len(everything))
+        num_dev = (
+            config.num_dev if config.num_dev is not None else len(everything) - (config.num_train or len(everything))
+        )
         num_train = config.num_train if config.num_train is not None else len(everything) - num_dev
         if num_train < 1 or num_train + num_dev > len(everything):
             raise ConfigError(
@@ -60,7 +62,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.num_truncated = 0
-        self._pad: int = tokenizer.pad_token_id  # type: ignore[assignment]
+        self._pad: int = tokenizer.pad_token_id
 
     def micro_batch(self, examples: Sequence[Example], *, gold_only: bool) -> MicroBatch:
         """One micro-batch of examples, with all their options or only the right one."""
@@ -74,9 +76,9 @@ class Encoder:
 
     def _rows(self, example: Example, options: Sequence[str], number: int) -> list[Row]:
         answers: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
-        prompt: list[int] = self.tokenizer(example.prompt)["input_ids"]  # type: ignore[assignment]
+        prompt: list[int] = self.tokenizer(example.prompt)["input_ids"]
         for option, text in enumerate(options):
-            full: list[int] = self.tokenizer(example.prompt + text)["input_ids"]  # type: ignore[assignment]
+            full: list[int] = self.tokenizer(example.prompt + text)["input_ids"]
             tokens, answer_start = self._cut(full, _common_prefix(prompt, full))
             targets = [(place - 1, tokens[place], option) for place in range(answer_start, len(tokens))]
             answers.setdefault(tuple(tokens[:-1]), []).extend(targets)
@@ -90,7 +92,9 @@ class Encoder:
         if surplus <= 0:
             return tokens, answer_start
         if surplus > answer_start - 2:
-            raise ConfigError(f"answers that fit into data.max_length={self.max_length}", f"{len(tokens)} tokens", "raise it")
+            raise ConfigError(
+                f"answers that fit into data.max_length={self.max_length}", f"{len(tokens)} tokens", "raise it"
+            )
         self.num_truncated += 1
         return tokens[:1] + tokens[1 + surplus :], answer_start - surplus
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -132,7 +131,7 @@ def micro_batches(batch: Batch) -> list[MicroBatch]:
     Raises:
         ValueError: if it is empty or malformed.
     """
-    items = [batch] if isinstance(batch, Mapping | MicroBatch) else list(batch)
+    items: list[Any] = [batch] if isinstance(batch, Mapping | MicroBatch) else list(batch)
     if not items:
         raise ValueError("expected at least one micro-batch, got an empty batch")
     return [item if isinstance(item, MicroBatch) else MicroBatch.from_labels(item) for item in items]
@@ -146,7 +145,7 @@ def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     if blocks:
         deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
     engine: Any = accelerator.prepare(model)
-    zero = getattr(engine, "optimizer", None)
+    zero: Any = getattr(engine, "optimizer", None)
     if type(zero).__name__ != "DeepSpeedZeRoOffload":
         raise ValueError(
             f"expected a ZeRO-3 engine without an optimizer, got {type(zero).__name__}; start with zoscale.start()"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class AnswerModel:
         """Log-probability of each answer token: float32 [A]."""
         with _answer_positions(self.head, batch):
             output = self.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        logits = output.logits[0].float()
+        logits: Tensor = output.logits[0].float()
         chosen = logits[batch.answer_position, batch.answer_token]
         return chosen - torch.logsumexp(logits, dim=-1)[batch.answer_position]
 
@@ -80,11 +80,13 @@ def read_model_config(config: ModelConfig) -> Any:
             options = dict(config.config)
             return AutoConfig.for_model(options.pop("model_type", ""), **options)
         return AutoConfig.from_pretrained(
-            config.id, revision=config.revision, trust_remote_code=config.trust_remote_code
+            str(config.id), revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, TypeError) as error:
         wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
-        raise ConfigError("a Hugging Face id, a local folder or a known model_type", wanted, _first_line(error)) from error
+        raise ConfigError(
+            "a Hugging Face id, a local folder or a known model_type", wanted, _first_line(error)
+        ) from error
 
 
 def check_model_config(config: ModelConfig, adapter: Mapping[str, Any] | None) -> None:
@@ -102,7 +104,7 @@ def check_model_config(config: ModelConfig, adapter: Mapping[str, Any] | None) -
 def count_parameters(architecture: Any) -> ModelSize:
     """Sizes of the model that an architecture describes, built on the meta device."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
+        model: PreTrainedModel = _auto_model().from_config(architecture)
     model.tie_weights()
     total = sum(param.numel() for param in model.parameters())
     blocks = [sum(p.numel() for p in module.parameters()) for module in model.modules() if is_block(model, module)]
@@ -121,11 +123,15 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
         ConfigError: if there are no safetensors weights and pickles were not allowed, or the weights cannot be read.
     """
     dtype = getattr(torch, config.dtype)
-    options = {"dtype": dtype, "attn_implementation": config.attention, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
     try:
         if config.id is None:
-            return AutoModelForCausalLM.from_config(architecture, **options)
-        return AutoModelForCausalLM.from_pretrained(
+            return cast(PreTrainedModel, _auto_model().from_config(architecture, **options))
+        loaded = _auto_model().from_pretrained(
             config.id,
             config=architecture,
             revision=config.revision,
@@ -133,8 +139,11 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
             weights_only=True,
             **options,
         )
+        return cast(PreTrainedModel, loaded)
     except (OSError, ValueError) as error:
-        remedy = "check model.id" if config.allow_pickle else "pickled weights are loaded only with model.allow_pickle=true"
+        remedy = (
+            "check model.id" if config.allow_pickle else "pickled weights are loaded only with model.allow_pickle=true"
+        )
         raise ConfigError(f"readable safetensors weights at {config.id}", _first_line(error), remedy) from error
 
 
@@ -172,9 +181,15 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None) -> nn
     from peft import LoraConfig, get_peft_model
 
     try:
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **dict(adapter)))
+        return cast(nn.Module, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **dict(adapter))))
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"LoRA options that fit {type(model).__name__}", _first_line(error), "correct adapter") from error
+        raise ConfigError(
+            f"LoRA options that fit {type(model).__name__}", _first_line(error), "correct adapter"
+        ) from error
+
+
+def _auto_model() -> Any:
+    return AutoModelForCausalLM  # its factory methods are untyped
 
 
 def _first_line(error: BaseException) -> str:

@@ -106,7 +106,7 @@ class Noise:
     def rademacher_at(
         self, key: Key, ranges: Sequence[Range], indices: Sequence[Tensor], device: Device = "cpu"
     ) -> list[Tensor]:
-        """Signs of some elements of each range: `rademacher(...)[r][indices[r]]`, at one word per 32 elements of a range.
+        """Signs of some elements of each range: `rademacher(...)[r][indices[r]]`, at one word per 32 elements.
 
         Args:
             key, ranges: as for `rademacher`.
@@ -122,7 +122,7 @@ class Noise:
         return signs
 
     def integers(self, key: Key, limits: Sequence[tuple[int, int]]) -> list[int]:
-        """For each (tensor id, n), n < 2**63: an integer uniform on [0, n), from 64 random bits (bias below n / 2**64)."""
+        """For each (tensor id, n), n < 2**63: an integer uniform on [0, n), from 64 bits (bias below n / 2**64)."""
         drawn = self.words(key, [Range(tensor, 0, 2) for tensor, _ in limits])
         words = torch.stack(drawn).to(torch.int64) & 0xFFFFFFFF
         return [n * (high << 32 | low) >> 64 for (_, n), (high, low) in zip(limits, words.tolist(), strict=True)]
@@ -153,7 +153,9 @@ class Noise:
         """Run a kernel over the blocks that cover the ranges, and cut the ranges out."""
         for tensor, start, stop in ranges:
             if not (0 <= tensor < 2**32 and 0 <= start <= stop <= 2**34):
-                raise ValueError(f"expected a tensor id and elements 0 <= start <= stop <= 2**34, got {tensor, start, stop}")
+                raise ValueError(
+                    f"expected a tensor id and elements 0 <= start <= stop <= 2**34, got {tensor, start, stop}"
+                )
         firsts = [start // 4 for _, start, _ in ranges]
         sizes = [-(-stop // 4) - first for (_, _, stop), first in zip(ranges, firsts, strict=True)]
         if not sum(sizes):
@@ -207,7 +209,9 @@ def _compiled(kernel: Kernel) -> Kernel:
             chosen.append(fused)
         except Exception as error:  # whatever a missing or broken compiler raises
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            warnings.warn(f"noise runs in eager mode, several times slower: torch.compile failed: {reason[0]}", stacklevel=2)
+            warnings.warn(
+                f"noise runs in eager mode, several times slower: torch.compile failed: {reason[0]}", stacklevel=2
+            )
             chosen.append(kernel)
             result = kernel(blocks, tensors, words)
         return result
@@ -292,4 +296,8 @@ def _smallest(words: Tensor, k: int) -> Tensor:
     return torch.topk(_ranks(words), k, largest=False, sorted=False).indices.sort().values
 
 
-_DTYPES = {_words_kernel: torch.int32, _uniform_kernel: torch.float32, _normal_kernel: torch.float32}
+_DTYPES: dict[Kernel, torch.dtype] = {
+    _words_kernel: torch.int32,
+    _uniform_kernel: torch.float32,
+    _normal_kernel: torch.float32,
+}

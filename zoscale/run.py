@@ -35,14 +35,6 @@ from zoscale.tasks import TASKS, Task
 from zoscale.tracking import NullTracker, Tracker
 from zoscale.trainer import Trainer, claim, write_json
 
-TABLES: dict[str, dict[str, type]] = {
-    "task": dict(TASKS),
-    "probe": dict(PROBES),
-    "estimator": dict(ESTIMATORS),
-    "optimizer": dict(OPTIMIZERS),
-}
-DEFAULTS = {"task": "sst2", "probe": "block", "estimator": "two_point", "optimizer": "jaguar_muon"}
-
 _PACKAGES = ("zoscale", "torch", "deepspeed", "accelerate", "transformers", "peft", "datasets", "mlflow")
 
 

@@ -51,7 +51,7 @@ class RunMeters:
         self.throughput.count(tokens=losses.local_tokens, samples=losses.local_samples, forwards=self.num_candidates)
 
     def take(self) -> dict[str, float]:
-        """Rates since the last call and memory, of every rank as `rank_<r>/...`. A collective; all ranks get the same."""
+        """Rates since the last call and memory, by rank as `rank_<r>/...`. A collective; all ranks get the same."""
         rates, memory = self.throughput.rates(), self.memory.read()
         self.throughput.reset()
         self._gathered += self.comm.take().num_bytes

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,7 +70,9 @@ def read_deepspeed_config(path: str | Path | None) -> dict[str, Any]:
         raise ConfigError(f"zero_optimization.stage 3 in {path}", repr(stage), "start from ds_configs/zero3.json")
     for section in ("optimizer", "scheduler"):
         if section in config:
-            raise ConfigError(f"no {section!r} section in {path}", "one", "remove it: zoscale updates the shards itself")
+            raise ConfigError(
+                f"no {section!r} section in {path}", "one", "remove it: zoscale updates the shards itself"
+            )
     return dict(config)
 
 
@@ -121,6 +124,7 @@ def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> A
         torch.set_num_threads(runtime.threads)
     _stand_alone()
     _skip_shm_build()
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
     plugin = DeepSpeedPlugin(hf_ds_config=fill_deepspeed_config(config, runtime.dtype, size), zero3_init_flag=True)
     group = InitProcessGroupKwargs(

@@ -132,7 +132,9 @@ class Trainer:
     def _evaluate(self, name: str, batches: list[MicroBatch], step: int) -> Evaluation:
         result = evaluate(self.engine.answers, batches, self.engine.mesh)
         self.tracker.log(step, result.metrics(name))
-        self.log(f"step {step}: {name} accuracy {result.accuracy:.4f}, loss {result.loss:.4f} ({result.count} examples)")
+        self.log(
+            f"step {step}: {name} accuracy {result.accuracy:.4f}, loss {result.loss:.4f} ({result.count} examples)"
+        )
         return result
 
     def _choose(self, step: int) -> None:
@@ -190,7 +192,9 @@ def claim(run_dir: Path, overwrite: bool) -> None:
     if (run_dir / "config.yaml").exists():
         if not overwrite:
             raise ConfigError(
-                "a configuration that has not run yet", f"a run in {run_dir}", "change it, or overwrite=true to start again"
+                "a configuration that has not run yet",
+                f"a run in {run_dir}",
+                "change it, or overwrite=true to start again",
             )
         import shutil
 

@@ -114,5 +114,7 @@ def _matches(group: Mapping[str, Any], spec: TensorSpec) -> bool:
     try:
         found = re.search(group.get("pattern", ""), spec.name) is not None
     except re.error as error:
-        raise ValueError(f"expected a regular expression in optimizer.groups, got {group['pattern']!r}: {error}") from error
+        raise ValueError(
+            f"expected a regular expression in optimizer.groups, got {group['pattern']!r}: {error}"
+        ) from error
     return found and len(spec.shape) <= group.get("max_ndim", len(spec.shape))

@@ -81,7 +81,13 @@ class JaguarMuon(ZeroOrderOptimizer):
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
         self._sign_lr_scale = sign_lr_scale
-        defaults = {"lr": lr, "beta": _checked(beta), "weight_decay": weight_decay, "scale": scale, "iteration": iteration}
+        defaults = {
+            "lr": lr,
+            "beta": _checked(beta),
+            "weight_decay": weight_decay,
+            "scale": scale,
+            "iteration": iteration,
+        }
         super().__init__(shards, mesh, defaults, groups)
 
     def rule(self, spec: TensorSpec) -> str:
@@ -118,7 +124,7 @@ def _momentum(states: State, shard: ShardedParam) -> Tensor:
 def _remember(
     states: State, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
 ) -> Iterator[tuple[Piece, Tensor]]:
-    """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates, piece by piece; yields each piece with its memory."""
+    """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates; yields each piece with its memory."""
     for batch in pieces(shards):
         for piece, (gradient, visited) in zip(batch, estimate.mean_over_visits(batch), strict=True):
             memory = _momentum(states, piece.shard)[piece.start : piece.stop]

@@ -1,5 +1,6 @@
 """Orthogonalisation of a matrix by Newton-Schulz iteration: A = U S V^T to about U V^T."""
 
+import math
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ def orthogonalize(matrix: Tensor, *, iteration: Iteration = "quintic", num_itera
     a, b, c = _QUINTIC if iteration == "quintic" else _CUBIC
     default = 5 if iteration == "quintic" else 10
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT if tall else matrix
+    x: Tensor = matrix.mT if tall else matrix
     x = x / (torch.linalg.matrix_norm(x) + _EPS)
     for _ in range(default if num_iterations is None else num_iterations):
         gram = x @ x.mT
@@ -45,7 +46,7 @@ def update_scale(rows: int, columns: int, scale: Scale) -> float:
     root mean square of AdamW's updates (arXiv 2502.16982).
     """
     if scale == "spectral":
-        return max(1.0, rows / columns) ** 0.5
+        return math.sqrt(max(1.0, rows / columns))
     if scale == "rms":
-        return 0.2 * max(rows, columns) ** 0.5
+        return 0.2 * math.sqrt(max(rows, columns))
     return 1.0

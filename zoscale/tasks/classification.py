@@ -32,7 +32,11 @@ class Classification(Task):
     ) -> None:
         super().__init__(Source(path, subset, files))
         self.template = template
-        pairs = candidates.items() if isinstance(candidates, dict) else ((str(i), text) for i, text in enumerate(candidates))
+        pairs = (
+            candidates.items()
+            if isinstance(candidates, dict)
+            else ((str(i), text) for i, text in enumerate(candidates))
+        )
         self.candidates = dict(pairs)
         self.label = label
         if len(self.candidates) < 2 or len(set(self.candidates.values())) < len(self.candidates):

@@ -51,13 +51,17 @@ class Source:
                 f"a readable split {split!r} at {self.files or self.path}", reason, "check task.path and task.files"
             ) from error
         if not len(rows):
-            raise ConfigError(f"at least one record in split {split!r} of {self.files or self.path}", "none", "check the file")
+            raise ConfigError(
+                f"at least one record in split {split!r} of {self.files or self.path}", "none", "check the file"
+            )
         return list(rows)
 
     def _file(self, split: str) -> Path | None:
         if self.files is not None:
             if split not in self.files:
-                raise ConfigError(f"a file for split {split!r} in task.files", ", ".join(self.files) or "none", "add it")
+                raise ConfigError(
+                    f"a file for split {split!r} in task.files", ", ".join(self.files) or "none", "add it"
+                )
             return _known(Path(self.files[split]))
         folder = Path(self.path) if self.path is not None else None
         if folder is None or not folder.is_dir():
@@ -66,7 +70,9 @@ class Source:
             if (folder / f"{split}{suffix}").is_file():
                 return folder / f"{split}{suffix}"
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "an empty folder"
-        raise ConfigError(f"{split}.jsonl, .csv, .tsv or .parquet in {folder}", found, "add the file or correct task.path")
+        raise ConfigError(
+            f"{split}.jsonl, .csv, .tsv or .parquet in {folder}", found, "add the file or correct task.path"
+        )
 
 
 def _known(file: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from zoscale.config_yaml import Text, plain
+from zoscale.config.strict_yaml import Text, plain
 
 MISSING: Any = inspect.Parameter.empty  # the default of a field that must be given
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoscale.config_parser import Given, Schema
-from zoscale.config_schema import MISSING, Field, Method, fields_of, is_section
-from zoscale.config_yaml import ConfigError, Text, load_yaml, plain, show
+from zoscale.config.merging import Given, Schema
+from zoscale.config.schema import MISSING, Field, Method, fields_of, is_section
+from zoscale.config.strict_yaml import ConfigError, Text, load_yaml, plain, show
 
 COMMAND_LINE = "the command line"
 
@@ -99,9 +99,7 @@ def _block(title: str, prefix: str, cls: type, fields: Iterable[Field]) -> str:
         def _format_action_invocation(self, action: argparse.Action) -> str:
             return action.dest  # as in `key=value`, without dashes
 
-    parser = ArgumentParser(
-        usage=argparse.SUPPRESS, description=title, add_help=False, formatter_class=Formatter
-    )
+    parser = ArgumentParser(usage=argparse.SUPPRESS, description=title, add_help=False, formatter_class=Formatter)
     meanings = _meanings(cls)
     for field_ in fields:
         required = field_.default is MISSING

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoscale.config_schema import MISSING, Field, Method, conform, fields_of, is_section, type_name
-from zoscale.config_yaml import ConfigError, Text, did_you_mean, show
+from zoscale.config.schema import MISSING, Field, Method, conform, fields_of, is_section, type_name
+from zoscale.config.strict_yaml import ConfigError, Text, did_you_mean, show
 
 Tables = Mapping[str, Mapping[str, type]]
 
@@ -103,9 +103,7 @@ class Schema:
             raise ConfigError(choices, got, did_you_mean(str(name), table, "choose one of them"))
         return str(name)
 
-    def _known(
-        self, prefix: str, tree: Mapping[str, Any], fields: dict[str, Field], given: Given
-    ) -> dict[str, Field]:
+    def _known(self, prefix: str, tree: Mapping[str, Any], fields: dict[str, Field], given: Given) -> dict[str, Field]:
         """`fields`, once every key of `tree` (given below `prefix`) is known to be one of them."""
         for key, value in tree.items():
             if key not in fields:

@@ -78,7 +78,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that writes shared values out, and quotes text that YAML 1.1 or 1.2 would read otherwise."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
@@ -96,9 +96,7 @@ def load_yaml(text: str, source: str) -> Any:
         value = yaml.load(text, _Loader)
     except Exception as error:  # a bad explicit tag (`!!int x`) makes PyYAML raise any type at all
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"valid YAML in {source}", shorten(reason, 300), "correct the file at that place"
-        ) from error
+        raise ConfigError(f"valid YAML in {source}", shorten(reason, 300), "correct the file at that place") from error
     return plain(value, source)
 
 
@@ -118,9 +116,7 @@ def plain(value: Any, key: str, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item, key, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(
-            f"finite numbers in {key}", str(value), "give a finite number, or null where it is allowed"
-        )
+        raise ConfigError(f"finite numbers in {key}", str(value), "give a finite number, or null where it is allowed")
     if type(value) is int and not -(2**63) <= value < 2**63:
         raise ConfigError(f"integers of at most 64 bits in {key}", "a larger one", "give a smaller integer")
     if value is None or isinstance(value, Text) or type(value) in (bool, int, float, str):

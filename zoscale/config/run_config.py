@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
-from zoscale.config_cli import help_text, read_command_line
-from zoscale.config_parser import Given, Schema, Tables
-from zoscale.config_schema import Method
-from zoscale.config_sections import (
+from zoscale.config.command_line import help_text, read_command_line
+from zoscale.config.merging import Given, Schema, Tables
+from zoscale.config.schema import Method
+from zoscale.config.sections import (
     DataConfig,
     ModelConfig,
     RuntimeConfig,
@@ -28,7 +28,7 @@ from zoscale.config_sections import (
     TrackingConfig,
     TrainConfig,
 )
-from zoscale.config_yaml import ConfigError, did_you_mean, dump_yaml, plain, show
+from zoscale.config.strict_yaml import ConfigError, did_you_mean, dump_yaml, plain, show
 
 __all__ = [
     "ConfigError", "DataConfig", "Method", "ModelConfig", "RunConfig", "RuntimeConfig", "ScheduleConfig",

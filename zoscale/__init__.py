@@ -1,0 +1,52 @@
+"""Zero-order fine-tuning of language models on many GPUs: forward-only, sharded by DeepSpeed ZeRO-3."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoscale.engine import StepResult, ZeroOrderEngine
+    from zoscale.estimators import OneSided, TwoPoint
+    from zoscale.export import save_trained
+    from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD
+    from zoscale.probes import Block, Coordinate, Entry, Gaussian, Rademacher, Row, Tensors
+    from zoscale.runtime import Runtime, start, stop
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "engine": ("StepResult", "ZeroOrderEngine"),
+    "estimators": ("OneSided", "TwoPoint"),
+    "export": ("save_trained",),
+    "optim": ("ZOSGD", "JaguarMuon", "JaguarSignSGD"),
+    "probes": ("Block", "Coordinate", "Entry", "Gaussian", "Rademacher", "Row", "Tensors"),
+    "runtime": ("Runtime", "start", "stop"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ZOSGD",
+    "Block",
+    "Coordinate",
+    "Entry",
+    "Gaussian",
+    "JaguarMuon",
+    "JaguarSignSGD",
+    "OneSided",
+    "Rademacher",
+    "Row",
+    "Runtime",
+    "StepResult",
+    "Tensors",
+    "TwoPoint",
+    "ZeroOrderEngine",
+    "save_trained",
+    "start",
+    "stop",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used, so that `zoscale --help` stays quick."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'zoscale' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"zoscale.{_HOME_OF[name]}"), name)
