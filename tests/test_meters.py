@@ -79,7 +79,7 @@ def test_sampled_fallback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert meter.read().peak < before + 50 * MIB
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_memory_on_a_gpu_is_the_allocator_s() -> None:
     meter = MemoryMeter("cuda")
     before = meter.read().current
@@ -211,50 +211,52 @@ def test_bytes_of_a_zero3_forward(world_size: int, tmp_path: Path) -> None:
 def worker(out: Path) -> None:
     """One rank: three forwards of a small OPT, counted, once per way of gathering."""
     import deepspeed
-    from deepspeed.runtime.zero import partition_parameters
     from deepspeed.utils import groups
-    from transformers import OPTConfig, OPTForCausalLM
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-    config = OPTConfig(
-        vocab_size=301, hidden_size=40, num_hidden_layers=3, ffn_dim=96, num_attention_heads=4,
-        max_position_embeddings=50, word_embed_proj_dim=40, use_cache=False,
-    )  # fmt: skip
     world_size = torch.distributed.get_world_size()
-    result: dict[str, Any] = {}
     groups._create_zero_param_parallel_group(world_size)
-    ways = {
+    result: dict[str, Any] = {}
+    for name, way in {
         "plain": {},
         "all_reduce": {"stage3_use_all_reduce_for_fetch_params": True},
         "secondary": {"zero_hpz_partition_size": world_size},
-    }
-    for name, way in ways.items():
-        torch.manual_seed(0)
-        model = OPTForCausalLM(config).eval()
-        sizes = [p.numel() for p in model.parameters()]
-        result["model_bytes"] = 4 * sum(sizes)
-        result["embedding_bytes"] = model.get_input_embeddings().weight.nbytes
-        result["padded_bytes"] = 4 * sum(-(-size // world_size) * world_size for size in sizes)
-        zero = {
-            "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 10**9,
-            "stage3_max_live_parameters": 10**9, "stage3_prefetch_bucket_size": 20_000,
-            "memory_efficient_linear": False, **way,
-        }  # fmt: skip
-        engine, *_ = deepspeed.initialize(
-            model=model, config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        )
+    }.items():
+        engine = build(way, result, world_size)
         result[name] = count_forwards(engine)
         if name == "secondary" and world_size > 1:
-            assert all(p.ds_secondary_tensor is not None for p in model.parameters())
-    meter, comm = CommMeter(), partition_parameters.dist
-    with meters.count_allgathers(meter), deepspeed.zero.GatheredParameters(list(model.parameters())):
+            assert all(p.ds_secondary_tensor is not None for p in engine.module.parameters())
+    meter = CommMeter()
+    with meters.count_allgathers(meter), deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         pass
-    assert partition_parameters.dist is comm
     result["gathered_parameters"] = meter.take().num_bytes
     out.write_text(json.dumps(result))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def build(way: dict[str, Any], result: dict[str, Any], world_size: int) -> Any:
+    """An engine around a small OPT; its sizes in bytes go into `result`."""
+    import deepspeed
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=301, hidden_size=40, num_hidden_layers=3, ffn_dim=96, num_attention_heads=4,
+        max_position_embeddings=50, word_embed_proj_dim=40, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = OPTForCausalLM(config).eval()
+    sizes = [p.numel() for p in model.parameters()]
+    result["model_bytes"] = 4 * sum(sizes)
+    result["embedding_bytes"] = model.get_input_embeddings().weight.nbytes
+    result["padded_bytes"] = 4 * sum(-(-size // world_size) * world_size for size in sizes)
+    zero = {
+        "stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 10**9,
+        "stage3_max_live_parameters": 10**9, "stage3_prefetch_bucket_size": 20_000,
+        "memory_efficient_linear": False, **way,
+    }  # fmt: skip
+    return deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero})[0]
 
 
 def count_forwards(engine: Any) -> dict[str, Any]:

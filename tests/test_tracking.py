@@ -208,6 +208,7 @@ print("on" if tracker.mlflow_on else "off")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_create_the_store_and_the_experiment_together(tmp_path: Path) -> None:
     """Also: the creation of the store says nothing on the terminal."""
     runs = tmp_path / "runs"
@@ -219,7 +220,7 @@ def test_two_processes_create_the_store_and_the_experiment_together(tmp_path: Pa
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )  # fmt: skip
+        )
         for name in ("a", "b")
     ]
     try:
@@ -284,7 +285,7 @@ class Server:
             command, cwd=directory, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
-    def wait(self, seconds: float = 120.0) -> Server:
+    def wait(self, seconds: float = 180.0) -> Server:
         import requests
 
         deadline = time.monotonic() + seconds
@@ -292,7 +293,7 @@ class Server:
             try:
                 if requests.get(f"{self.uri}/health", timeout=2).ok:
                     return self
-            except requests.ConnectionError:
+            except requests.RequestException:
                 time.sleep(0.3)
         raise AssertionError(Path(self._log.name).read_text()[-3000:])
 

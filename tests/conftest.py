@@ -1,0 +1,19 @@
+"""Options shared by all tests: long and GPU tests are skipped visibly."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hour", action="store_true", help="run tests that take an hour or more")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "hour": None if config.getoption("--hour") else "takes an hour or more; run with --hour",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,259 @@
+"""Probes: every row of the table against the dense oracle, whole, cut into pieces and sharded; realised supports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+from torch import nn
+
+from zoscale.noise import Noise
+from zoscale.probes import (
+    PROBES,
+    Block,
+    Coordinate,
+    Direction,
+    Entry,
+    JaguarProbe,
+    Probe,
+    Row,
+    Signs,
+    Tensors,
+    pieces,
+)
+from zoscale.shards import CHUNK, Segment, ShardedParam, TensorSpec
+
+torch.set_num_threads(1)
+
+SHAPES: list[tuple[int, ...]] = [(7,), (5, 3), (1, 9), (64, 33), (3, 4, 5), (1,)]
+SEED = 2**40 + 5
+SUPPORTED = sorted(name for name, probe in PROBES.items() if issubclass(probe, JaguarProbe))
+
+
+def specs_of(shapes: Iterable[tuple[int, ...]] = SHAPES) -> list[TensorSpec]:
+    return [TensorSpec(i, f"t{i}", shape) for i, shape in enumerate(shapes)]
+
+
+def whole(spec: TensorSpec) -> ShardedParam:
+    return ShardedParam(nn.Parameter(torch.zeros(spec.shape)), spec)
+
+
+def slice_of(spec: TensorSpec, rank: int, world_size: int) -> ShardedParam:
+    """The shard that ZeRO-3 gives a rank: the flat tensor cut into equal parts, the last ones padded."""
+    param: Any = nn.Parameter(torch.empty(0))
+    param.ds_tensor = torch.zeros(-(-spec.numel // world_size))
+    param.ds_zero_partition_rank = rank
+    return ShardedParam(param, spec)
+
+
+def densified(direction: Direction, shards: list[ShardedParam], limit: int = CHUNK) -> list[torch.Tensor]:
+    """z on the local slices, put together from pieces of at most `limit` elements."""
+    out = {id(shard): torch.full((len(shard),), math.nan) for shard in shards}
+    for group in pieces(shards, limit):
+        for piece, segment in zip(group, direction.segments(group), strict=True):
+            z = torch.zeros(piece.stop - piece.start)
+            if segment is not None:
+                assert segment.value.dtype == torch.float32
+                assert segment.index is None or segment.index.dtype == torch.int64
+                segment.add_to(z, 1.0)
+            out[id(piece.shard)][piece.start : piece.stop] = z
+    return [out[id(shard)] for shard in shards]
+
+
+def dense(probe: Probe, shapes: Iterable[tuple[int, ...]], step: int, k: int, seed: int = SEED) -> list[torch.Tensor]:
+    specs = specs_of(shapes)
+    direction = probe.draw(Noise(seed), specs, step, k)
+    flat = densified(direction, [whole(spec) for spec in specs])
+    return [z.view(spec.shape) for z, spec in zip(flat, specs, strict=True)]
+
+
+def variants(name: str) -> list[tuple[Probe, ref.Probe]]:
+    """A probe of the table in both signs modes and with uneven shares, each with the oracle's counterpart."""
+    probe, found = PROBES[name], [(PROBES[name](), ref.Probe(name, fraction=0.25))]
+    if name == "block":
+        found.append((Block(rows=0.34, columns=0.7), ref.Probe(name, rows=0.34, cols=0.7)))
+        found.append((Block(rows=1.0, columns=0.01), ref.Probe(name, rows=1.0, cols=0.01)))
+    if name == "tensors":
+        found.append((Tensors(share=0.5), ref.Probe(name, fraction=0.5)))
+    if issubclass(probe, JaguarProbe):
+        found.append((probe(signs="ones"), ref.Probe(name, fraction=0.25, signs="ones")))
+    return found
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_equals_the_oracle(name: str) -> None:
+    """Every row of the table, on awkward shapes, several steps and directions, both signs."""
+    for probe, oracle in variants(name):
+        for step, k in [(0, 0), (1, 0), (0, 1), (12345, 7)]:
+            expected = oracle.direction(SHAPES, SEED, step, k)
+            for z, want in zip(dense(probe, SHAPES, step, k), expected, strict=True):
+                if name == "gaussian":
+                    np.testing.assert_allclose(z.numpy(), want, rtol=1e-6, atol=1e-6)
+                else:
+                    assert np.array_equal(z.numpy(), want), (oracle, step, k)
+
+
+@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("limit", [1, 7, 32, 100, 2113])
+def test_pieces_are_slices_of_the_whole(name: str, limit: int) -> None:
+    """Pitfall 4: drawn piece by piece it is the same z."""
+    few = SHAPES if limit >= 32 else [(7,), (5, 3), (1, 9), (4, 33), (3, 4, 5), (1,)]
+    for probe, _ in variants(name)[:2]:
+        for step in (0, 3):
+            direction = probe.draw(Noise(SEED), specs_of(few), step, 1)
+            shards = [whole(spec) for spec in specs_of(few)]
+            cut = densified(direction, shards, limit)
+            assert all(torch.equal(a, b) for a, b in zip(cut, densified(direction, shards), strict=True))
+
+
+@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_shards_are_slices_of_the_whole(name: str, world_size: int) -> None:
+    """Pitfall 5: the ranks' slices together are the one-rank z, padding and empty slices included."""
+    specs = specs_of()
+    for probe, _ in variants(name)[:2]:
+        direction = probe.draw(Noise(SEED), specs, 4, 2)
+        parts = [densified(direction, [slice_of(s, rank, world_size) for s in specs], 50) for rank in range(world_size)]
+        for i, z in enumerate(densified(direction, [whole(spec) for spec in specs])):
+            assert torch.equal(torch.cat([part[i] for part in parts]), z)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_directions_differ_and_are_reproducible(name: str) -> None:
+    """Pitfalls 1 and 2: steps, directions, seeds and same-shaped tensors have z of their own."""
+    shapes = [(40, 30), (40, 30), (40, 30), (40, 30)]
+    probe = PROBES[name]()
+    draws = {
+        at: torch.cat([z.view(-1) for z in dense(probe, shapes, *at)])
+        for at in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]
+    }
+    flat = list(draws.values())
+    assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
+    again = torch.cat([z.view(-1) for z in dense(probe, shapes, 1, 1, 0)])
+    assert torch.equal(again, draws[1, 1, 0])
+    tensors = [[z[i] for i, z in enumerate(dense(probe, shapes, step, 0)) if bool(z.any())] for step in range(3)]
+    for found in tensors:
+        if name not in ("coordinate", "tensors", "row", "entry"):
+            assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+@pytest.mark.parametrize(
+    ("probe", "sizes"),
+    [
+        (Coordinate(), None),
+        (Entry(), [1, 1, 1, 1, 1, 1]),
+        (Row(), [1, 3, 9, 33, 20, 1]),
+        (Block(rows=0.5, columns=0.34), [2, 2 * 1, 1 * 3, 32 * 11, 1 * 6, 1]),
+        (Block(rows=1.0, columns=1.0), [7, 15, 9, 2112, 60, 1]),
+        (Block(rows=0.01, columns=0.01), [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_realised_supports_are_exactly_the_asked_ones(probe: Probe, sizes: list[int] | None) -> None:
+    """Pitfall 20: counts, not thresholds: the visited share is the asked one at every step."""
+    for step in range(10):
+        visited = [int((z != 0).sum()) for z in dense(probe, SHAPES, step, 0)]
+        assert sum(visited) == 1 if sizes is None else visited == sizes
+
+
+def test_block_is_rows_times_columns_without_replacement() -> None:
+    counts = torch.zeros(20, 10)
+    for step in range(400):
+        (z,) = dense(Block(rows=0.25, columns=0.3), [(20, 10)], step, 0)
+        seen = z != 0
+        assert int(seen.any(1).sum()) == 5 and int(seen.any(0).sum()) == 3 and int(seen.sum()) == 15
+        counts += seen
+    assert float((counts / 400 - 0.075).abs().max()) < 5 * (0.075 * 0.925 / 400) ** 0.5
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.01, 1), (0.25, 1), (0.5, 3), (0.7, 4), (1.0, 6)])
+def test_tensors_takes_whole_tensors(share: float, count: int) -> None:
+    """Pitfall 20 for the share of the tensors."""
+    chosen = set()
+    for step in range(30):
+        zs = dense(Tensors(share=share), SHAPES, step, 0)
+        full = [i for i, z in enumerate(zs) if bool((z != 0).all())]
+        assert len(full) == count and all(not bool(z.any()) for i, z in enumerate(zs) if i not in full)
+        chosen.update(full)
+    assert chosen == set(range(6)), "every tensor is chosen sooner or later"
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_signs(name: str) -> None:
+    """`rademacher` takes both signs on the support that `ones` gives +1."""
+    seen = set()
+    for step in range(20):
+        random = dense(PROBES[name](), SHAPES, step, 0)  # type: ignore[arg-type]
+        ones = dense(PROBES[name](signs="ones"), SHAPES, step, 0)  # type: ignore[call-arg]
+        assert all(torch.equal(a.abs(), b) for a, b in zip(random, ones, strict=True))
+        seen.update(torch.cat([z[z != 0] for z in random]).tolist())
+    assert seen == {-1.0, 1.0}
+    assert set(get_args(Signs)) == {"rademacher", "ones"}
+
+
+def test_coordinate_is_uniform_over_all_elements() -> None:
+    hits = torch.zeros(3)
+    for step in range(600):
+        hits += torch.tensor([float((z != 0).any()) for z in dense(Coordinate(), [(2,), (2, 3), (4,)], step, 0)])
+    expected = torch.tensor([2.0, 6.0, 4.0]) / 12
+    assert torch.all((hits / 600 - expected).abs() < 5 * (expected * (1 - expected) / 600).sqrt())
+
+
+def test_only_the_rows_of_tensors_that_a_rank_holds_are_touched() -> None:
+    """A sparse direction stays sparse: an index, not a dense buffer, and None where there is nothing."""
+    spec = TensorSpec(0, "w", (100, 100))
+    shard = whole(spec)
+    direction = Row().draw(Noise(0), [spec], 0, 0)
+    found = [(g[0], direction.segments(g)[0]) for g in pieces([shard], 1000)]
+    touched = [(piece, segment) for piece, segment in found if segment is not None]
+    assert len(touched) == 1
+    assert touched[0][1].value.numel() in (100, 1000)
+    (narrow,) = [s for g in pieces([shard]) for s in direction.segments(g) if s is not None]
+    assert narrow.index is not None and narrow.value.numel() == narrow.index.numel() == 100
+
+
+@pytest.mark.parametrize("limit", [1, 3, 10, 1000])
+def test_pieces_cover_every_element_once(limit: int) -> None:
+    shards = [whole(spec) for spec in specs_of([(7,), (5, 3), (0,), (1, 9), (1,)])]
+    counts = {id(shard): torch.zeros(len(shard)) for shard in shards}
+    order = []
+    for group in pieces(shards, limit):
+        assert 0 < sum(piece.stop - piece.start for piece in group) <= limit
+        for piece in group:
+            counts[id(piece.shard)][piece.start : piece.stop] += 1
+            order.append((piece.shard.spec.id, piece.start))
+    assert all(bool((count == 1).all()) for count in counts.values())
+    assert order == sorted(order)
+    assert list(pieces([])) == []
+
+
+def test_piece_range_is_in_the_whole_tensor() -> None:
+    shard = slice_of(TensorSpec(3, "w", (5, 4)), rank=1, world_size=3)
+    (group,) = pieces([shard])
+    assert (shard.offset, len(shard)) == (7, 7) and group[0].range == (3, 7, 14)
+    last = slice_of(TensorSpec(3, "w", (5, 4)), rank=2, world_size=3)
+    assert (last.offset, len(last)) == (14, 6), "without the padding"
+    empty = slice_of(TensorSpec(3, "b", (2,)), rank=3, world_size=4)
+    assert (empty.offset, len(empty)) == (2, 0)
+
+
+def test_segment_arithmetic() -> None:
+    """One float32 multiplication and one addition per element; visits count where z is not zero."""
+    value, index = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([4, 0, 2])
+    for segment in (Segment(value, index), Segment(torch.tensor([-1.0, 0.0, 0.0, 0.0, 1.0]))):
+        total, visits = torch.full((5,), 0.5), torch.zeros(5)
+        segment.add_to(total, 0.1)
+        assert total.tolist() == torch.tensor([0.5 - 0.1, 0.5, 0.5, 0.5, 0.5 + 0.1]).tolist()
+        segment.count_in(visits)
+        assert visits[[0, 4]].tolist() == [1, 1] and visits[[1, 3]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, 1.0001, math.nan])
+@pytest.mark.parametrize(("probe", "option"), [(Block, "rows"), (Block, "columns"), (Tensors, "share")])
+def test_refused_shares(probe: type[Probe], option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"expected {option} in \(0, 1\], got"):
+        probe(**{option: value})

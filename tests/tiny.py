@@ -1,0 +1,54 @@
+"""Tiny models and batches, the same in every process: shared by tests and their workers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+LORA = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "opt": dict(
+        model_type="opt", vocab_size=211, hidden_size=36, word_embed_proj_dim=36, num_hidden_layers=2, ffn_dim=50,
+        num_attention_heads=4, max_position_embeddings=40, dropout=0.0,
+    ),
+    "llama": dict(
+        model_type="llama", vocab_size=211, hidden_size=36, intermediate_size=50, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=40, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def save_model(name: str, folder: Path) -> Path:
+    """A model with seeded random weights, large enough that losses differ."""
+    options = dict(ARCHITECTURES[name])
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    return folder
+
+
+def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Starting values of a trainable tensor, by its name."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(shape, generator=generator) * 0.1
+
+
+def batch(step: int, num_micro_batches: int = 3) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of different widths, with padding, labels on the last tokens."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    made = []
+    for number in range(num_micro_batches):
+        width = 7 + number
+        ids = torch.randint(4, 200, (2, width), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, width - number - 1 :] = 0
+        ids[mask == 0] = 1
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :3] = -100
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made

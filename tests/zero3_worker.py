@@ -1,0 +1,135 @@
+"""Runs scenarios under real ZeRO-3: `torchrun zero3_worker.py SCENARIOS.json OUT`. Rank 0 writes OUT/<name>.*"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from accelerate.state import AcceleratorState
+from deepspeed.utils import groups
+from safetensors.torch import save_file
+
+from zoscale.config import ModelConfig
+from zoscale.engine import ZeroOrderEngine, micro_batches
+from zoscale.estimators import ESTIMATORS
+from zoscale.methods import TABLES
+from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
+from zoscale.objectives import language_modeling
+from zoscale.runtime import ZERO3, Runtime, start, stop
+from zoscale.shards import local_bytes
+
+
+def build(scenario: dict[str, Any]) -> ZeroOrderEngine:
+    """An engine on a model loaded directly sharded, with known values in the trainable tensors."""
+    config = ModelConfig(id=scenario["model"], dtype=scenario.get("dtype", "float32"))
+    architecture = read_model_config(config)
+    deepspeed = json.loads(json.dumps(ZERO3))
+    deepspeed["zero_optimization"] |= scenario.get("zero", {})
+    AcceleratorState._reset_state()
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes it once per process
+    accelerator = start(
+        Runtime(dtype=config.dtype, deepspeed=deepspeed, threads=1, timeout_minutes=2), size=count_parameters(architecture)
+    )
+    model = add_adapter(load_model(config, architecture), tiny.LORA if scenario["lora"] else None)
+    optimizer, arguments = TABLES["optimizer"][scenario["optimizer"]], scenario.get("optimizer_args", {})
+    engine = ZeroOrderEngine(
+        model,
+        accelerator=accelerator,
+        optimizer=lambda shards, mesh: optimizer(shards, mesh, **arguments),
+        probe=TABLES["probe"][scenario["probe"]](**scenario.get("probe_args", {})),
+        estimator=ESTIMATORS[scenario.get("estimator", "two_point")](**scenario["estimator_args"]),
+        seed=7,
+        master=scenario.get("master", "fp32"),
+    )
+    for shard in engine.shards:
+        whole = tiny.values(shard.spec.name, shard.spec.shape).reshape(-1)
+        shard.truth.copy_(whole[shard.offset : shard.offset + len(shard)])
+        shard.publish()
+    return engine
+
+
+def weights(engine: ZeroOrderEngine) -> dict[str, torch.Tensor]:
+    """Whole truth tensors, on every rank."""
+    gather = engine.mesh.gather_flat
+    return {s.spec.name: gather(s.truth.contiguous(), s.spec.numel).view(s.spec.shape).clone() for s in engine.shards}
+
+
+def trajectory(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    results = [engine.step(tiny.batch(step)) for step in range(scenario["steps"])]
+    rows = [(result.losses.values, result.estimate.projected_grads) for result in results]
+    others = engine.mesh.gather_objects(rows)
+    assert all(other == rows for other in others), "ranks hold different scalars"
+    return {"losses": [row[0] for row in rows], "rhos": [row[1] for row in rows]}
+
+
+def exactness(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """Live slices before and after losses are taken, also when the forward raises on every rank."""
+    engine.step(tiny.batch(0))
+    before = [shard.live.clone() for shard in engine.shards]
+    batches = micro_batches(tiny.batch(1))
+    engine.losses(batches, engine.directions(1))
+    kept = all(torch.equal(a, shard.live) for a, shard in zip(before, engine.shards, strict=True))
+    calls = 0
+
+    def breaks(logprobs: torch.Tensor, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("planted")
+        return language_modeling(logprobs, batch)
+
+    engine.objective = breaks
+    raised = False
+    try:
+        engine.losses(batches, engine.directions(1))
+    except RuntimeError as error:
+        raised = "planted" in str(error)
+    kept_after = all(torch.equal(a, shard.live) for a, shard in zip(before, engine.shards, strict=True))
+    return {"kept": engine.mesh.gather_objects([kept, raised, kept_after])}
+
+
+def non_finite(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """Only the last rank's loss is not finite in step 1."""
+    engine.step(tiny.batch(0))
+    before = [shard.truth.clone() for shard in engine.shards]
+
+    def poisoned(logprobs: torch.Tensor, batch: Any) -> Any:
+        loss, count = language_modeling(logprobs, batch)
+        return (loss * float("nan") if engine.mesh.rank == engine.mesh.world_size - 1 else loss), count
+
+    engine.objective = poisoned
+    result = engine.step(tiny.batch(1))
+    unchanged = all(torch.equal(a, shard.truth) for a, shard in zip(before, engine.shards, strict=True))
+    engine.objective = language_modeling
+    goes_on = engine.step(tiny.batch(2))
+    own = [result.skipped, unchanged, result.loss != result.loss, goes_on.skipped]
+    return {"ranks": engine.mesh.gather_objects(own)}
+
+
+def resident(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """What ZeRO-3 keeps: shards only, of the given type; no optimizer, no buckets."""
+    zero: Any = engine._zero
+    held = sum(x.numel() for x in vars(zero).values() if isinstance(x, torch.Tensor))
+    dtypes = sorted({str(p.ds_tensor.dtype) for p in engine.model.parameters() if not p.requires_grad})
+    total = sum(p.ds_numel * p.ds_tensor.element_size() for p in engine.model.parameters())
+    return {"zero": type(zero).__name__, "held": held, "dtypes": dtypes, "local": local_bytes(engine.model), "total": total}
+
+
+CHECKS = {"trajectory": trajectory, "exactness": exactness, "non_finite": non_finite, "resident": resident}
+
+
+def main(scenarios: str, out: str) -> None:
+    for scenario in json.loads(Path(scenarios).read_text()):
+        engine = build(scenario)
+        report = CHECKS[scenario.get("check", "trajectory")](engine, scenario)
+        final = weights(engine)
+        if engine.mesh.is_main:
+            save_file(final, Path(out) / f"{scenario['name']}.safetensors")
+            (Path(out) / f"{scenario['name']}.json").write_text(json.dumps(report))
+    stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
