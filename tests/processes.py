@@ -23,7 +23,9 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **extra}
 
 
-def run(command: list[str], *, timeout: float = 300, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], *, timeout: float = 300, check: bool = True, **extra: str
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; a hung job is killed with all its children, and its output shown."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(**extra), text=True, stdin=subprocess.DEVNULL,

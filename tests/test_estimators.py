@@ -161,7 +161,7 @@ def test_mean_and_mean_over_visits_against_numpy(probe: Probe, q: int) -> None:
         assert np.array_equal(torch.cat(over_visits).numpy(), total / np.maximum(visits, 1).astype(np.float32))
         assert np.array_equal(torch.cat(seen).numpy(), visits > 0)
     if q > 1 and isinstance(probe, Block):
-        assert 0 < (visits == 0).sum() and visits.max() > 1, "the test sees unvisited and repeated coordinates"
+        assert (visits == 0).sum() > 0 and visits.max() > 1, "the test sees unvisited and repeated coordinates"
 
 
 def test_mean_over_visits_is_unbiased_for_any_support() -> None:

@@ -131,7 +131,11 @@ def test_ranges_of_several_tensors_in_one_call(distribution: str) -> None:
 
 def test_signs_at_some_positions() -> None:
     noise, ranges = Noise(SEED), [Range(1, 37, 611), Range(2, 0, 5), Range(1, 64, 96)]
-    indices = [torch.tensor([0, 1, 26, 27, 58, 573]), torch.tensor([[4, 0], [2, 2]]), torch.tensor([], dtype=torch.int64)]
+    indices = [
+        torch.tensor([0, 1, 26, 27, 58, 573]),
+        torch.tensor([[4, 0], [2, 2]]),
+        torch.tensor([], dtype=torch.int64),
+    ]
     signs = noise.rademacher_at(KEY, ranges, indices)
     for sign, index, whole in zip(signs, indices, noise.rademacher(KEY, ranges), strict=True):
         assert sign.shape == index.shape and torch.equal(sign, whole[index])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from zoscale import tracking
+from zoscale import mlflow_sender, mlflow_store
 from zoscale.tracking import NullTracker, Record, Tracker, read_metrics
 
 mlflow = pytest.importorskip("mlflow")
@@ -25,10 +25,10 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", *tracking._OPENING):
+    for name in ("MLFLOW_TRACKING_URI", *mlflow_store._OPENING):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    monkeypatch.setattr(tracking, "_SEND_EVERY", 0.05)
+    monkeypatch.setattr(mlflow_sender, "_SEND_EVERY", 0.05)
 
 
 def start(run_dir: Path, **changes: Any) -> Tracker:
@@ -153,7 +153,7 @@ def test_lines_are_on_disk_at_once_and_errors_are_a_status(store: Path) -> None:
 
 
 def test_log_does_not_wait_for_the_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_send_records", lambda *_: time.sleep(0.3) or 1)
+    monkeypatch.setattr(mlflow_sender, "send_records", lambda *_: time.sleep(0.3) or 1)
     tracker = start(store / "slow")
     begin = time.perf_counter()
     for step in range(100):
@@ -399,7 +399,7 @@ def test_a_server_that_never_answers(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "5")
-    with tracking._short_waits():
+    with mlflow_store.short_waits():
         assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "5"
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "4"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "5"
@@ -407,8 +407,8 @@ def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_full_queue_gives_up(store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(tracking, "_QUEUE_LIMIT", 5)
-    monkeypatch.setattr(tracking, "_SEND_EVERY", 60.0)
+    monkeypatch.setattr(mlflow_sender, "_QUEUE_LIMIT", 5)
+    monkeypatch.setattr(mlflow_sender, "_SEND_EVERY", 60.0)
     tracker = start(store / "full")
     for step in range(20):
         tracker.log(step, {"loss": 1.0})

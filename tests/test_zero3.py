@@ -66,11 +66,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world}_ranks")
-def job(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def job(
+    request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """All scenarios of one world size in one job."""
     world = request.param
     scenarios = dict(TRAJECTORIES) | CHECKS
-    scenarios |= {n: TRAJECTORIES[base] | {"zero": zero} for n, (base, zero, worlds) in ZERO_VARIANTS.items() if world in worlds}
+    scenarios |= {
+        n: TRAJECTORIES[base] | {"zero": zero} for n, (base, zero, worlds) in ZERO_VARIANTS.items() if world in worlds
+    }
     out = tmp_path_factory.mktemp(f"world{world}")
     rows = [{"name": n, "model": str(models[s["arch"]]), "steps": STEPS, **s} for n, s in scenarios.items()]
     (out / "scenarios.json").write_text(json.dumps(rows))

@@ -30,7 +30,8 @@ def build(scenario: dict[str, Any]) -> ZeroOrderEngine:
     AcceleratorState._reset_state()
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes it once per process
     accelerator = start(
-        Runtime(dtype=config.dtype, deepspeed=deepspeed, threads=1, timeout_minutes=2), size=count_parameters(architecture)
+        Runtime(dtype=config.dtype, deepspeed=deepspeed, threads=1, timeout_minutes=2),
+        size=count_parameters(architecture),
     )
     model = add_adapter(load_model(config, architecture), tiny.LORA if scenario["lora"] else None)
     optimizer, arguments = TABLES["optimizer"][scenario["optimizer"]], scenario.get("optimizer_args", {})
@@ -114,7 +115,13 @@ def resident(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any
     held = sum(x.numel() for x in vars(zero).values() if isinstance(x, torch.Tensor))
     dtypes = sorted({str(p.ds_tensor.dtype) for p in engine.model.parameters() if not p.requires_grad})
     total = sum(p.ds_numel * p.ds_tensor.element_size() for p in engine.model.parameters())
-    return {"zero": type(zero).__name__, "held": held, "dtypes": dtypes, "local": local_bytes(engine.model), "total": total}
+    return {
+        "zero": type(zero).__name__,
+        "held": held,
+        "dtypes": dtypes,
+        "local": local_bytes(engine.model),
+        "total": total,
+    }
 
 
 CHECKS = {"trajectory": trajectory, "exactness": exactness, "non_finite": non_finite, "resident": resident}

@@ -9,10 +9,7 @@ The arithmetic is plain tensor operations on int32 (wrapping multiplication, 16-
 `torch.compile` fuses into one pass: vector C++ on the CPU, Triton on the GPU.
 """
 
-import functools
-import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,16 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
-_UNIT = 2.0**-24  # a word's top 24 bits are exact in float32
+from zoscale import philox
+
 _BLOCK_MULTIPLE = 64  # blocks per call are a multiple of this: whole vectors only, so a value has one code path
 _BITS = 32
 
 
 Device = torch.device | str
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Domain(IntEnum):
@@ -80,15 +74,15 @@ class Noise:
 
     def words(self, key: Key, ranges: Sequence[Range], device: Device = "cpu") -> list[Tensor]:
         """Raw words: per range int32 [stop - start], the bit patterns of unsigned 32-bit words."""
-        return self._draw(_words_kernel, key, ranges, device)
+        return self._draw(philox.words, key, ranges, device)
 
     def uniform(self, key: Key, ranges: Sequence[Range], device: Device = "cpu") -> list[Tensor]:
         """Uniform on [0, 1) with 24 random bits: per range float32 [stop - start]."""
-        return self._draw(_uniform_kernel, key, ranges, device)
+        return self._draw(philox.uniform, key, ranges, device)
 
     def normal(self, key: Key, ranges: Sequence[Range], device: Device = "cpu") -> list[Tensor]:
         """Standard normals by Box-Muller, |z| <= 5.77: per range float32 [stop - start]."""
-        return self._draw(_normal_kernel, key, ranges, device)
+        return self._draw(philox.normal, key, ranges, device)
 
     def rademacher(self, key: Key, ranges: Sequence[Range], device: Device = "cpu") -> list[Tensor]:
         """Signs +1 or -1 with equal probability: per range float32 [stop - start].
@@ -149,7 +143,7 @@ class Noise:
     def _sign_words(self, key: Key, ranges: Sequence[Range], device: Device) -> list[Tensor]:
         return self.words(key, [Range(t, start // _BITS, -(-stop // _BITS)) for t, start, stop in ranges], device)
 
-    def _draw(self, kernel: Kernel, key: Key, ranges: Sequence[Range], device: Device) -> list[Tensor]:
+    def _draw(self, kernel: philox.Kernel, key: Key, ranges: Sequence[Range], device: Device) -> list[Tensor]:
         """Run a kernel over the blocks that cover the ranges, and cut the ranges out."""
         for tensor, start, stop in ranges:
             if not (0 <= tensor < 2**32 and 0 <= start <= stop <= 2**34):
@@ -159,9 +153,9 @@ class Noise:
         firsts = [start // 4 for _, start, _ in ranges]
         sizes = [-(-stop // 4) - first for (_, _, stop), first in zip(ranges, firsts, strict=True)]
         if not sum(sizes):
-            return [torch.empty(0, dtype=_DTYPES[kernel], device=device) for _ in ranges]
+            return [torch.empty(0, dtype=philox.DTYPES[kernel], device=device) for _ in ranges]
         blocks, tensors = _counters(ranges, firsts, sizes, device)
-        run = _compiled(kernel) if self.compiled else kernel
+        run = philox.compiled(kernel) if self.compiled else kernel
         drawn = run(blocks, tensors, torch.tensor(self._words(key), dtype=torch.int32, device=device))
         begins = [4 * (end - size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         skips = [start % 4 for _, start, _ in ranges]
@@ -175,7 +169,7 @@ class Noise:
             if not 0 <= value < limit:
                 raise ValueError(f"expected 0 <= {name} < {limit}, got {value}")
         words = (key.step, key.direction | key.domain << 24, self.seed & 0xFFFFFFFF, self.seed >> 32)
-        return [_signed(word) for word in words]
+        return [philox.signed(word) for word in words]
 
 
 def _counters(
@@ -186,98 +180,13 @@ def _counters(
     padded = total + -total % _BLOCK_MULTIPLE
     if len(ranges) == 1:  # no host work and no copy in the case of large tensors
         blocks = torch.arange(firsts[0], firsts[0] + padded, device=device).to(torch.int32)
-        return blocks, torch.full_like(blocks, _signed(ranges[0].tensor))
+        return blocks, torch.full_like(blocks, philox.signed(ranges[0].tensor))
     counts = torch.tensor([*sizes, padded - total])
     ends = counts.cumsum(0)
     shift = torch.tensor([*firsts, 0]) - (ends - counts)
-    tensors = torch.tensor([*(_signed(tensor) for tensor, _, _ in ranges), 0], dtype=torch.int32)
+    tensors = torch.tensor([*(philox.signed(tensor) for tensor, _, _ in ranges), 0], dtype=torch.int32)
     blocks = torch.arange(padded) + shift.repeat_interleave(counts)
     return blocks.to(torch.int32).to(device), tensors.repeat_interleave(counts).to(device)
-
-
-@functools.cache
-def _compiled(kernel: Kernel) -> Kernel:
-    """The kernel under torch.compile (one graph for all sizes), or the kernel itself where that fails."""
-    fused = torch.compile(kernel, dynamic=True, fullgraph=True)
-    chosen: list[Kernel] = []
-
-    def call(blocks: Tensor, tensors: Tensor, words: Tensor) -> Tensor:
-        if chosen:
-            return chosen[0](blocks, tensors, words)
-        try:
-            result = fused(blocks, tensors, words)
-            chosen.append(fused)
-        except Exception as error:  # whatever a missing or broken compiler raises
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            warnings.warn(
-                f"noise runs in eager mode, several times slower: torch.compile failed: {reason[0]}", stacklevel=2
-            )
-            chosen.append(kernel)
-            result = kernel(blocks, tensors, words)
-        return result
-
-    return call
-
-
-def _signed(word: int) -> int:
-    """The int32 value with the bit pattern of an unsigned 32-bit word."""
-    return word - 2**32 if word >= 2**31 else word
-
-
-def _high(a: Tensor) -> Tensor:
-    """Upper 16 bits of each 32-bit pattern (a logical shift: int32 `>>` is arithmetic)."""
-    return (a >> 16) & 0xFFFF
-
-
-def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low words of the unsigned 64-bit product of `a` and the constant `m`, in wrapping int32."""
-    a_low, a_high, m_low, m_high = a & 0xFFFF, _high(a), m & 0xFFFF, m >> 16
-    low_low, low_high, high_low = a_low * _signed(m_low), a_low * m_high, a_high * m_low
-    middle = _high(low_low) + (low_high & 0xFFFF) + (high_low & 0xFFFF)
-    return a_high * m_high + _high(low_high) + _high(high_low) + (middle >> 16), a * _signed(m)
-
-
-def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four counter words and two key words (int32 bit patterns, broadcastable) to four words."""
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + _signed(_WEYL[0]), k1 + _signed(_WEYL[1])
-    return c0, c1, c2, c3
-
-
-def _philox_kernel(blocks: Tensor, tensors: Tensor, words: Tensor) -> tuple[Tensor, ...]:
-    step, last, key0, key1 = (blocks * 0 + word for word in words)
-    return philox(blocks, tensors, step, last, key0, key1)
-
-
-def _interleave(lanes: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(lanes), dim=-1).view(-1)
-
-
-def _words_kernel(blocks: Tensor, tensors: Tensor, words: Tensor) -> Tensor:
-    return _interleave(_philox_kernel(blocks, tensors, words))
-
-
-def _uniform_kernel(blocks: Tensor, tensors: Tensor, words: Tensor) -> Tensor:
-    return _interleave([_top24(word).to(torch.float32) * _UNIT for word in _philox_kernel(blocks, tensors, words)])
-
-
-def _normal_kernel(blocks: Tensor, tensors: Tensor, words: Tensor) -> Tensor:
-    w0, w1, w2, w3 = _philox_kernel(blocks, tensors, words)
-    return _interleave([*_box_muller(w0, w1), *_box_muller(w2, w3)])
-
-
-def _top24(word: Tensor) -> Tensor:
-    return (word >> 8) & 0xFFFFFF
-
-
-def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    uniform = (_top24(radius_word) + 1).to(torch.float32) * _UNIT  # (0, 1]: the logarithm is finite
-    angle = _top24(angle_word).to(torch.float32) * (_UNIT * 2 * math.pi)
-    radius = torch.sqrt(-2.0 * torch.log(uniform))
-    return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
 def _sign(bits: Tensor) -> Tensor:
@@ -294,10 +203,3 @@ def _smallest(words: Tensor, k: int) -> Tensor:
     if k == len(words):
         return torch.arange(k)
     return torch.topk(_ranks(words), k, largest=False, sorted=False).indices.sort().values
-
-
-_DTYPES: dict[Kernel, torch.dtype] = {
-    _words_kernel: torch.int32,
-    _uniform_kernel: torch.float32,
-    _normal_kernel: torch.float32,
-}
