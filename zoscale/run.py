@@ -108,7 +108,7 @@ def _run(config: RunConfig, task: Task, architecture: Any, size: ModelSize, acce
             write_json(config.run_dir / "summary.json", summary)
             tracker.log_artifacts(config.run_dir / "adapter", "adapter")
             tracker.log_artifact(config.run_dir / "summary.json")
-            _conclude(config, summary, encoder)
+            _conclude(config, summary, encoder, tracker)
         status = "FINISHED"
         return summary
     finally:
@@ -154,7 +154,7 @@ def _claim_together(config: RunConfig, engine: ZeroOrderEngine) -> None:
         raise refusal
 
 
-def _tracker(config: RunConfig, engine: ZeroOrderEngine) -> Tracker | NullTracker:
+def _tracker(config: RunConfig, engine: ZeroOrderEngine) -> Tracker:
     if not engine.mesh.is_main:
         return NullTracker()
     return Tracker.start(
@@ -193,7 +193,7 @@ def _describe(config: RunConfig, engine: ZeroOrderEngine, size: ModelSize, split
     log(f"method: {method}, {engine.estimator.num_candidates} forwards per step, {config.train.steps} steps")
 
 
-def _conclude(config: RunConfig, summary: dict[str, Any], encoder: Encoder) -> None:
+def _conclude(config: RunConfig, summary: dict[str, Any], encoder: Encoder, tracker: Tracker) -> None:
     validation = summary["validation"]
     if encoder.num_truncated:
         print(f"{encoder.num_truncated} rows were cut to data.max_length={config.data.max_length} tokens")
@@ -202,6 +202,8 @@ def _conclude(config: RunConfig, summary: dict[str, Any], encoder: Encoder) -> N
         f"{validation['best_on_dev']['accuracy']:.4f} after ({validation['before']['count']} examples)"
     )
     print(f"{'adapter' if config.adapter is not None else 'model'}: {config.run_dir / 'adapter'}")
+    print(f"summary: {config.run_dir / 'summary.json'}")
+    print(f"to compare runs: {tracker.how_to_open()}")
 
 
 def facts(config: RunConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from zoscale.evaluate import Evaluation, evaluate
 from zoscale.run_meters import RunMeters
 from zoscale.snapshot import Snapshot
 from zoscale.tasks import Task
-from zoscale.tracking import NullTracker, Tracker
+from zoscale.tracking import Tracker
 
 Log = Callable[[str], None]
 
@@ -52,7 +52,7 @@ class Trainer:
         task: Task,
         splits: Splits,
         encoder: Encoder,
-        tracker: Tracker | NullTracker,
+        tracker: Tracker,
         log: Log,
     ) -> None:
         self.config = config

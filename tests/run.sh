@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that must hold, quick checks first. Makes its own environment in .venv.
+#   bash tests/run.sh [pytest options]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh '[dev]'
+
+ruff check zoscale launch tests
+ruff format --check zoscale launch tests
+mypy
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+python -m pytest "$@"
