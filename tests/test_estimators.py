@@ -99,7 +99,7 @@ def test_wrong_number_of_losses_is_refused(name: str) -> None:
     directions = draw(Gaussian(), shards, 2)
     for surplus in (1, -1):
         losses = [1.0] * (estimator.num_candidates + surplus)
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"zip|losses"):
             estimator.estimate(directions, losses).mean([Piece(shards[0], 0, 7)])
 
 
@@ -168,17 +168,18 @@ def test_mean_over_visits_is_unbiased_for_any_support() -> None:
     """Given a visit, E[rho z_i] is the partial derivative i: on f(x) = <g, x> with rho = <g, z>."""
     shards = shards_of([(6, 4), (8,)])
     gradient = np.random.default_rng(1).normal(size=32)
-    total, count = np.zeros(32), np.zeros(32)
-    for step in range(600):
-        directions = draw(Block(rows=0.5, columns=0.5), shards, 2, step)
+    projected, squares, seen = 0.0, 0.0, np.zeros(32)
+    for step in range(60):
+        directions = draw(Block(rows=0.5, columns=0.5), shards, 4, step)
         rhos = tuple(float(gradient @ densified(z, shards)) for z in directions)
         (group,) = pieces(shards)
         pairs = GradientEstimate(tuple(directions), rhos, 0.0).mean_over_visits(group)
-        seen = torch.cat([b for _, b in pairs]).numpy()
-        total += torch.cat([a for a, _ in pairs]).numpy()
-        count += seen
-    assert count.min() > 200
-    assert np.abs(total / count - gradient).max() < 6 * np.linalg.norm(gradient) / 300**0.5
+        visited = torch.cat([b for _, b in pairs]).numpy()
+        projected += float(torch.cat([a for a, _ in pairs]).numpy() @ gradient)
+        squares += float((gradient**2)[visited].sum())
+        seen += visited
+    assert seen.min() > 20 and seen.max() < 60
+    assert projected / squares == pytest.approx(1.0, abs=0.3), "not 1/q of it, and not its sum"
 
 
 class Recorded(Direction):
@@ -271,10 +272,10 @@ def test_memory_of_an_update_does_not_grow_with_q_or_with_the_tensor(make: Any) 
         optimizer.step(GradientEstimate(directions, (1.0,) * q, 0.0))  # makes the state
         return peak_of(lambda: optimizer.step(GradientEstimate(directions, (1.0,) * q, 0.0)))
 
-    one = peak(CHUNK, 1)
+    one = peak(2 * CHUNK, 1)
     assert 2 * 4 * CHUNK < one < 12 * 4 * CHUNK
-    assert peak(CHUNK, 6) <= 1.3 * one
-    assert peak(3 * CHUNK, 1) <= 1.3 * one
+    assert peak(2 * CHUNK, 5) <= 1.2 * one
+    assert peak(5 * CHUNK, 1) <= 1.2 * one
 
 
 def test_memory_of_a_perturbation_does_not_grow_with_the_tensor() -> None:
@@ -290,6 +291,6 @@ def test_memory_of_a_perturbation_does_not_grow_with_the_tensor() -> None:
 
         return peak_of(cycle)
 
-    one = peak(CHUNK)
+    one = peak(2 * CHUNK)
     assert 2 * 4 * CHUNK < one < 12 * 4 * CHUNK
-    assert peak(3 * CHUNK) <= 1.3 * one
+    assert peak(5 * CHUNK) <= 1.2 * one

@@ -1,0 +1,206 @@
+"""The main job as a user runs it: real launchers, real ZeRO-3, the bundled model and data, MLflow in SQLite."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from peft import PeftModel
+from processes import ROOT, run, torchrun
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+QUICKSTART = ["--config", "launch/recipes/quickstart.yaml"]
+SHORT = ["train.steps=6", "train.eval_every=3", "train.log_every=2", "data.num_dev=48", "data.num_validation=60"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml"]
+
+
+def only_run(folder: Path) -> Path:
+    (found,) = [path.parent for path in folder.glob("*/config.yaml")]
+    return found
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def series(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    return [(row["step"], row["metrics"][name]) for row in metrics(run_dir) if name in row["metrics"]]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A short run by `accelerate launch` on two processes."""
+    out = tmp_path_factory.mktemp("launched")
+    command = [*ACCELERATE, "launch/train.py", *QUICKSTART, *SHORT, f"output_dir={out}", "tracking.experiment=short"]
+    return out, run(command).stdout
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by `zoscale train`, without a launcher: one process; the tracking server is not there."""
+    out = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, "-c", "import sys; from zoscale.cli import main; sys.exit(main())", "train"]
+    options = [f"output_dir={out}", "optimizer.name=jaguar_sign_sgd", "optimizer.lr=1e-3"]
+    result = run([*command, *QUICKSTART, *SHORT, *options, "tracking.uri=http://127.0.0.1:9"])
+    assert "MLflow is off from here on" in result.stdout
+    return out
+
+
+def test_run_directory_is_complete(launched: tuple[Path, str]) -> None:
+    """Pitfall 19: the folder carries the hash of the whole configuration."""
+    run_dir = only_run(launched[0])
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "mlflow_run_id", "summary.json", "adapter", "checkpoints"} <= names
+    assert run_dir.name.startswith("quickstart-")
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+def test_the_log_says_what_is_trained(launched: tuple[Path, str]) -> None:
+    """Pitfall 18: real counts are printed."""
+    text = launched[1]
+    assert "1,027,456 parameters, float32; trainable: 16,384 in 16 tensors; ranks: 2; slices: [8192, 8192]" in text
+    assert "1000 train, 48 dev (held out of train; chooses the step), 60 validation" in text
+    assert "expected memory per rank: 2.0 MiB shard" in text
+    assert "validation accuracy:" in text
+    assert "mlflow ui --backend-store-uri sqlite:///" in text
+
+
+def test_summary_has_what_a_result_needs(launched: tuple[Path, str]) -> None:
+    summary = json.loads((only_run(launched[0]) / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["forwards"] == 6 * 4
+    assert summary["world_size"] == 2
+    assert summary["validation"]["before"]["count"] == 60
+    assert summary["dev"]["count"] == 48
+    assert summary["versions"]["deepspeed"] != "not installed"
+    assert summary["commit"]
+    model_bytes = 1_027_456 * 4
+    for rank in summary["ranks"]:
+        assert rank["tokens_per_second"] > 0
+        assert rank["peak_memory_bytes"] > model_bytes
+        assert 4 * model_bytes <= rank["gathered_bytes_per_step"] <= 4.6 * model_bytes
+
+
+def test_mlflow_holds_parameters_and_metrics_of_each_rank(launched: tuple[Path, str]) -> None:
+    out = launched[0]
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("short")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.info.run_id == (only_run(out) / "mlflow_run_id").read_text().strip()
+    assert found.data.params["optimizer.lr"] == "0.015"
+    assert found.data.params["adapter.r"] == "8"
+    for name in ("tokens_per_second", "samples_per_second", "forwards_per_second", "memory_bytes", "peak_memory_bytes"):
+        assert found.data.metrics[f"rank_0/{name}"] > 0
+        assert found.data.metrics[f"rank_1/{name}"] > 0
+    logged = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in logged] == series(only_run(out), "train/loss")
+    assert {"adapter", "summary.json"} <= {item.path for item in client.list_artifacts(found.info.run_id)}
+
+
+def test_learning_rate_follows_the_schedule(launched: tuple[Path, str]) -> None:
+    """Pitfall 12: the rate used at step t is the schedule's."""
+    used = series(only_run(launched[0]), "train/lr")
+    assert used == [(step, pytest.approx(1.5e-2 * (1 - (step - 1) / 6))) for step in (2, 4, 6)]
+
+
+def test_one_process_gives_the_losses_of_two_and_no_server_is_needed(alone: Path, tmp_path: Path) -> None:
+    """Pitfall 5; and a broken tracking server changes nothing but a warning."""
+    options = [f"output_dir={tmp_path}", "optimizer.name=jaguar_sign_sgd", "optimizer.lr=1e-3", "tracking.mlflow=false"]
+    torchrun(2, "launch/train.py", *QUICKSTART, *SHORT, *options)
+    one, two = only_run(alone), only_run(tmp_path)
+    for name in ("train/loss", "dev/loss", "validation/final/loss"):
+        assert series(one, name) == series(two, name)
+        assert all(math.isfinite(value) for _, value in series(one, name))
+    assert one.name == two.name, "the number of ranks is not part of the configuration"
+
+
+@torch.no_grad()
+def test_adapter_scores_the_same_in_plain_peft(launched: tuple[Path, str]) -> None:
+    run_dir = only_run(launched[0])
+    summary = json.loads((run_dir / "summary.json").read_text())
+    base = ROOT / "launch/tiny_opt/model"
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run_dir / "adapter"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [json.loads(line) for line in (ROOT / "launch/tiny_opt/data/validation.jsonl").read_text().splitlines()][:60]
+    correct, loss = 0, 0.0
+    for row in rows:
+        prompt = tokenizer(f"{row['sentence']} It was", return_tensors="pt")
+        scores = model.eval()(**prompt).logits[0, -1].float().log_softmax(-1)
+        both = torch.stack(
+            [scores[tokenizer(text, add_special_tokens=False)["input_ids"][0]] for text in (" terrible", " great")]
+        )
+        correct += int(both.argmax()) == row["label"]
+        loss -= float(both.log_softmax(-1)[row["label"]])
+    assert correct / 60 == summary["validation"]["best_on_dev"]["accuracy"]
+    assert loss / 60 == pytest.approx(summary["validation"]["best_on_dev"]["loss"], abs=1e-5)
+
+
+def test_a_run_that_exists_is_refused(launched: tuple[Path, str]) -> None:
+    """Pitfall 19: refused on all ranks, with the remedy; nothing is touched."""
+    out = launched[0]
+    before = (only_run(out) / "metrics.jsonl").read_bytes()
+    options = [f"output_dir={out}", "tracking.experiment=short"]
+    result = torchrun(1, "launch/train.py", *QUICKSTART, *SHORT, *options, check=False)
+    assert result.returncode != 0
+    assert "expected a configuration that has not run yet" in result.stdout
+    assert "overwrite=true" in result.stdout
+    assert (only_run(out) / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optimizer.lrr=1"], "optimizer.lr"),
+        (["optimizer.lr=fast"], "optimizer.lr"),
+        (["data.batch_size=10", "data.micro_batch_size=4"], "micro-batch"),
+        (["adapter.rank=4"], "peft.LoraConfig"),
+        (["probe.rows=2"], "rows in (0, 1]"),
+        (["estimator.tau=-1"], "tau"),
+        (["optimizer.groups=[{patern: x}]"], "patern"),
+        (["model.id=/nowhere/at/all"], "/nowhere/at/all"),
+        (["task.name=completion"], "task.candidates"),
+        (["runtime.deepspeed=README.md"], "DeepSpeed JSON"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_with_status_2_and_no_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "launch/train.py", *QUICKSTART, f"output_dir={tmp_path}", *arguments]
+    result = run(command, check=False, timeout=120)
+    assert result.returncode == 2, result.stdout
+    assert message in result.stdout
+    assert "Traceback" not in result.stdout
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+def test_help_is_quick_and_complete() -> None:
+    result = run([sys.executable, "launch/train.py", "--help"], timeout=60)
+    for word in ("optimizer.lr", "estimator.tau", "jaguar_muon", "zo_sgd", "probe.rows", "tracking.uri", "adapter"):
+        assert word in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_quickstart_learns_over_three_seeds(tmp_path: Path) -> None:
+    """The embedded default, whole: validation accuracy rises by at least 25 points on each seed."""
+    config = [*QUICKSTART, f"output_dir={tmp_path}"]
+    run([*ACCELERATE, "launch/train.py", *config], timeout=600)
+    rest = [
+        subprocess.Popen(
+            [sys.executable, "launch/train.py", *config, f"seed={seed}", "tracking.mlflow=false", "runtime.threads=1"],
+            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for seed in (1, 2)
+    ]  # fmt: skip
+    assert [process.wait(timeout=600) for process in rest] == [0, 0]
+    summaries = [json.loads(path.read_text())["validation"] for path in tmp_path.glob("*/summary.json")]
+    assert len(summaries) == 3
+    gains = [summary["best_on_dev"]["accuracy"] - summary["before"]["accuracy"] for summary in summaries]
+    assert min(gains) >= 0.25, gains
