@@ -26,7 +26,7 @@ from zoscale.tasks.sources import Source
 
 torch.set_num_threads(1)
 
-WORDS = "a b c d e f g h i j k l m n o p q r s t good bad not so It was great terrible film the end".split()
+WORDS = [*"abcdefghijklmnopqrst", "good", "bad", "not", "so", "It", "was", "great", "terrible", "film", "the", "end"]
 
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -171,7 +171,9 @@ def test_options_of_several_tokens_have_rows_of_their_own(words: PreTrainedToken
     example = Example("the film It was", (" not so good", " bad", " not so bad", " great"), 2)
     batch = Encoder(words, 64).micro_batch([example], gold_only=False)
     prompt, no = words("the film It was")["input_ids"], words.convert_tokens_to_ids
-    assert sorted(batch.input_ids[batch.attention_mask.bool()].tolist()) == sorted([*prompt, *no(["not", "so"]), *prompt])
+    assert sorted(batch.input_ids[batch.attention_mask.bool()].tolist()) == sorted(
+        [*prompt, *no(["not", "so"]), *prompt]
+    )
     longer = [prompt, prompt + no(["not"]), prompt + no(["not", "so"])]
     assert scored(batch) == [
         list(zip(longer, no(["not", "so", "good"]), strict=True)),
@@ -381,7 +383,14 @@ def test_splits_are_disjoint_and_seeded() -> None:
 
 @pytest.mark.parametrize(
     ("num_train", "num_dev", "sizes"),
-    [(None, None, (20, 0)), (None, 5, (15, 5)), (12, None, (12, 8)), (12, 8, (12, 8)), (20, 0, (20, 0)), (1, 0, (1, 0))],
+    [
+        (None, None, (20, 0)),
+        (None, 5, (15, 5)),
+        (12, None, (12, 8)),
+        (12, 8, (12, 8)),
+        (20, 0, (20, 0)),
+        (1, 0, (1, 0)),
+    ],
 )
 def test_null_takes_what_is_left(num_train: int | None, num_dev: int | None, sizes: tuple[int, int]) -> None:
     splits = Splits.of(Given(20, 3), DataConfig(num_train=num_train, num_dev=num_dev), 0)
@@ -450,7 +459,7 @@ def test_completion() -> None:
 
 
 RECORDS = [
-    {"sentence": 'a "bare mark', "label": "0"},
+    {"sentence": '"a bare mark', "label": "0"},
     {"sentence": "NA", "label": "1"},
     {"sentence": "comma, apple é", "label": "1"},
 ]
@@ -508,7 +517,7 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
         Source(path=str(folder)).records("validation")
     (folder / "validation.jsonl").unlink()
     (folder / "validation.csv").write_text("sentence,label\n")
-    with pytest.raises(ConfigError, match="at least one record"):
+    with pytest.raises(ConfigError, match="split 'validation'"):
         Source(path=str(folder)).records("validation")
 
 

@@ -18,8 +18,8 @@ import pytest
 import reference as ref
 import torch
 
-from zoscale import noise as noise_module
-from zoscale.noise import Domain, Key, Noise, Range, philox
+from zoscale import philox
+from zoscale.noise import Domain, Key, Noise, Range
 
 torch.set_num_threads(1)
 
@@ -40,10 +40,6 @@ def expected(distribution: str, key: Key, wanted: Range, seed: int = SEED) -> np
     return numbers.view(np.int32) if distribution == "words" else numbers
 
 
-def as_int32(words: tuple[int, ...]) -> list[torch.Tensor]:
-    return [torch.tensor([word], dtype=torch.int64).to(torch.int32) for word in words]
-
-
 @pytest.mark.parametrize(
     ("counter", "key", "answer"),
     [
@@ -57,10 +53,14 @@ def as_int32(words: tuple[int, ...]) -> list[torch.Tensor]:
     ],
 )
 def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], answer: str) -> None:
-    """The vectors published with Random123 (kat_vectors, philox4x32 10)."""
-    words = philox(*as_int32(counter), *as_int32(key))
-    assert all(word.dtype == torch.int32 for word in words)
-    assert " ".join(f"{int(word) & 0xFFFFFFFF:08x}" for word in words) == answer
+    """The vectors published with Random123 (kat_vectors, philox4x32 10), and the place of each counter and key word."""
+    block, tensor, step, last = counter
+    where: Any = Key(step, last & 0xFFFFFF, last >> 24)  # type: ignore[arg-type]
+    wanted = Range(tensor, 4 * block, 4 * block + 4)
+    for ranges in ([wanted], [Range(1, 0, 9), wanted]):
+        words = Noise(key[0] | key[1] << 32).words(where, ranges)[-1]
+        assert words.dtype == torch.int32
+        assert " ".join(f"{word & 0xFFFFFFFF:08x}" for word in words.tolist()) == answer
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, SEED, 2**64 - 1])
@@ -77,6 +77,13 @@ def test_equals_the_reference(distribution: str, seed: int) -> None:
                 np.testing.assert_allclose(drawn.numpy(), oracle, rtol=1e-6, atol=1e-6)
             else:
                 assert np.array_equal(drawn.numpy(), oracle)
+
+
+def test_many_normals_equal_the_reference() -> None:
+    """1e-6 holds for every angle and radius, not only for the few above: NumPy's float64 Box-Muller, rounded."""
+    wanted = Range(2, 0, 2**17)
+    (drawn,) = Noise(SEED).normal(KEY, [wanted])
+    np.testing.assert_allclose(drawn.numpy(), expected("normal", KEY, wanted), rtol=1e-6, atol=1e-6)
 
 
 def test_integers_choices_and_permutation_equal_the_reference() -> None:
@@ -234,9 +241,9 @@ def test_the_same_numbers_and_ids_in_another_process() -> None:
 @pytest.fixture
 def fresh_compiled() -> Iterator[None]:
     """Forget which kernels were compiled, before and after."""
-    noise_module._compiled.cache_clear()
+    philox.compiled.cache_clear()
     yield
-    noise_module._compiled.cache_clear()
+    philox.compiled.cache_clear()
 
 
 def broken_compiler(*args: object, **kwargs: object) -> Any:

@@ -9,14 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 LORA = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "opt": dict(
-        model_type="opt", vocab_size=211, hidden_size=36, word_embed_proj_dim=36, num_hidden_layers=2, ffn_dim=50,
-        num_attention_heads=4, max_position_embeddings=40, dropout=0.0,
-    ),
-    "llama": dict(
-        model_type="llama", vocab_size=211, hidden_size=36, intermediate_size=50, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=40, tie_word_embeddings=False,
-    ),
+    "opt": {
+        "model_type": "opt", "vocab_size": 211, "hidden_size": 36, "word_embed_proj_dim": 36, "num_hidden_layers": 2,
+        "ffn_dim": 50, "num_attention_heads": 4, "max_position_embeddings": 40, "dropout": 0.0,
+    },
+    "llama": {
+        "model_type": "llama", "vocab_size": 211, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 40, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 

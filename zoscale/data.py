@@ -30,9 +30,8 @@ class Splits:
         """
         everything = task.examples("train")
         order = Noise(seed).permutation(Key(0, _SPLIT, Domain.DATA), len(everything)).tolist()
-        num_dev = (
-            config.num_dev if config.num_dev is not None else len(everything) - (config.num_train or len(everything))
-        )
+        wanted = len(everything) if config.num_train is None else config.num_train
+        num_dev = max(0, len(everything) - wanted) if config.num_dev is None else config.num_dev
         num_train = config.num_train if config.num_train is not None else len(everything) - num_dev
         if num_train < 1 or num_train + num_dev > len(everything):
             raise ConfigError(
@@ -61,8 +60,13 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.num_truncated = 0
+        self._truncated: set[tuple[int, ...]] = set()
         self._pad: int = tokenizer.pad_token_id
+
+    @property
+    def num_truncated(self) -> int:
+        """Distinct rows that were cut so far."""
+        return len(self._truncated)
 
     def micro_batch(self, examples: Sequence[Example], *, gold_only: bool) -> MicroBatch:
         """One micro-batch of examples, with all their options or only the right one."""
@@ -95,7 +99,7 @@ class Encoder:
             raise ConfigError(
                 f"answers that fit into data.max_length={self.max_length}", f"{len(tokens)} tokens", "raise it"
             )
-        self.num_truncated += 1
+        self._truncated.add(tuple(tokens[:-1]))
         return tokens[:1] + tokens[1 + surplus :], answer_start - surplus
 
 

@@ -28,10 +28,10 @@ class AnswerModel:
         if head is None:
             raise ValueError(f"expected a causal LM with an output embedding, got {type(model).__name__}")
         self.head: nn.Module = head
-        model.eval()
 
     def answer_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probability of each answer token: float32 [A]."""
+        self.model.eval()  # losses are taken without dropout, whatever was done to the model since
         with _answer_positions(self.head, batch):
             output = self.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         logits: Tensor = output.logits[0].float()

@@ -168,8 +168,7 @@ class Noise:
         for name, value, limit in (("step", key.step, 2**32), ("direction", key.direction, 2**24)):
             if not 0 <= value < limit:
                 raise ValueError(f"expected 0 <= {name} < {limit}, got {value}")
-        words = (key.step, key.direction | key.domain << 24, self.seed & 0xFFFFFFFF, self.seed >> 32)
-        return [philox.signed(word) for word in words]
+        return philox.shared_words(key.step, key.direction | key.domain << 24, self.seed)
 
 
 def _counters(
@@ -179,7 +178,7 @@ def _counters(
     total = sum(sizes)
     padded = total + -total % _BLOCK_MULTIPLE
     if len(ranges) == 1:  # no host work and no copy in the case of large tensors
-        blocks = torch.arange(firsts[0], firsts[0] + padded, device=device).to(torch.int32)
+        blocks = torch.arange(padded, dtype=torch.int32, device=device).add_(philox.signed(firsts[0]))
         return blocks, torch.full_like(blocks, philox.signed(ranges[0].tensor))
     counts = torch.tensor([*sizes, padded - total])
     ends = counts.cumsum(0)

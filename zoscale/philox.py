@@ -1,8 +1,8 @@
 """Philox4x32-10 and its distributions as kernels: plain int32 tensor operations that `torch.compile` fuses.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. int32 multiplication wraps; the high word of a
-product is put together from 16-bit halves. Each kernel takes the blocks' counter words 0 and 1 (int32 [B]) and the
-words that all blocks share (int32 [4]: counter words 2 and 3, the two key words), and gives four elements per block.
+product is put together from 16-bit halves. Each kernel takes the blocks' counter words 0 and 1 (int32 [B] each) and
+`shared_words`, and gives four elements per block.
 """
 
 import functools
@@ -18,6 +18,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_MASK = 0xFFFFFFFF
 _UNIT = 2.0**-24  # a word's top 24 bits are exact in float32
 
 
@@ -34,24 +35,50 @@ def _high(a: Tensor) -> Tensor:
 def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """High and low words of the unsigned 64-bit product of `a` and the constant `m`, in wrapping int32."""
     a_low, a_high, m_low, m_high = a & 0xFFFF, _high(a), m & 0xFFFF, m >> 16
-    low_low, low_high, high_low = a_low * signed(m_low), a_low * m_high, a_high * m_low
-    middle = _high(low_low) + (low_high & 0xFFFF) + (high_low & 0xFFFF)
-    return a_high * m_high + _high(low_high) + _high(high_low) + (middle >> 16), a * signed(m)
+    middle = a_high * signed(m_low) + _high(a_low * signed(m_low))
+    carry = (middle & 0xFFFF) + a_low * m_high
+    return a_high * m_high + _high(middle) + _high(carry), a * signed(m)
 
 
-def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four counter words and two key words (int32 bit patterns, broadcastable) to four words."""
-    for _ in range(_ROUNDS):
+def shared_words(step: int, last: int, seed: int) -> list[int]:
+    """What all blocks of a call have in common: int32 bit patterns, two of the first round's product and all keys.
+
+    The kernels only ever xor these. Arithmetic on them would be compiled to scalar C++, where int32 must not wrap.
+
+    Args:
+        step: counter word 2.
+        last: counter word 3.
+        seed: 64-bit key.
+    """
+    product = step * _MULTIPLIERS[1]
+    return [signed(word) for word in (product >> 32, product & _MASK, last, *key_schedule(seed))]
+
+
+def key_schedule(seed: int) -> list[int]:
+    """The two key words of each round, in order: unsigned 32-bit."""
+    low, high = seed & _MASK, seed >> 32
+    return [(key + i * step) & _MASK for i in range(_ROUNDS) for key, step in zip((low, high), _WEYL, strict=True)]
+
+
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Rounds of Philox4x32 on four counter words, as many as there are pairs of keys; 10 rounds are Philox4x32-10.
+
+    Args:
+        c0, c1, c2, c3: int32 bit patterns, broadcastable; c0 and c2 of full shape.
+        keys: `key_schedule` as int32 scalars.
+    """
+    for k0, k1 in zip(keys[::2], keys[1::2], strict=True):
         high0, low0 = _multiply(c0, _MULTIPLIERS[0])
         high1, low1 = _multiply(c2, _MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = k0 + signed(_WEYL[0]), k1 + signed(_WEYL[1])
     return c0, c1, c2, c3
 
 
 def _run(blocks: Tensor, tensors: Tensor, shared: Tensor) -> tuple[Tensor, ...]:
-    step, last, key0, key1 = (blocks * 0 + word for word in shared)
-    return philox(blocks, tensors, step, last, key0, key1)
+    """Philox4x32-10; of the first round, the product that all blocks share comes from the host."""
+    high1, low1, last, *keys = shared.unbind()
+    high0, low0 = _multiply(blocks, _MULTIPLIERS[0])
+    return philox(tensors ^ high1 ^ keys[0], low1, high0 ^ last ^ keys[1], low0, keys[2:])
 
 
 def _interleave(lanes: Sequence[Tensor]) -> Tensor:
@@ -77,21 +104,38 @@ def _top24(word: Tensor) -> Tensor:
 
 def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
     uniform = (_top24(radius_word) + 1).to(torch.float32) * _UNIT  # (0, 1]: the logarithm is finite
-    angle = _top24(angle_word).to(torch.float32) * (_UNIT * 2 * math.pi)
     radius = torch.sqrt(-2.0 * torch.log(uniform))
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+    cosine, sine = _unit_vector(_top24(angle_word))
+    return radius * cosine, radius * sine
+
+
+def _unit_vector(turn: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of 2 pi turn / 2**24, to 1e-7: one polynomial each, on an eighth of a turn either side.
+
+    The upper two bits choose the quadrant, so the range reduction is exact and costs nothing.
+    """
+    quadrant, rest = turn >> 22, (turn & 0x3FFFFF) - 2**21
+    x = rest.to(torch.float32) * (math.pi / 2 * 2.0**-22)
+    y = x * x
+    sine = x * (1 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y / 362880))))
+    cosine = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y / 40320)))
+    first, second = (cosine - sine) * math.sqrt(0.5), (cosine + sine) * math.sqrt(0.5)  # an eighth of a turn on
+    odd = (quadrant & 1) == 1
+    a, b = torch.where(odd, -second, first), torch.where(odd, first, second)
+    half = quadrant >= 2
+    return torch.where(half, -a, a), torch.where(half, -b, b)
 
 
 @functools.cache
 def compiled(kernel: Kernel) -> Kernel:
     """The kernel under torch.compile (one graph for all sizes), or the kernel itself where that fails."""
-    fused = torch.compile(kernel, dynamic=True, fullgraph=True)
     chosen: list[Kernel] = []
 
     def call(blocks: Tensor, tensors: Tensor, shared: Tensor) -> Tensor:
         if chosen:
             return chosen[0](blocks, tensors, shared)
         try:
+            fused = torch.compile(kernel, dynamic=True, fullgraph=True)
             result = fused(blocks, tensors, shared)
             chosen.append(fused)
         except Exception as error:  # whatever a missing or broken compiler raises

@@ -1,5 +1,6 @@
 """`ZeroOrderOptimizer`: a torch optimizer whose step takes a gradient estimate and updates this rank's shards."""
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from zoscale.mesh import Mesh
 from zoscale.probes import Piece
 from zoscale.shards import ShardedParam, TensorSpec
 
+_ANY = TensorSpec(0, "", (1, 1))
 _GROUP_KEYS = ("pattern", "max_ndim", "lr_scale")
 
 
@@ -41,8 +43,6 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         groups: Sequence[Mapping[str, Any]] | None,
     ) -> None:
         self.mesh = mesh or Mesh()
-        if defaults["lr"] < 0 or defaults["weight_decay"] < 0:
-            raise ValueError(f"expected lr >= 0 and weight_decay >= 0, got {dict(defaults)}")
         self._shards = {id(shard.truth): shard for shard in shards}
         super().__init__(self._split(shards, dict(defaults), list(groups or [])), dict(defaults))
 
@@ -52,6 +52,16 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
         Called for every group on every rank in the same order; local slices may be empty.
         """
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse impossible options of a group.
+
+        Raises:
+            ValueError: what was expected.
+        """
+        lr, weight_decay = options["lr"], options["weight_decay"]
+        if not (0 <= lr < math.inf and 0 <= weight_decay < math.inf):
+            raise ValueError(f"expected lr >= 0 and weight_decay >= 0, both finite, got {lr} and {weight_decay}")
 
     def rule(self, spec: TensorSpec) -> str:
         """Name of the rule for a tensor; tensors of different rules never share a group."""
@@ -76,7 +86,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for index, saved in state_dict["state"].items():
             for name, value in saved.items():
-                self.state[params[index]][name] = value.clone() if isinstance(value, Tensor) else value
+                param = params[index]
+                self.state[param][name] = value.clone().to(param.device) if isinstance(value, Tensor) else value
 
     def descend(self, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
         """x <- x - lr (update + weight_decay x) on one piece, in float32."""
@@ -94,6 +105,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             unknown = [key for key in group if key not in allowed]
             if unknown:
                 raise ValueError(f"expected the keys {', '.join(allowed)} in optimizer.groups, got {unknown[0]!r}")
+        for options in ({}, *groups):
+            self._group(defaults, options, self.rule(_ANY))
         made: dict[tuple[int, str], dict[str, Any]] = {}
         for shard in shards:
             place = next((i for i, group in enumerate(groups) if _matches(group, shard.spec)), len(groups))
@@ -106,6 +119,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     def _group(self, defaults: dict[str, Any], chosen: Mapping[str, Any], rule: str) -> dict[str, Any]:
         options = defaults | self.rule_options(rule) | dict(chosen)
         options["lr"] = options["lr"] * options.pop("lr_scale", 1.0)
+        self.check(options)
         kept = {key: value for key, value in options.items() if key not in _GROUP_KEYS}
         return {**kept, "rule": rule, "params": []}
 

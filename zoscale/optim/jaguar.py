@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -43,8 +43,12 @@ class JaguarSignSGD(ZeroOrderOptimizer):
         weight_decay: float = 0.0,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
-        defaults = {"lr": lr, "beta": _checked(beta), "weight_decay": weight_decay}
+        defaults = {"lr": lr, "beta": beta, "weight_decay": weight_decay}
         super().__init__(shards, mesh, defaults, groups)
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        _check_beta(options["beta"])
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for piece, memory in _remember(self.state, shards, estimate, group["beta"]):
@@ -83,12 +87,18 @@ class JaguarMuon(ZeroOrderOptimizer):
         self._sign_lr_scale = sign_lr_scale
         defaults = {
             "lr": lr,
-            "beta": _checked(beta),
+            "beta": beta,
             "weight_decay": weight_decay,
             "scale": scale,
             "iteration": iteration,
         }
         super().__init__(shards, mesh, defaults, groups)
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        _check_beta(options["beta"])
+        _check_choice("scale", options["scale"], get_args(Scale))
+        _check_choice("iteration", options["iteration"], get_args(Iteration))
 
     def rule(self, spec: TensorSpec) -> str:
         return "sign" if not spec.is_matrix or _EMBEDDING_OR_HEAD.search(spec.name) else "muon"
@@ -132,7 +142,11 @@ def _remember(
             yield piece, memory
 
 
-def _checked(beta: float) -> float:
+def _check_beta(beta: float) -> None:
     if not 0 <= beta < 1:
         raise ValueError(f"expected beta in [0, 1), got {beta}; it weighs the old memory, 0.9 is the default")
-    return beta
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")

@@ -66,4 +66,5 @@ class SST2(Classification):
         super().__init__(path=path, files=files, template="{sentence} It was", candidates=[" terrible", " great"])
 
     def example(self, record: Mapping[str, Any]) -> Example:
-        return super().example({**record, "sentence": str(record.get("sentence", "")).strip()})
+        stripped = {name: value.strip() if isinstance(value, str) else value for name, value in record.items()}
+        return super().example(stripped)

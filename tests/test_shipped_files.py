@@ -1,0 +1,100 @@
+"""Every shipped YAML and JSON, the README's commands and its library example are used."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from processes import ROOT, run, torchrun
+
+from zoscale.config import parse
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models import ModelSize
+from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_is_a_configuration(recipe: Path) -> None:
+    config = parse(["--config", str(recipe)], TABLES, DEFAULTS)
+    assert config.name
+    assert recipe.name in recipe.read_text() or "quickstart.sh" in recipe.read_text(), "says how to run it"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_deepspeed_file_is_forward_only_zero3(file: Path) -> None:
+    filled = fill_deepspeed_config(read_deepspeed_config(file), "bfloat16", ModelSize(1000, 300, 100))
+    assert filled["bf16"]["enabled"] is True
+    assert filled["zero_optimization"]["stage3_max_live_parameters"] == 700
+    assert "auto" not in json.dumps(filled["zero_optimization"])
+
+
+def test_zero3_json_is_the_default() -> None:
+    assert json.loads((ROOT / "ds_configs/zero3.json").read_text()) == ZERO3
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_file_is_read_by_accelerate(file: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(file))
+    assert config.distributed_type == "DEEPSPEED"
+    assert (ROOT / config.deepspeed_config["deepspeed_config_file"]).is_file()
+    assert config.num_processes % config.num_machines == 0
+
+
+def test_readme_names_only_what_is_there() -> None:
+    for path in re.findall(r"\b(?:launch|tests|ds_configs)/[\w./-]+\.\w+", README):
+        assert (ROOT / path).exists(), path
+    for module in re.findall(r"`([a-z_]+\.py)`", README):
+        assert (ROOT / "zoscale" / module).exists(), module
+    for section, names in {"probes": TABLES["probe"], "optimizers": TABLES["optimizer"]}.items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| {section} "))
+        assert set(names) <= set(re.findall(r"`(\w+)`", row)), "the support matrix is complete"
+
+
+def test_library_example_trains_and_saves(tmp_path: Path) -> None:
+    """The README's code as it stands, on two processes and a Llama."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    tiny.save_model("llama", tmp_path / "model")
+    script = tmp_path / "example.py"
+    before = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nimport os, tiny\nos.chdir({str(tmp_path)!r})\n"
+        "print = lambda loss: open('losses_' + os.environ['RANK'], 'a').write(f'{loss}\\n')\n"
+        f"model_id, batches = {str(tmp_path / 'model')!r}, [tiny.batch(step) for step in range(4)]\n"
+    )
+    script.write_text(before + code + "zoscale.stop()\n")
+    torchrun(2, str(script))
+    losses = (tmp_path / "losses_0").read_text()
+    assert len(losses.splitlines()) == 4
+    assert (tmp_path / "losses_1").read_text() == losses, "both ranks hold the same losses"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_noise_benchmark_meets_its_bound(tmp_path: Path) -> None:
+    """Compiled normals cost at most 1.25 x torch.randn per thread; the best of three runs, for a busy machine."""
+    ratios = []
+    for _ in range(3):
+        run([sys.executable, "launch/benchmark_noise.py", "--json", str(tmp_path / "ratios.json"), "--repeats", "30"])
+        ratios.append(json.loads((tmp_path / "ratios.json").read_text())["normal, compiled"])
+        if ratios[-1] <= 1.25:
+            return
+    raise AssertionError(f"normal, compiled: {ratios} x torch.randn")
+
+
+@pytest.mark.slow
+def test_memory_report_adds_up(tmp_path: Path) -> None:
+    """OPT-125M shapes on two ranks: shard, and while training the largest gather (twice: gloo's all-gather copies)."""
+    command = ["launch/measure_memory.py", "--steps", "3", "--deepspeed", "ds_configs/zero3_cpu.json"]
+    torchrun(2, *command, "--json", str(tmp_path / "memory.json"), MALLOC_MMAP_THRESHOLD_="131072")
+    report = json.loads((tmp_path / "memory.json").read_text())
+    mib = 2**20
+    for rank in report["ranks"]:
+        assert rank["shard"] <= report["model_bytes"] / 2 + 2 * mib
+        assert rank["resident_after_loading"] <= rank["shard"] + 64 * mib
+        assert rank["training_peak"] <= rank["shard"] + 2 * report["largest_gather"] + 96 * mib
