@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
     {"config", "philox"},
-    {"noise", "batch", "mlflow_store"},
+    {"noise", "batch", "mlflow_store", "provenance", "run_directory"},
     {"shards", "mesh", "objectives", "mlflow_sender"},
     {"probes", "tracking", "meters"},
     {"estimators", "tasks"},

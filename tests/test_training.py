@@ -140,8 +140,8 @@ def test_adapter_scores_the_same_in_plain_peft(launched: tuple[Path, str]) -> No
         )
         correct += int(both.argmax()) == row["label"]
         loss -= float(both.log_softmax(-1)[row["label"]])
-    assert correct / 60 == summary["validation"]["best_on_dev"]["accuracy"]
-    assert loss / 60 == pytest.approx(summary["validation"]["best_on_dev"]["loss"], abs=1e-5)
+    assert correct / 60 == summary["validation"]["chosen"]["accuracy"]
+    assert loss / 60 == pytest.approx(summary["validation"]["chosen"]["loss"], abs=1e-5)
 
 
 def test_a_run_that_exists_is_refused(launched: tuple[Path, str]) -> None:
@@ -154,6 +154,43 @@ def test_a_run_that_exists_is_refused(launched: tuple[Path, str]) -> None:
     assert "expected a configuration that has not run yet" in result.stdout
     assert "overwrite=true" in result.stdout
     assert (only_run(out) / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_rank_that_fails_takes_the_job_down_with_its_cause(tmp_path: Path) -> None:
+    """A full disk on rank 1 only, in the middle of a run: no hang, and the cause is shown."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys\nfrom zoscale import snapshot\nfrom zoscale.cli import train\n"
+        "def full(self):\n    raise OSError(28, 'No space left on device')\n"
+        "if os.environ['RANK'] == '1':\n    snapshot.Snapshot.save = full\n"
+        "sys.exit(train())\n"
+    )
+    options = [*QUICKSTART, *SHORT, f"output_dir={tmp_path}", "tracking.mlflow=false"]
+    result = torchrun(2, str(script), *options, check=False, timeout=120)
+    assert result.returncode != 0
+    assert "No space left on device" in result.stdout
+
+
+def test_completion_task_with_all_weights(tmp_path: Path) -> None:
+    """The user's JSONL, no adapter, no dev: what is reported is what was trained, and the model folder loads as it is."""
+    rows = [{"question": f"the film number {i} was", "reply": "good ." if i % 2 else "bad ."} for i in range(12)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        "model: {id: launch/tiny_opt/model, dtype: float32}\nadapter: null\nobjective: lm\n"
+        f"task: {{name: completion, path: {tmp_path}, template: '{{question}}', answer: ' {{reply}}'}}\n"
+        "data: {batch_size: 4, num_train: null, num_dev: 0}\ntrain: {steps: 3, log_every: 1, eval_every: 0}\n"
+        "optimizer: {name: zo_sgd, lr: 1e-5}\nprobe: {name: gaussian}\ntracking: {mlflow: false}\n"
+    )
+    text = run([sys.executable, "launch/train.py", "--config", str(config), f"output_dir={tmp_path / 'runs'}"]).stdout
+    assert "validation lm_loss:" in text
+    assert "accuracy" not in text
+    run_dir = only_run(tmp_path / "runs")
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "adapter", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "launch/tiny_opt/model", dtype=torch.float32)
+    assert not torch.equal(model.lm_head.weight, base.lm_head.weight), "the embedding was trained"
+    assert AutoTokenizer.from_pretrained(run_dir / "adapter")("the film").input_ids
 
 
 @pytest.mark.parametrize(
@@ -202,5 +239,5 @@ def test_quickstart_learns_over_three_seeds(tmp_path: Path) -> None:
     assert [process.wait(timeout=600) for process in rest] == [0, 0]
     summaries = [json.loads(path.read_text())["validation"] for path in tmp_path.glob("*/summary.json")]
     assert len(summaries) == 3
-    gains = [summary["best_on_dev"]["accuracy"] - summary["before"]["accuracy"] for summary in summaries]
+    gains = [summary["chosen"]["accuracy"] - summary["before"]["accuracy"] for summary in summaries]
     assert min(gains) >= 0.25, gains

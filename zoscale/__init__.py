@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from zoscale.engine import StepResult, ZeroOrderEngine
     from zoscale.estimators import OneSided, TwoPoint
     from zoscale.export import save_trained
+    from zoscale.models import count_parameters
     from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD
     from zoscale.probes import Block, Coordinate, Entry, Gaussian, Rademacher, Row, Tensors
     from zoscale.runtime import Runtime, start, stop
@@ -17,6 +18,7 @@ _HOMES = {
     "engine": ("StepResult", "ZeroOrderEngine"),
     "estimators": ("OneSided", "TwoPoint"),
     "export": ("save_trained",),
+    "models": ("count_parameters",),
     "optim": ("ZOSGD", "JaguarMuon", "JaguarSignSGD"),
     "probes": ("Block", "Coordinate", "Entry", "Gaussian", "Rademacher", "Row", "Tensors"),
     "runtime": ("Runtime", "start", "stop"),
@@ -39,6 +41,7 @@ __all__ = [
     "Tensors",
     "TwoPoint",
     "ZeroOrderEngine",
+    "count_parameters",
     "save_trained",
     "start",
     "stop",

@@ -61,12 +61,21 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._truncated: set[tuple[int, ...]] = set()
-        self._pad: int = tokenizer.pad_token_id
+        self._pad = int(tokenizer.pad_token_id or 0)  # masked, whatever it is
 
     @property
     def num_truncated(self) -> int:
         """Distinct rows that were cut so far."""
         return len(self._truncated)
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Encode every example once.
+
+        Raises:
+            ConfigError: for an answer that is empty or does not fit, so that it is met before training, not within.
+        """
+        for example in examples:
+            self._rows(example, example.options, 0)
 
     def micro_batch(self, examples: Sequence[Example], *, gold_only: bool) -> MicroBatch:
         """One micro-batch of examples, with all their options or only the right one."""

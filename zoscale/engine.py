@@ -16,7 +16,7 @@ from zoscale.noise import Noise
 from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.probes import Block, Direction, Probe
-from zoscale.shards import Master, ShardedParam, order_gathers_after_writes, shard_parameters
+from zoscale.shards import Master, ShardedParam, shard_parameters
 
 OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ZeroOrderOptimizer]
 NoiseBackend = Literal["auto", "eager", "compiled"]
@@ -79,8 +79,10 @@ class ZeroOrderEngine:
     ) -> None:
         self.model = model
         module = model if accelerator is None else _shard(model, accelerator)
-        self._zero = getattr(module, "optimizer", None)
-        self.mesh = Mesh(next(model.parameters()).device if accelerator is None else accelerator.device)
+        if accelerator is None:
+            self.mesh = Mesh(next(model.parameters()).device, ranks=(0, 1))
+        else:
+            self.mesh = Mesh(accelerator.device)
         self.shards = shard_parameters(model, master=master)
         self.specs = [shard.spec for shard in self.shards]
         self.probe = probe or Block()
@@ -121,7 +123,6 @@ class ZeroOrderEngine:
 
     def losses(self, batches: Sequence[MicroBatch], directions: Sequence[Direction]) -> Losses:
         """The losses of the estimator's candidates; the weights are left as they were."""
-        order_gathers_after_writes(self._zero)
         return self.forward.losses(batches, self.estimator.candidates(directions), self.objective)
 
 

@@ -1,5 +1,6 @@
 """Metrics of a model on examples, shared out to the ranks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,9 +28,10 @@ class Evaluation:
     loss: float
     lm_loss: float
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """The numbers under `prefix/`."""
-        return {f"{prefix}/{name}": getattr(self, name) for name in ("accuracy", "loss", "lm_loss")}
+    @property
+    def is_finite(self) -> bool:
+        """Whether the losses are numbers; the accuracy always is one, of whatever weights."""
+        return math.isfinite(self.loss) and math.isfinite(self.lm_loss)
 
 
 @torch.no_grad()

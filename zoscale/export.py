@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zoscale.engine import ZeroOrderEngine
@@ -35,12 +34,13 @@ def _collect(model: nn.Module, *, trainable_only: bool, keep: bool) -> dict[str,
             if keep:
                 state[name] = param.detach().to("cpu", copy=True)
     if keep and not trainable_only:
-        state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in _persistent(model)}
+        kept = _persistent(model)
+        state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
     return state
 
 
-@torch.no_grad()
 def _persistent(model: nn.Module) -> set[str]:
+    """Names of the buffers that a checkpoint holds."""
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

@@ -14,13 +14,14 @@ class Mesh:
 
     Args:
         device: where this rank computes.
+        ranks: (rank, world size) instead of the process group's; (0, 1) is this process alone.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", *, ranks: tuple[int, int] | None = None) -> None:
         self.device = torch.device(device)
-        self._joined = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self._joined else 0
-        self.world_size = dist.get_world_size() if self._joined else 1
+        joined = dist.is_available() and dist.is_initialized()
+        group = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        self.rank, self.world_size = ranks or group
 
     @property
     def is_main(self) -> bool:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig, check_adapter
+from zoscale.shards import order_gathers_after_writes
 
 
 class AnswerModel:
@@ -31,6 +32,7 @@ class AnswerModel:
 
     def answer_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probability of each answer token: float32 [A]."""
+        order_gathers_after_writes(self.module)
         self.model.eval()  # losses are taken without dropout, whatever was done to the model since
         with _answer_positions(self.head, batch):
             output = self.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -101,10 +103,10 @@ def check_model_config(config: ModelConfig, adapter: Mapping[str, Any] | None) -
     read_model_config(config)
 
 
-def count_parameters(architecture: Any) -> ModelSize:
+def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> ModelSize:
     """Sizes of the model that an architecture describes, built on the meta device."""
     with torch.device("meta"):
-        model: PreTrainedModel = _auto_model().from_config(architecture)
+        model: PreTrainedModel = _auto_model().from_config(architecture, trust_remote_code=trust_remote_code)
     model.tie_weights()
     total = sum(param.numel() for param in model.parameters())
     blocks = [sum(p.numel() for p in module.parameters()) for module in model.modules() if is_block(model, module)]
@@ -120,14 +122,13 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
     """The model, each rank holding its shard from the start if ZeRO-3 is active.
 
     Raises:
-        ConfigError: if there are no safetensors weights and pickles were not allowed, or the weights cannot be read.
+        ConfigError: if there are no safetensors weights and pickles were not allowed, the weights cannot be read, or
+            an option does not fit the model.
     """
     dtype = getattr(torch, config.dtype)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": config.attention,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
     try:
         if config.id is None:
             return cast(PreTrainedModel, _auto_model().from_config(architecture, **options))
@@ -140,10 +141,13 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
             **options,
         )
         return cast(PreTrainedModel, loaded)
-    except (OSError, ValueError) as error:
-        remedy = (
-            "check model.id" if config.allow_pickle else "pickled weights are loaded only with model.allow_pickle=true"
-        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            "model options that fit the model", _first_line(error), "correct the section model"
+        ) from error
+    except OSError as error:
+        pickles = "pickled weights are loaded only with model.allow_pickle=true"
+        remedy = "check model.id" if config.allow_pickle else pickles
         raise ConfigError(f"readable safetensors weights at {config.id}", _first_line(error), remedy) from error
 
 
@@ -182,7 +186,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None) -> nn
 
     try:
         return cast(nn.Module, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **dict(adapter))))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"LoRA options that fit {type(model).__name__}", _first_line(error), "correct adapter"
         ) from error

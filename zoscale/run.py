@@ -1,10 +1,6 @@
 """One training run: from a configuration to a finished run directory."""
 
-import importlib.metadata
-import os
-import platform
-import subprocess
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS
 from zoscale.export import save_trained
+from zoscale.mesh import Mesh
 from zoscale.models import (
     ModelSize,
     add_adapter,
@@ -30,41 +27,68 @@ from zoscale.models import (
 from zoscale.objectives import OBJECTIVES
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
+from zoscale.provenance import commit, facts
+from zoscale.run_directory import claim, write_json
 from zoscale.shards import ShardedParam, TensorSpec, local_bytes
 from zoscale.tasks import TASKS, Task
 from zoscale.tracking import NullTracker, Tracker
-from zoscale.trainer import Trainer, claim, write_json
-
-_PACKAGES = ("zoscale", "torch", "deepspeed", "accelerate", "transformers", "peft", "datasets", "mlflow")
+from zoscale.trainer import Log, Trainer
 
 
-def check(config: RunConfig) -> Task:
-    """Everything that can be refused before any process group starts.
+@dataclass(frozen=True)
+class Plan:
+    """All of a run that can be known, and refused, before any process group starts."""
+
+    task: Task
+    encoder: Encoder
+    splits: Splits
+    architecture: Any
+    size: ModelSize
+    deepspeed: dict[str, Any]
+
+
+def plan(config: RunConfig) -> Plan:
+    """Check the configuration and read everything but the weights.
 
     Raises:
         ConfigError: what is wrong, and what to do.
     """
+    task = _check_methods(config)
+    check_model_config(config.model, config.adapter)
+    if config.model.dtype == "float16" and not torch.cuda.is_available():
+        raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
+    deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
+    architecture = read_model_config(config.model)
+    encoder = Encoder(load_tokenizer(config.model), config.data.max_length)
+    splits = Splits.of(task, config.data, config.seed)
+    encoder.check([*splits.train, *splits.dev, *splits.validation])
+    size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
+    return Plan(task, encoder, splits, architecture, size, deepspeed)
+
+
+def _check_methods(config: RunConfig) -> Task:
     try:
         task: Task = build(config.task, TASKS)
         build(config.probe, PROBES)
         build(config.estimator, ESTIMATORS)
-        example = ShardedParam(nn.Parameter(torch.zeros(1, 1)), TensorSpec(0, "example", (1, 1)))
-        build(config.optimizer, OPTIMIZERS, [example])
+        for shape in ((1, 1), (1,)):
+            example = ShardedParam(nn.Parameter(torch.zeros(shape)), TensorSpec(0, "example", shape))
+            build(config.optimizer, OPTIMIZERS, [example])
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError("options that the method takes", str(error), "correct the configuration") from error
     if config.objective not in task.objectives:
-        raise ConfigError(
-            f"objective {' or '.join(task.objectives)} for task {config.task.name}", config.objective, "set objective"
-        )
-    check_model_config(config.model, config.adapter)
-    runtime.read_deepspeed_config(config.runtime.deepspeed)
+        wanted = f"objective {' or '.join(task.objectives)} for task {config.task.name}"
+        raise ConfigError(wanted, config.objective, "set objective")
     return task
 
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Train as configured. Every rank calls it; rank 0 writes `config.run_dir` and prints.
+
+    After an error the process group is left as it is, so that a rank that fails alone ends at once and its launcher
+    ends the others.
 
     Returns:
         The summary, as written to `summary.json`.
@@ -73,50 +97,49 @@ def run(config: RunConfig) -> dict[str, Any]:
         ConfigError: if the configuration cannot be run.
         FloatingPointError: if the loss stays not finite.
     """
-    task = check(config)
-    architecture = read_model_config(config.model)
-    size = count_parameters(architecture)
+    made = plan(config)
     accelerator = runtime.start(
         runtime.Runtime(
             dtype=config.model.dtype,
-            deepspeed=runtime.read_deepspeed_config(config.runtime.deepspeed),
+            deepspeed=made.deepspeed,
             timeout_minutes=config.runtime.timeout_minutes,
             threads=config.runtime.threads,
         ),
-        size=size,
+        size=made.size,
     )
-    try:
-        return _run(config, task, architecture, size, accelerator)
-    finally:
-        runtime.stop()
-
-
-def _run(config: RunConfig, task: Task, architecture: Any, size: ModelSize, accelerator: Accelerator) -> dict[str, Any]:
-    encoder = Encoder(load_tokenizer(config.model), config.data.max_length)
-    splits = Splits.of(task, config.data, config.seed)
-    engine = _engine(config, architecture, accelerator)
-    _claim_together(config, engine)
-    _describe(config, engine, size, splits)
+    _claim_together(config, Mesh(accelerator.device))
+    engine = _engine(config, made.architecture, accelerator)
+    _describe(config, engine, made)
     tracker = _tracker(config, engine)
     status = "FAILED"
     try:
-        trainer = Trainer(config, engine, task, splits, encoder, tracker, say(engine))
-        summary = trainer.run()
-        save_trained(engine, config.run_dir / "adapter")
-        summary |= facts(config)
-        if engine.mesh.is_main:
-            write_json(config.run_dir / "summary.json", summary)
-            tracker.log_artifacts(config.run_dir / "adapter", "adapter")
-            tracker.log_artifact(config.run_dir / "summary.json")
-            _conclude(config, summary, encoder, tracker)
+        summary = _train(config, made, engine, tracker)
         status = "FINISHED"
-        return summary
     finally:
         tracker.finish(status)
+    runtime.stop()
+    return summary
+
+
+def _train(config: RunConfig, made: Plan, engine: ZeroOrderEngine, tracker: Tracker) -> dict[str, Any]:
+    trainer = Trainer(config, engine, made.task, made.splits, made.encoder, tracker, say(engine))
+    summary = trainer.run()
+    folder = config.run_dir / "adapter"
+    save_trained(engine, folder)
+    summary |= facts(config)
+    if engine.mesh.is_main:
+        write_json(config.run_dir / "summary.json", summary)
+        tracker.log_artifact(config.run_dir / "summary.json")
+        if config.adapter is None:  # a whole model: usable as it lies, and too large to copy unasked
+            made.encoder.tokenizer.save_pretrained(folder)
+        else:
+            tracker.log_artifacts(folder, "adapter")
+        _conclude(config, summary, made, tracker)
+    return summary
 
 
 def _engine(config: RunConfig, architecture: Any, accelerator: Accelerator) -> ZeroOrderEngine:
-    accelerate_seed(config.seed)
+    _seed(config.seed)
     model = add_adapter(load_model(config.model, architecture), config.adapter)
     return ZeroOrderEngine(
         model,
@@ -131,17 +154,17 @@ def _engine(config: RunConfig, architecture: Any, accelerator: Accelerator) -> Z
     )
 
 
-def accelerate_seed(seed: int) -> None:
+def _seed(seed: int) -> None:
     """Seed the generators that initialise weights (random models, LoRA's A); training itself reads none."""
     from accelerate.utils import set_seed
 
     set_seed(seed % 2**32)
 
 
-def _claim_together(config: RunConfig, engine: ZeroOrderEngine) -> None:
+def _claim_together(config: RunConfig, mesh: Mesh) -> None:
     """Rank 0 makes the run directory; a refusal is every rank's."""
     refusal: ConfigError | None = None
-    if engine.mesh.is_main:
+    if mesh.is_main:
         try:
             claim(config.run_dir, config.overwrite)
             (config.run_dir / "config.yaml").write_text(config.to_yaml())
@@ -149,7 +172,7 @@ def _claim_together(config: RunConfig, engine: ZeroOrderEngine) -> None:
             refusal = error
         except OSError as error:
             refusal = ConfigError(f"a writable folder {config.run_dir}", str(error), "set output_dir")
-    refusal = engine.mesh.broadcast(refusal)
+    refusal = mesh.broadcast(refusal)
     if refusal is not None:
         raise refusal
 
@@ -168,8 +191,9 @@ def _tracker(config: RunConfig, engine: ZeroOrderEngine) -> Tracker:
     )
 
 
-def _describe(config: RunConfig, engine: ZeroOrderEngine, size: ModelSize, splits: Splits) -> None:
+def _describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan) -> None:
     """What will be trained, with the memory to expect, before the first step."""
+    size, splits = made.size, made.splits
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[config.model.dtype]
     resident = engine.mesh.gather_objects(local_bytes(engine.model))
     slices = engine.mesh.gather_objects(sum(len(shard) for shard in engine.shards))
@@ -193,57 +217,22 @@ def _describe(config: RunConfig, engine: ZeroOrderEngine, size: ModelSize, split
     log(f"method: {method}, {engine.estimator.num_candidates} forwards per step, {config.train.steps} steps")
 
 
-def _conclude(config: RunConfig, summary: dict[str, Any], encoder: Encoder, tracker: Tracker) -> None:
-    validation = summary["validation"]
-    if encoder.num_truncated:
-        print(f"{encoder.num_truncated} rows were cut to data.max_length={config.data.max_length} tokens")
+def _conclude(config: RunConfig, summary: dict[str, Any], made: Plan, tracker: Tracker) -> None:
+    validation, name = summary["validation"], made.task.select_by
+    if made.encoder.num_truncated:
+        print(f"{made.encoder.num_truncated} rows were cut to data.max_length={config.data.max_length} tokens")
     print(
-        f"validation accuracy: {validation['before']['accuracy']:.4f} before, "
-        f"{validation['best_on_dev']['accuracy']:.4f} after ({validation['before']['count']} examples)"
+        f"validation {name}: {validation['before'][name]:.4f} before, {validation['chosen'][name]:.4f} after "
+        f"({validation['before']['count']} examples)"
     )
     print(f"{'adapter' if config.adapter is not None else 'model'}: {config.run_dir / 'adapter'}")
     print(f"summary: {config.run_dir / 'summary.json'}")
     print(f"to compare runs: {tracker.how_to_open()}")
 
 
-def facts(config: RunConfig) -> dict[str, Any]:
-    """What a result must carry: configuration, seed, versions, commit, hardware."""
-    return {
-        "config_hash": config.hash,
-        "seed": config.seed,
-        "commit": commit(),
-        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": _gpus()},
-    }
-
-
-def commit() -> str:
-    """The commit of the source tree that runs, with `+` if it was changed since; `unknown` outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return out.stdout.strip()
-
-
-def say(engine: ZeroOrderEngine) -> Any:
+def say(engine: ZeroOrderEngine) -> Log:
     """A print that does not tear the progress bar; silent on other ranks."""
     return tqdm.write if engine.mesh.is_main else lambda _: None
-
-
-def _gpus() -> list[str]:
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _mb(num_bytes: int) -> str:

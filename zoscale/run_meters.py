@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from zoscale.engine import StepResult, ZeroOrderEngine
-from zoscale.meters import CommMeter, MemoryMeter, ThroughputMeter, count_allgathers
+from zoscale.meters import CommMeter, Counts, MemoryMeter, ThroughputMeter, count_allgathers
 
 
 class RunMeters:
@@ -25,7 +25,7 @@ class RunMeters:
         self.comm = CommMeter()
         self._steps = 0
         self._gathered = 0
-        self._evaluating = 0
+        self._totals = Counts()
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -35,6 +35,7 @@ class RunMeters:
             stack.enter_context(self.memory.phase("train"))
             stack.enter_context(count_allgathers(self.comm))
             yield
+        self._totals = self.throughput.totals()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -67,8 +68,8 @@ class RunMeters:
         return named
 
     def summary(self) -> dict[str, Any]:
-        """Totals of the run, per rank where ranks differ. A collective."""
-        totals = self.throughput.totals()
+        """Totals of the training loop, per rank where ranks differ. A collective."""
+        totals = self._totals
         self._gathered += self.comm.take().num_bytes
         own = {
             "tokens_per_second": totals.tokens / totals.seconds if totals.seconds else 0.0,

@@ -60,7 +60,11 @@ def read_deepspeed_config(path: str | Path | None) -> dict[str, Any]:
     """
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if path is None else path
     if str(path) == "none":
-        return json.loads(json.dumps(ZERO3))  # type: ignore[no-any-return]
+        default: dict[str, Any] = json.loads(json.dumps(ZERO3))
+        offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+        if offload != "none":  # `accelerate launch --offload_param_device cpu`
+            default["zero_optimization"]["offload_param"] = {"device": offload, "pin_memory": True}
+        return default
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -139,7 +143,7 @@ def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> A
 
 
 def stop() -> None:
-    """Leave the process group, all ranks together."""
+    """Leave the process group, all ranks together. Not after an error: a rank that fails alone would wait here."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -177,14 +177,14 @@ def gathered(param: nn.Parameter) -> AbstractContextManager[Any]:
     return context
 
 
-def order_gathers_after_writes(zero: object) -> None:
-    """Make ZeRO-3's gather stream wait for the stream that wrote the shards. A no-op on the CPU.
+def order_gathers_after_writes(module: nn.Module) -> None:
+    """Make ZeRO-3's gather stream wait for the stream that wrote the shards; before every forward. A no-op on the CPU.
 
     DeepSpeed orders the compute stream after the gathers, but not the gathers after edits of the shards.
     """
-    stream = getattr(zero, "_DeepSpeedZeRoOffload__allgather_stream", None)
-    if stream is not None and torch.cuda.is_available():
-        stream.wait_stream(torch.cuda.current_stream())
+    zero = getattr(module, "optimizer", None)
+    if zero is not None and torch.cuda.is_available():
+        cast(Any, zero)._DeepSpeedZeRoOffload__allgather_stream.wait_stream(torch.cuda.current_stream())
 
 
 def _local_slice(param: nn.Parameter, spec: TensorSpec) -> tuple[int, Tensor]:

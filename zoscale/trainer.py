@@ -1,10 +1,8 @@
 """`Trainer`: one run from its configuration to its run directory."""
 
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from zoscale.batch import MicroBatch
-from zoscale.config import ConfigError, RunConfig
+from zoscale.config import RunConfig
 from zoscale.data import Encoder, Splits, TrainBatches, evaluation_batches
 from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation, evaluate
@@ -131,10 +129,10 @@ class Trainer:
 
     def _evaluate(self, name: str, batches: list[MicroBatch], step: int) -> Evaluation:
         result = evaluate(self.engine.answers, batches, self.engine.mesh)
-        self.tracker.log(step, result.metrics(name))
-        self.log(
-            f"step {step}: {name} accuracy {result.accuracy:.4f}, loss {result.loss:.4f} ({result.count} examples)"
-        )
+        numbers = {metric: getattr(result, metric) for metric in self.task.metrics}
+        self.tracker.log(step, {f"{name}/{metric}": value for metric, value in numbers.items()})
+        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in numbers.items())
+        self.log(f"step {step}: {name} {shown} ({result.count} examples)")
         return result
 
     def _choose(self, step: int) -> None:
@@ -147,6 +145,8 @@ class Trainer:
             self.best.save()
 
     def _better(self, a: Evaluation, b: Evaluation) -> bool:
+        if not (a.is_finite and b.is_finite):
+            return a.is_finite
         name = self.task.select_by
         new, old = getattr(a, name), getattr(b, name)
         return bool(new < old) if name.endswith("loss") else bool(new > old)
@@ -165,7 +165,7 @@ class Trainer:
         steps = self.config.train.steps
         score = self._best_score
         return {
-            "validation": {"before": vars(before), "final": vars(final), "best_on_dev": vars(best)},
+            "validation": {"before": vars(before), "final": vars(final), "chosen": vars(best)},
             "dev": {"best_step": score.step, **vars(score.dev)} if score else None,
             "steps": steps,
             "skipped_steps": self._skipped,
@@ -174,29 +174,3 @@ class Trainer:
             "seconds": seconds,
             **self.meters.summary(),
         }
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    aside.replace(path)
-
-
-def claim(run_dir: Path, overwrite: bool) -> None:
-    """Make a new run directory.
-
-    Raises:
-        ConfigError: if a run with this configuration is there already.
-    """
-    if (run_dir / "config.yaml").exists():
-        if not overwrite:
-            raise ConfigError(
-                "a configuration that has not run yet",
-                f"a run in {run_dir}",
-                "change it, or overwrite=true to start again",
-            )
-        import shutil
-
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)

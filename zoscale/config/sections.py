@@ -14,7 +14,7 @@ class ModelConfig:
         revision: Branch, tag or commit of the model on the Hub; null is its main branch.
         tokenizer: Hugging Face id or local folder of the tokenizer; null is the model's id.
         dtype: Type of the weights in the forward pass.
-        attention: Attention implementation of transformers.
+        attention: Attention implementation of transformers; null is the best that the model has.
         trust_remote_code: Run Python code that comes with the model.
         allow_pickle: Load weights that are pickles (pytorch_model.bin), which can run code when loaded.
     """
@@ -24,7 +24,7 @@ class ModelConfig:
     revision: str | None = None
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
 

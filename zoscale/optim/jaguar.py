@@ -58,8 +58,8 @@ class JaguarSignSGD(ZeroOrderOptimizer):
 class JaguarMuon(ZeroOrderOptimizer):
     """JAGUAR's memory, orthogonalised: X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 2).
 
-    Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, gathered once. Vectors,
-    embeddings and the head never go through Newton-Schulz: they take the sign rule.
+    Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, gathered once. Tensors of
+    another number of dimensions, embeddings and the head never go through Newton-Schulz: they take the sign rule.
 
     Args:
         lr: learning rate >= 0 of the matrices.
@@ -101,7 +101,7 @@ class JaguarMuon(ZeroOrderOptimizer):
         _check_choice("iteration", options["iteration"], get_args(Iteration))
 
     def rule(self, spec: TensorSpec) -> str:
-        return "sign" if not spec.is_matrix or _EMBEDDING_OR_HEAD.search(spec.name) else "muon"
+        return "sign" if len(spec.shape) != 2 or _EMBEDDING_OR_HEAD.search(spec.name) else "muon"
 
     def rule_options(self, rule: str) -> dict[str, Any]:
         return {"lr_scale": self._sign_lr_scale} if rule == "sign" else {}

@@ -33,6 +33,8 @@ class Task(ABC):
 
     select_by: ClassVar[str] = "accuracy"
     """The dev metric that chooses the best step; a name that ends in `loss` is minimised."""
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "lm_loss")
+    """The evaluation metrics that say something."""
     objectives: ClassVar[tuple[str, ...]] = ("classification", "lm")
     """The training objectives that make sense."""
 

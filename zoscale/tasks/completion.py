@@ -19,6 +19,7 @@ class Completion(Task):
     """
 
     select_by: ClassVar[str] = "lm_loss"
+    metrics: ClassVar[tuple[str, ...]] = ("lm_loss",)
     objectives: ClassVar[tuple[str, ...]] = ("lm",)
 
     def __init__(

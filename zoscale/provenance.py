@@ -1,0 +1,49 @@
+"""What a result must carry: configuration, seed, versions, commit, hardware."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoscale.config import RunConfig
+
+_PACKAGES = ("zoscale", "torch", "deepspeed", "accelerate", "transformers", "peft", "datasets", "mlflow")
+
+
+def facts(config: RunConfig) -> dict[str, Any]:
+    """For `summary.json`."""
+    return {
+        "config_hash": config.hash,
+        "seed": config.seed,
+        "commit": commit(),
+        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": _gpus()},
+    }
+
+
+def commit() -> str:
+    """The commit of the source tree that runs, with `+` if it was changed since; `unknown` outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return out.stdout.strip()
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
