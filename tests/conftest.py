@@ -13,6 +13,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "hour": None if config.getoption("--hour") else "takes an hour or more; run with --hour",
     }
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # quick tests first
     for item in items:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):

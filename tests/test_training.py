@@ -172,7 +172,7 @@ def test_a_rank_that_fails_takes_the_job_down_with_its_cause(tmp_path: Path) -> 
 
 
 def test_completion_task_with_all_weights(tmp_path: Path) -> None:
-    """The user's JSONL, no adapter, no dev: what is reported is what was trained, and the model folder loads as it is."""
+    """The user's JSONL, no adapter, no dev: what is trained is reported, and the model folder loads as it is."""
     rows = [{"question": f"the film number {i} was", "reply": "good ." if i % 2 else "bad ."} for i in range(12)]
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
