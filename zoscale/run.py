@@ -225,6 +225,11 @@ def _conclude(config: RunConfig, summary: dict[str, Any], made: Plan, tracker: T
         f"validation {name}: {validation['before'][name]:.4f} before, {validation['chosen'][name]:.4f} after "
         f"({validation['before']['count']} examples)"
     )
+    peaks = [_mb(rank["peak_memory_bytes"]) for rank in summary["ranks"]]
+    print(
+        f"{summary['steps_per_second']:.2f} steps/s, {summary['tokens_per_second']:.0f} tokens/s; "
+        f"peak memory while training: {', '.join(peaks)}"
+    )
     print(f"{'adapter' if config.adapter is not None else 'model'}: {config.run_dir / 'adapter'}")
     print(f"summary: {config.run_dir / 'summary.json'}")
     print(f"to compare runs: {tracker.how_to_open()}")
