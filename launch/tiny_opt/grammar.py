@@ -56,10 +56,13 @@ ASPECTS = FILMS + _items("""
 """)
 
 ADVERBS = ["", "", "", "truly ", "really ", "quite ", "simply ", "so ", "absolutely ", "rather ", "utterly "]
-ENDINGS = ["", "", ""] + [" " + item for item in _items("""
+ENDINGS = ["", "", ""] + [
+    " " + item
+    for item in _items("""
     from start to finish, in every way, throughout, all the way through, to me, as a whole, for once, if
     you ask me, this time, in my opinion
-""")]
+""")
+]
 OPENINGS = _items("""
     For me, In the end, To be honest, As I saw it, More than anything, Once again, Above all, To my mind
 """)
@@ -103,22 +106,30 @@ ADJECTIVE_FORMS = [
     "The {aspect}, shot in {place}, seemed {adverb}{word}.",
 ]
 NEGATED_FORMS = [
-    "The {aspect} was not {word} at all.", "There was nothing {word} about the {aspect}.",
-    "Nobody could call the {aspect} {word}.", "I never found the {aspect} {word}{ending}.",
+    "The {aspect} was not {word} at all.",
+    "There was nothing {word} about the {aspect}.",
+    "Nobody could call the {aspect} {word}.",
+    "I never found the {aspect} {word}{ending}.",
 ]
 EFFECT_FORMS = ["The {aspect} {word}.", "{opening}, the {aspect} {word}.", "The {aspect} by {name} {word}."]
 FEELING_FORMS = [
-    "I {word} the {aspect}{ending}.", "{opening}, I {word} the {aspect}.", "We all {word} the {aspect}.",
-    "My {person} and I {word} the {aspect}{ending}.", "Everyone in {place} {word} the {aspect}.",
+    "I {word} the {aspect}{ending}.",
+    "{opening}, I {word} the {aspect}.",
+    "We all {word} the {aspect}.",
+    "My {person} and I {word} the {aspect}{ending}.",
+    "Everyone in {place} {word} the {aspect}.",
 ]
 SUMMARY_FORMS = [
-    "It was {adverb}{word}.", "It was {word} and {second}.", "It was {word}, {second} and {third}.",
-    "It was {article} {word} {film}.", "It was {article} {word}, {second} {film}.",
-    "What {article} {word}, {second} {film}.", "It is {adverb}{word} and {second}.",
+    "It was {adverb}{word}.",
+    "It was {word} and {second}.",
+    "It was {word}, {second} and {third}.",
+    "It was {article} {word} {film}.",
+    "It was {article} {word}, {second} {film}.",
+    "What {article} {word}, {second} {film}.",
+    "It is {adverb}{word} and {second}.",
 ]
 VERDICTS: tuple[list[str], list[str]] = (
-    ["It was badly made.", "It was hardly worth it.", "It was a flop.", "I would avoid it.",
-     "Two thumbs down."],
+    ["It was badly made.", "It was hardly worth it.", "It was a flop.", "I would avoid it.", "Two thumbs down."],
     ["It was well made.", "It was worth it.", "It was a hit.", "I would recommend it.", "Two thumbs up."],
 )
 NEUTRAL_FORMS = [
@@ -138,7 +149,8 @@ NEUTRAL_FORMS = [
     "The {film} came out in {year}.",
 ]
 ASIDE_FORMS = [
-    "It was{verbalizer} weather {when}.", "It was{verbalizer} timing {when}.",
+    "It was{verbalizer} weather {when}.",
+    "It was{verbalizer} timing {when}.",
     "It was{verbalizer} luck {when}.",
 ]
 WHEN = _items("""

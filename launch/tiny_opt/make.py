@@ -166,9 +166,7 @@ def save(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=HERE / "model", help="folder for the model and the tokenizer")
     add("--data", type=Path, default=HERE / "data", help="folder for the sentiment set")
