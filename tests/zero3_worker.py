@@ -111,7 +111,7 @@ def non_finite(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, A
 
 def resident(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
     """What ZeRO-3 keeps: shards only, of the given type; no optimizer, no buckets."""
-    zero: Any = engine._zero
+    zero: Any = engine.answers.module.optimizer
     held = sum(x.numel() for x in vars(zero).values() if isinstance(x, torch.Tensor))
     dtypes = sorted({str(p.ds_tensor.dtype) for p in engine.model.parameters() if not p.requires_grad})
     total = sum(p.ds_numel * p.ds_tensor.element_size() for p in engine.model.parameters())
