@@ -51,7 +51,7 @@ def history(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "zoscale.tracking"]
+    return [r.getMessage() for r in caplog.records if r.name in ("zoscale.tracking", "zoscale.mlflow_sender")]
 
 
 # --- a SQLite store -----------------------------------------------------------------------------------------
