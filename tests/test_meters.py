@@ -49,6 +49,7 @@ def test_peak_sees_memory_that_is_gone_at_the_time_of_reading(exact_meter: Memor
 
 
 def test_phases_exclude_each_other(exact_meter: MemoryMeter) -> None:
+    """Pitfall 23: the peak of training leaves out loading and evaluation."""
     spike(300 * MIB)  # "loading": before any phase
     with exact_meter.phase("train") as phases:
         base = exact_meter.read().current
