@@ -76,17 +76,17 @@ def test_library_example_trains_and_saves(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_noise_benchmark_shows_fused_noise(tmp_path: Path) -> None:
-    """Fused normals stay near torch.randn: the aim is 1.25 x (launch/RESULTS.md), eager is 8 x, this guards 1.5 x.
+def test_noise_benchmark_meets_its_bound(tmp_path: Path) -> None:
+    """Compiled normals cost at most 1.25 x torch.randn per thread in draws of 2**22; the best of three runs.
 
-    The best of three runs, since the ratio moves by 0.3 with what shares the machine.
+    Draws of 2**20 miss the bound on an idle machine: see launch/RESULTS.md.
     """
     ratios = []
     for _ in range(3):
         options = ["--json", str(tmp_path / "ratios.json"), "--repeats", "15", "--elements", str(2**22)]
         run([sys.executable, "launch/benchmark_noise.py", *options])
         ratios.append(json.loads((tmp_path / "ratios.json").read_text())["normal, compiled"])
-        if ratios[-1] <= 1.5:
+        if ratios[-1] <= 1.25:
             return
     raise AssertionError(f"normal, compiled: {ratios} x torch.randn")
 

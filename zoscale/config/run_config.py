@@ -30,12 +30,6 @@ from zoscale.config.sections import (
 )
 from zoscale.config.strict_yaml import ConfigError, did_you_mean, dump_yaml, plain, show
 
-__all__ = [
-    "ConfigError", "DataConfig", "Method", "ModelConfig", "RunConfig", "RuntimeConfig", "ScheduleConfig",
-    "TrackingConfig", "TrainConfig", "build", "check_adapter", "exit_with", "parse", "parse_or_exit",
-    "validate",
-]  # fmt: skip
-
 T = TypeVar("T")
 DEFAULT_ADAPTER = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
