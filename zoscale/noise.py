@@ -9,6 +9,7 @@ The arithmetic is plain tensor operations on int32 (wrapping multiplication, 16-
 `torch.compile` fuses into one pass: vector C++ on the CPU, Triton on the GPU.
 """
 
+import functools
 from collections.abc import Sequence
 from enum import IntEnum
 from itertools import accumulate
@@ -20,8 +21,8 @@ from torch import Tensor
 from zoscale import philox
 
 _BLOCK_MULTIPLE = 64  # blocks per call are a multiple of this: whole vectors only, so a value has one code path
+_KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements a call
 _BITS = 32
-
 
 Device = torch.device | str
 
@@ -154,9 +155,14 @@ class Noise:
         sizes = [-(-stop // 4) - first for (_, _, stop), first in zip(ranges, firsts, strict=True)]
         if not sum(sizes):
             return [torch.empty(0, dtype=philox.DTYPES[kernel], device=device) for _ in ranges]
-        blocks, tensors = _counters(ranges, firsts, sizes, device)
+        if len(ranges) == 1:  # large tensors: no host work and no counters to make
+            blocks, tensors = _first_blocks(sizes[0], device)
+            shared = self._words(key, firsts[0], ranges[0].tensor)
+        else:
+            blocks, tensors = _counters(ranges, firsts, sizes, device)
+            shared = self._words(key)
         run = philox.compiled(kernel) if self.compiled else kernel
-        drawn = run(blocks, tensors, torch.tensor(self._words(key), dtype=torch.int32, device=device))
+        drawn = run(blocks, tensors, torch.tensor(shared, dtype=torch.int32, device=device))
         begins = [4 * (end - size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         skips = [start % 4 for _, start, _ in ranges]
         return [
@@ -164,11 +170,35 @@ class Noise:
             for begin, skip, (_, start, stop) in zip(begins, skips, ranges, strict=True)
         ]
 
-    def _words(self, key: Key) -> list[int]:
+    def _words(self, key: Key, first: int = 0, tensor: int = 0) -> list[int]:
         for name, value, limit in (("step", key.step, 2**32), ("direction", key.direction, 2**24)):
             if not 0 <= value < limit:
                 raise ValueError(f"expected 0 <= {name} < {limit}, got {value}")
-        return philox.shared_words(key.step, key.direction | key.domain << 24, self.seed)
+        counters = (first, tensor, key.step, key.direction | key.domain << 24)
+        return philox.shared_words(counters, self.seed)
+
+
+def _padded(blocks: int) -> int:
+    return blocks + -blocks % _BLOCK_MULTIPLE
+
+
+@functools.cache
+def _kept_blocks(device: Device) -> tuple[Tensor, Tensor]:
+    return _new_blocks(_KEPT_BLOCKS, device)
+
+
+def _new_blocks(count: int, device: Device) -> tuple[Tensor, Tensor]:
+    blocks = torch.arange(count, dtype=torch.int32, device=device)
+    return blocks, torch.zeros_like(blocks)
+
+
+def _first_blocks(count: int, device: Device) -> tuple[Tensor, Tensor]:
+    """Blocks 0, 1, ... of tensor 0, padded to whole vectors; from memory that is kept, up to a size."""
+    padded = _padded(count)
+    if padded > _KEPT_BLOCKS:
+        return _new_blocks(padded, device)
+    blocks, zeros = _kept_blocks(device)
+    return blocks[:padded], zeros[:padded]
 
 
 def _counters(
@@ -176,10 +206,7 @@ def _counters(
 ) -> tuple[Tensor, Tensor]:
     """Counter words 0 (element block) and 1 (tensor id) of all blocks: int32, padded to whole vectors."""
     total = sum(sizes)
-    padded = total + -total % _BLOCK_MULTIPLE
-    if len(ranges) == 1:  # no host work and no copy in the case of large tensors
-        blocks = torch.arange(padded, dtype=torch.int32, device=device).add_(philox.signed(firsts[0]))
-        return blocks, torch.full_like(blocks, philox.signed(ranges[0].tensor))
+    padded = _padded(total)
     counts = torch.tensor([*sizes, padded - total])
     ends = counts.cumsum(0)
     shift = torch.tensor([*firsts, 0]) - (ends - counts)

@@ -40,18 +40,21 @@ def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return a_high * m_high + _high(middle) + _high(carry), a * signed(m)
 
 
-def shared_words(step: int, last: int, seed: int) -> list[int]:
-    """What all blocks of a call have in common: int32 bit patterns, two of the first round's product and all keys.
+def shared_words(counters: tuple[int, int, int, int], seed: int) -> list[int]:
+    """What all blocks of a call have in common, as int32 bit patterns, with the first round done where it can be.
 
-    The kernels only ever xor these. Arithmetic on them would be compiled to scalar C++, where int32 must not wrap.
+    The kernels only ever combine these with vectors. Arithmetic among them would be compiled to scalar C++, where
+    int32 must not wrap.
 
     Args:
-        step: counter word 2.
-        last: counter word 3.
+        counters: counter words 0 to 3; the first is added to each block's own, the second is xored with it.
         seed: 64-bit key.
     """
+    first, tensor, step, last = counters
+    keys = key_schedule(seed)
     product = step * _MULTIPLIERS[1]
-    return [signed(word) for word in (product >> 32, product & _MASK, last, *key_schedule(seed))]
+    of_first_round = (product >> 32 ^ tensor ^ keys[0], product & _MASK, last ^ keys[1])
+    return [signed(word) for word in (first, *of_first_round, *keys[2:])]
 
 
 def key_schedule(seed: int) -> list[int]:
@@ -75,10 +78,10 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: Sequence[Tensor
 
 
 def _run(blocks: Tensor, tensors: Tensor, shared: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10; of the first round, the product that all blocks share comes from the host."""
-    high1, low1, last, *keys = shared.unbind()
-    high0, low0 = _multiply(blocks, _MULTIPLIERS[0])
-    return philox(tensors ^ high1 ^ keys[0], low1, high0 ^ last ^ keys[1], low0, keys[2:])
+    """Philox4x32-10; what the blocks share of the first round comes from the host."""
+    first, high1, low1, last, *keys = shared.unbind()
+    high0, low0 = _multiply(blocks + first, _MULTIPLIERS[0])
+    return philox(tensors ^ high1, low1, high0 ^ last, low0, keys)
 
 
 def _interleave(lanes: Sequence[Tensor]) -> Tensor:
