@@ -6,6 +6,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--hour", action="store_true", help="run tests that take an hour or more")
+    parser.addoption("--kill-rounds", type=int, default=25, help="how often test_recovery.py kills a job")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

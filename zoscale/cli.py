@@ -1,39 +1,87 @@
-"""The command line: `zoscale train ...`."""
+"""The command line: `zoscale train ...`, `zoscale replay ...`, `zoscale journal ...`."""
 
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
 from zoscale.config import ConfigError, exit_with, parse_or_exit
 
+EX_IOERR = 74
 _USAGE = """usage: zoscale COMMAND ...
 
 commands:
-  train    train as configured; `zoscale train --help` documents every option
+  train    train as configured, or go on; `zoscale train --help` documents every option
+  replay   rebuild the weights of any step from the journal alone, and verify the saved ones
+  journal  print or plot the steps of a run
 """
 
 
 def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") -> int:
-    """Train as the command line says; 0 when done, 2 for a mistake of the user."""
+    """Train as the command line says.
+
+    Returns:
+        0 when done, 1 if training failed, 2 for a mistake of the user, 74 if the run directory cannot be written, 75
+        (`REQUEUE`) if the job was told to stop.
+    """
     from zoscale.methods import DEFAULTS, TABLES
 
     config = parse_or_exit(sys.argv[1:] if argv is None else argv, TABLES, DEFAULTS, command=command)
+    from zoscale.fingerprint import Diverged
+    from zoscale.preemption import REQUEUE, Preempted
     from zoscale.run import run
 
     try:
         run(config)
     except ConfigError as error:
         exit_with(error, command)
+    except Preempted as stopped:
+        return _end(command, stopped, REQUEUE)
+    except (FloatingPointError, Diverged) as error:
+        return _end(command, error, 1)
+    except OSError as error:
+        remedy = f"every step in {config.run_dir} is safe; once there is room, the same command continues the run"
+        return _end(command, f"{error}: {remedy}", EX_IOERR)
+    except Exception as error:
+        traceback.print_exc()
+        return _end(command, f"{type(error).__name__}: {error}", 1)
     return 0
+
+
+def _end(command: str, what: object, status: int) -> int:
+    notes = getattr(what, "__notes__", [])
+    print(f"{command}: rank {os.environ.get('RANK', 0)}: {' '.join([str(what), *notes])}", file=sys.stderr)
+    return status
+
+
+def replay(argv: Sequence[str]) -> int:
+    """`zoscale replay`."""
+    from zoscale.replay import replay_command
+
+    return replay_command(argv)
+
+
+def journal(argv: Sequence[str]) -> int:
+    """`zoscale journal`."""
+    from zoscale.journal_report import journal_command
+
+    return journal_command(argv)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "replay": replay, "journal": journal}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:
-        return train(arguments[1:])
-    if arguments[:1] in (["--help"], ["-h"]):
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("--help", "-h"):
         print(_USAGE, end="")
         return 0
-    got = f"got {arguments[0]!r}" if arguments else "got nothing"
-    print(f"zoscale: error: expected a command (train), {got}: see zoscale --help", file=sys.stderr)
-    return 2
+    if name not in _COMMANDS:
+        got = f"got {name!r}" if name else "got nothing"
+        print(f"zoscale: error: expected one of {', '.join(_COMMANDS)}, {got}: see zoscale --help", file=sys.stderr)
+        return 2
+    try:
+        return _COMMANDS[name](rest)
+    except ConfigError as error:
+        exit_with(error, f"zoscale {name}")

@@ -1,5 +1,6 @@
 """Deterministic batches: which examples a step takes, and how they become micro-batches."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,14 +69,17 @@ class Encoder:
         """Distinct rows that were cut so far."""
         return len(self._truncated)
 
-    def check(self, examples: Sequence[Example]) -> None:
-        """Encode every example once.
+    def fingerprint(self, splits: Splits) -> str:
+        """Encode every example once: 16 hex digits that name the token ids of all splits.
 
         Raises:
             ConfigError: for an answer that is empty or does not fit, so that it is met before training, not within.
         """
-        for example in examples:
-            self._rows(example, example.options, 0)
+        digest = hashlib.sha256()
+        for split in (splits.train, splits.dev, splits.validation):
+            rows = [(self._rows(example, example.options, 0), example.gold) for example in split]
+            digest.update(repr(rows).encode())
+        return digest.hexdigest()[:16]
 
     def micro_batch(self, examples: Sequence[Example], *, gold_only: bool) -> MicroBatch:
         """One micro-batch of examples, with all their options or only the right one."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from zoscale.batch import MicroBatch
@@ -33,14 +33,14 @@ class StepResult:
         step: number of the step, from 0.
         estimate: the loss and the projected gradients used.
         losses: of the candidates.
-        lr: learning rate of the first parameter group, as used.
+        lrs: learning rate of each parameter group, as used.
         skipped: whether a loss was not finite, so that nothing was updated.
     """
 
     step: int
     estimate: GradientEstimate
     losses: Losses
-    lr: float
+    lrs: tuple[float, ...]
     skipped: bool
 
     @property
@@ -48,13 +48,19 @@ class StepResult:
         """Estimate of f(x) before the update."""
         return self.estimate.loss
 
+    @property
+    def lr(self) -> float:
+        """Learning rate of the first parameter group."""
+        return self.lrs[0]
+
 
 class ZeroOrderEngine:
     """Zero-order training of a causal LM whose trainable parameters are those with `requires_grad`.
 
     Args:
-        model: a Hugging Face (or PEFT) causal LM. With an accelerator it is sharded by ZeRO-3.
-        accelerator: from `zoscale.start`; None = this process alone, plain tensors.
+        model: a Hugging Face (or PEFT) causal LM.
+        accelerator: from `zoscale.start`: the model is sharded by ZeRO-3 over all ranks, or whole on each
+            (`Runtime(shard_size=1)`); None = this process alone.
         optimizer: makes the update rule from this rank's shards and the mesh; a class with its defaults will do.
         probe: what directions look like.
         estimator: which points are evaluated.
@@ -78,11 +84,15 @@ class ZeroOrderEngine:
         noise: NoiseBackend = "auto",
     ) -> None:
         self.model = model
-        module = model if accelerator is None else _shard(model, accelerator)
+        module = model
         if accelerator is None:
             self.mesh = Mesh(next(model.parameters()).device, ranks=(0, 1))
-        else:
+        elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+            module = _shard(model, accelerator)
             self.mesh = Mesh(accelerator.device)
+        else:
+            model.to(accelerator.device)
+            self.mesh = Mesh(accelerator.device, shard_size=1)
         self.shards = shard_parameters(model, master=master)
         self.specs = [shard.spec for shard in self.shards]
         self.probe = probe or Block()
@@ -110,10 +120,10 @@ class ZeroOrderEngine:
         directions = self.directions(self.num_steps)
         losses = self.losses(micro_batches(batch), directions)
         estimate = self.estimator.estimate(directions, losses.values)
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lrs = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
         if estimate.is_finite:
             self.optimizer.step(estimate)
-        result = StepResult(self.num_steps, estimate, losses, lr, skipped=not estimate.is_finite)
+        result = StepResult(self.num_steps, estimate, losses, lrs, skipped=not estimate.is_finite)
         self.num_steps += 1
         return result
 

@@ -1,12 +1,17 @@
 """Writing what was trained as ordinary Hugging Face folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from zoscale.config import ConfigError
 from zoscale.engine import ZeroOrderEngine
+from zoscale.run_directory import write_json
 from zoscale.shards import gathered
+
+_ORIGIN = "zoscale.json"
 
 
 def save_trained(engine: ZeroOrderEngine, folder: Path | str) -> None:
@@ -22,6 +27,29 @@ def save_trained(engine: ZeroOrderEngine, folder: Path | str) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     engine.mesh.barrier()
+
+
+def write_origin(engine: ZeroOrderEngine, folder: Path, config_hash: str) -> None:
+    """Note beside the weights which step of which run they are."""
+    write_json(folder / _ORIGIN, {"step": engine.num_steps, "config_hash": config_hash})
+
+
+def read_origin(folder: Path) -> int | None:
+    """The step of saved weights; None where nothing is saved.
+
+    Raises:
+        ConfigError: if the note is malformed.
+    """
+    path = folder / _ORIGIN
+    try:
+        step = json.loads(path.read_text(encoding="utf-8"))["step"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"a step in {path}", repr(error), "restore the file from a copy") from error
+    if type(step) is not int or step < 0:
+        raise ConfigError(f"a step in {path}", repr(step), "restore the file from a copy")
+    return step
 
 
 def _collect(model: nn.Module, *, trainable_only: bool, keep: bool) -> dict[str, Tensor]:

@@ -1,32 +1,65 @@
-"""`Mesh`: the ranks of a run and the few exchanges that zero-order training needs. A no-op at world size 1."""
+"""`Mesh`: the ranks of a run and the few exchanges that zero-order training needs. A no-op at world size 1.
 
-from typing import Any
+Ranks form shard groups, which hold one copy of the model together; groups are replicas of each other. All ranks share
+out the micro-batches, whatever their group.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 class Mesh:
-    """All ranks of the default process group as one shard group.
+    """The ranks of the default process group; without one, a mesh of one rank.
 
-    Without an initialised process group it is a mesh of one rank.
+    A rank may want all to stop (`stop_wanted`); the wish travels with the next `gather_items`, after which
+    `stop_agreed` is the same on every rank.
 
     Args:
         device: where this rank computes.
         ranks: (rank, world size) instead of the process group's; (0, 1) is this process alone.
+        shard_size: ranks per shard group: all (None), or 1, where every rank holds the whole model.
+
+    Raises:
+        ValueError: for another size.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", *, ranks: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        ranks: tuple[int, int] | None = None,
+        shard_size: int | None = None,
+    ) -> None:
         self.device = torch.device(device)
         joined = dist.is_available() and dist.is_initialized()
         group = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         self.rank, self.world_size = ranks or group
+        self.shard_size = self.world_size if shard_size is None else shard_size
+        if self.shard_size not in (1, self.world_size):
+            raise ValueError(f"expected shard_size 1 or {self.world_size} (all ranks), got {shard_size}")
+        self.stop_wanted = False
+        self.stop_agreed = False
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and talks to the user."""
         return self.rank == 0
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the model."""
+        return self.world_size // self.shard_size
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank's shard group is the one that writes checkpoints."""
+        return self.rank < self.shard_size
 
     def share(self, num_items: int) -> tuple[list[int], int]:
         """The items that this rank takes whole, and the number of turns of every rank.
@@ -47,19 +80,23 @@ class Mesh:
             [rows, num_items] on the CPU, the same on every rank.
         """
         if self.world_size == 1:
+            self.stop_agreed = self.stop_wanted
             return local[:, :num_items].cpu()
-        parts = [torch.empty_like(local) for _ in range(self.world_size)]
-        dist.all_gather(parts, local.contiguous())
-        return torch.stack(parts, dim=-1).flatten(1)[:, :num_items].cpu()
+        sent = torch.cat([local, local.new_full((len(local), 1), float(self.stop_wanted))], dim=1)
+        parts = [torch.empty_like(sent) for _ in range(self.world_size)]
+        dist.all_gather(parts, sent)
+        whole = torch.stack(parts, dim=-1).cpu()
+        self.stop_agreed = bool(whole[0, -1].any())
+        return whole[:, :-1].flatten(1)[:, :num_items]
 
     def gather_flat(self, local: Tensor, numel: int) -> Tensor:
-        """The whole flat tensor from every rank's slice: [numel], of the dtype and on the device of `local`.
+        """The whole flat tensor from the slices of the shard group: [numel], of the dtype and on the device of `local`.
 
         Args:
-            local: this rank's elements [rank * size, ...) with size = ceil(numel / world), without padding.
+            local: this rank's elements [rank * size, ...) with size = ceil(numel / shard_size), without padding.
             numel: elements of the whole.
         """
-        if self.world_size == 1:
+        if self.shard_size == 1:
             return local
         size = -(-numel // self.world_size)
         padded = torch.zeros(size, dtype=local.dtype, device=self.device)
@@ -76,13 +113,28 @@ class Mesh:
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's small value on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Every rank does its own work; the results of all ranks, in rank order.
+
+        Raises:
+            OSError, ValueError: what the first rank that failed raised, on every rank, with its number noted.
+        """
+        result: T | Exception
+        try:
+            result = work()
+        except (OSError, ValueError) as error:
+            if self.world_size > 1:
+                error.add_note(f"on rank {self.rank}")
+            result = error
+        results = self.gather_objects(result)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Rank 0 does the work; its result on every rank, or its OSError or ValueError."""
+        return self.together(work if self.is_main else lambda: None)[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -5,12 +5,12 @@ import queue
 import shlex
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoscale.mlflow_store import THREAD, Card, Record, open_run, send_records, short_waits, shown
+from zoscale.mlflow_store import THREAD, Card, Record, open_run, send_records, sent_before, short_waits, shown
 
 _log = logging.getLogger(__name__)
 _QUEUE_LIMIT = 20_000  # records waiting for the server before we stop waiting for it
@@ -25,9 +25,12 @@ class Call:
 
 
 class Sender(threading.Thread):
-    """The thread that owns the MLflow client. `failed` is final; `opened`: the run is open, or it failed."""
+    """The thread that owns the MLflow client. `failed` is final; `opened`: the run is open, or it failed.
 
-    def __init__(self, run_dir: Path, uri: str, card: Card) -> None:
+    `past`: what a run that is continued has logged; sent as far as the store lacks it.
+    """
+
+    def __init__(self, run_dir: Path, uri: str, card: Card, past: Sequence[Record] = ()) -> None:
         super().__init__(name=THREAD, daemon=True)
         self.uri = uri
         self.run_id: str | None = None
@@ -36,6 +39,7 @@ class Sender(threading.Thread):
         self.opened = threading.Event()
         self._run_dir = run_dir
         self._card = card
+        self._past = past
         self._queue: queue.Queue[Record | Call | None] = queue.Queue(_QUEUE_LIMIT)
         self._draining = threading.Event()
         self._num_done = 0
@@ -68,10 +72,12 @@ class Sender(threading.Thread):
                 client, run = open_run(self._run_dir, self.uri, self._card)
             self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
             self.opened.set()
+            known = sent_before(client, run)
+            send_records(client, self.run_id, self._past, known=known)
             while not self.failed:
                 what, items = "metrics", self._take()
                 records = [item for item in items if isinstance(item, Record)]
-                self._num_done += send_records(client, run.info.run_id, records)
+                self._num_done += send_records(client, run.info.run_id, records, known=known)
                 for call in (item for item in items if isinstance(item, Call)):
                     what = call.what
                     call.do(client, run.info.run_id)

@@ -6,13 +6,14 @@ import posixpath
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 THREAD = "zoscale-mlflow"
+_MARK = "zoscale.mark"
 _TRIES = 6
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # MLflow's limits per request
 _MAX_NAME, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000  # ... and in characters
@@ -95,7 +96,7 @@ def open_run(run_dir: Path, uri: str, card: Card) -> tuple[Any, Any]:
     id_file = run_dir / "mlflow_run_id"
     run = _find_run(client, id_file.read_text().strip()) if id_file.exists() else None
     if run is None:
-        run = client.create_run(experiment_id, run_name=card.run_name, tags={})
+        run = _create_run(client, experiment_id, run_dir, card.run_name)
         id_file.write_text(run.info.run_id + "\n")
     else:
         client.update_run(run.info.run_id, status="RUNNING")
@@ -105,6 +106,17 @@ def open_run(run_dir: Path, uri: str, card: Card) -> tuple[Any, Any]:
     changed = {f"resumed.{k}": v for k, v in card.params.items() if known.get(k, v) != v}
     send(client, run.info.run_id, tags=resolve_tags(card.tags) | changed)
     return client, run
+
+
+def _create_run(client: Any, experiment_id: str, run_dir: Path, name: str) -> Any:
+    """A new run; or the one that was created just before a kill, found by a mark that was put down before."""
+    mark_file = run_dir / "mlflow_mark"
+    if not mark_file.exists():
+        mark_file.write_text(uuid.uuid4().hex + "\n")
+        return client.create_run(experiment_id, run_name=name, tags={_MARK: mark_file.read_text().strip()})
+    mark = mark_file.read_text().strip()
+    found = client.search_runs([experiment_id], f"tags.`{_MARK}` = '{re.sub(r'[^0-9a-f]', '', mark)}'")
+    return found[0] if found else client.create_run(experiment_id, run_name=name, tags={_MARK: mark})
 
 
 def _open_experiment(uri: str, name: str) -> tuple[Any, str]:
@@ -185,11 +197,21 @@ def _chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def send_records(client: Any, run_id: str, records: Iterable[Record]) -> int:
-    """Returns the number of values sent."""
+def sent_before(client: Any, run: Any) -> set[tuple[int, str]]:
+    """(step, name) of every value that a run has."""
+    return {(m.step, name) for name in run.data.metrics for m in client.get_metric_history(run.info.run_id, name)}
+
+
+def send_records(client: Any, run_id: str, records: Iterable[Record], *, known: Container[tuple[int, str]] = ()) -> int:
+    """Returns the number of values sent; those that are known are left out."""
     from mlflow.entities import Metric
 
-    rows = [Metric(_name(k), v, round(r.time * 1000), r.step) for r in records for k, v in r.metrics.items()]
+    rows = [
+        Metric(_name(k), v, round(r.time * 1000), r.step)
+        for r in records
+        for k, v in r.metrics.items()
+        if (r.step, _name(k)) not in known
+    ]
     for chunk in _chunks(rows, _MAX_METRICS):
         client.log_batch(run_id, metrics=chunk)
     return len(rows)

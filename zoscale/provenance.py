@@ -1,5 +1,6 @@
 """What a result must carry: configuration, seed, versions, commit, hardware."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -36,6 +37,20 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return out.stdout.strip()
+
+
+def code() -> str:
+    """Version and content of the package that runs: two installations with the same text agree."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
+    return f"{_version('zoscale')} {digest.hexdigest()[:16]}"
+
+
+def libraries() -> dict[str, str]:
+    """Versions of the packages that compute."""
+    return {name: _version(name) for name in ("torch", "deepspeed", "transformers", "peft")}
 
 
 def _gpus() -> list[str]:

@@ -1,91 +1,26 @@
 """One training run: from a configuration to a finished run directory."""
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import nn
-from tqdm import tqdm
-
-from zoscale import runtime
-from zoscale.config import ConfigError, RunConfig, build
-from zoscale.data import Encoder, Splits
+from zoscale import provenance, runtime
+from zoscale.agreement import check_agreement
+from zoscale.assembly import Plan, build_engine, plan
+from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
-from zoscale.estimators import ESTIMATORS
-from zoscale.export import save_trained
+from zoscale.export import save_trained, write_origin
+from zoscale.ledger import Ledger
 from zoscale.mesh import Mesh
-from zoscale.models import (
-    ModelSize,
-    add_adapter,
-    check_model_config,
-    count_parameters,
-    load_model,
-    load_tokenizer,
-    read_model_config,
-)
-from zoscale.objectives import OBJECTIVES
-from zoscale.optim import OPTIMIZERS
-from zoscale.probes import PROBES
-from zoscale.provenance import commit, facts
-from zoscale.run_directory import claim, write_json
-from zoscale.shards import ShardedParam, TensorSpec, local_bytes
-from zoscale.tasks import TASKS, Task
+from zoscale.preemption import Preempted
+from zoscale.recovery import header_of
+from zoscale.run_directory import RunDirectory, write_json
+from zoscale.run_report import conclude, describe, say
 from zoscale.tracking import NullTracker, Tracker
-from zoscale.trainer import Log, Trainer
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All of a run that can be known, and refused, before any process group starts."""
-
-    task: Task
-    encoder: Encoder
-    splits: Splits
-    architecture: Any
-    size: ModelSize
-    deepspeed: dict[str, Any]
-
-
-def plan(config: RunConfig) -> Plan:
-    """Check the configuration and read everything but the weights.
-
-    Raises:
-        ConfigError: what is wrong, and what to do.
-    """
-    task = _check_methods(config)
-    check_model_config(config.model, config.adapter)
-    if config.model.dtype == "float16" and not torch.cuda.is_available():
-        raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
-    deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
-    architecture = read_model_config(config.model)
-    encoder = Encoder(load_tokenizer(config.model), config.data.max_length)
-    splits = Splits.of(task, config.data, config.seed)
-    encoder.check([*splits.train, *splits.dev, *splits.validation])
-    size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
-    return Plan(task, encoder, splits, architecture, size, deepspeed)
-
-
-def _check_methods(config: RunConfig) -> Task:
-    try:
-        task: Task = build(config.task, TASKS)
-        build(config.probe, PROBES)
-        build(config.estimator, ESTIMATORS)
-        for shape in ((1, 1), (1,)):
-            example = ShardedParam(nn.Parameter(torch.zeros(shape)), TensorSpec(0, "example", shape))
-            build(config.optimizer, OPTIMIZERS, [example])
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError("options that the method takes", str(error), "correct the configuration") from error
-    if config.objective not in task.objectives:
-        wanted = f"objective {' or '.join(task.objectives)} for task {config.task.name}"
-        raise ConfigError(wanted, config.objective, "set objective")
-    return task
+from zoscale.trainer import Trainer
+from zoscale.watchdog import Watchdog
 
 
 def run(config: RunConfig) -> dict[str, Any]:
-    """Train as configured. Every rank calls it; rank 0 writes `config.run_dir` and prints.
+    """Train as configured, or go on with a run that was stopped. Every rank calls it; rank 0 writes and prints.
 
     After an error the process group is left as it is, so that a rank that fails alone ends at once and its launcher
     ends the others.
@@ -94,151 +29,119 @@ def run(config: RunConfig) -> dict[str, Any]:
         The summary, as written to `summary.json`.
 
     Raises:
-        ConfigError: if the configuration cannot be run.
+        ConfigError: if the configuration cannot be run, or what is in the run directory cannot be continued.
         FloatingPointError: if the loss stays not finite.
+        Preempted: if the job was told to stop.
+        OSError: if the run directory cannot be written; what was written before stays.
     """
     made = plan(config)
     accelerator = runtime.start(
         runtime.Runtime(
             dtype=config.model.dtype,
             deepspeed=made.deepspeed,
+            shard_size=config.mesh.shard_size,
             timeout_minutes=config.runtime.timeout_minutes,
             threads=config.runtime.threads,
         ),
         size=made.size,
     )
-    _claim_together(config, Mesh(accelerator.device))
-    engine = _engine(config, made.architecture, accelerator)
-    _describe(config, engine, made)
-    tracker = _tracker(config, engine)
-    status = "FAILED"
-    try:
-        summary = _train(config, made, engine, tracker)
-        status = "FINISHED"
-    finally:
-        tracker.finish(status)
+    mesh = Mesh(accelerator.device)
+    check_agreement(mesh, _facts(config, made))
+    directory = _enter(config, mesh)
+    summary = mesh.on_main(directory.read_summary)
+    if summary is None:
+        engine = build_engine(config, made.architecture, accelerator)
+        describe(config, engine, made, directory)
+        summary = _watched(config, made, engine, directory)
+    else:
+        say(mesh)(f"{directory.path} is finished; overwrite=true starts it again")
     runtime.stop()
     return summary
 
 
-def _train(config: RunConfig, made: Plan, engine: ZeroOrderEngine, tracker: Tracker) -> dict[str, Any]:
-    trainer = Trainer(config, engine, made.task, made.splits, made.encoder, tracker, say(engine))
-    summary = trainer.run()
-    folder = config.run_dir / "adapter"
-    save_trained(engine, folder)
-    summary |= facts(config)
-    if engine.mesh.is_main:
-        write_json(config.run_dir / "summary.json", summary)
-        tracker.log_artifact(config.run_dir / "summary.json")
-        if config.adapter is None:  # a whole model: usable as it lies, and too large to copy unasked
-            made.encoder.tokenizer.save_pretrained(folder)
-        else:
-            tracker.log_artifacts(folder, "adapter")
-        _conclude(config, summary, made, tracker)
+def _facts(config: RunConfig, made: Plan) -> dict[str, object]:
+    """What all ranks must have in common."""
+    return {
+        **config.flatten(),
+        "architecture": made.architecture.to_json_string(),
+        "examples": made.data,
+        "zoscale": provenance.code(),
+        **provenance.libraries(),
+    }
+
+
+def _enter(config: RunConfig, mesh: Mesh) -> RunDirectory:
+    """Rank 0 opens the run directory and keeps its lock; all ranks must see it."""
+    directory = RunDirectory.of(config)
+    try:
+        mesh.on_main(lambda: directory.open(config))
+        mesh.together(lambda: directory.config.stat())
+    except OSError as error:
+        remedy = "set output_dir to a writable folder that all ranks share"
+        raise ConfigError(f"a writable, shared folder {directory.path}", str(error), remedy) from error
+    return directory
+
+
+def _watched(config: RunConfig, made: Plan, engine: ZeroOrderEngine, directory: RunDirectory) -> dict[str, Any]:
+    """All ranks under the eyes of each other: one that stands still ends the job."""
+    mesh, limits = engine.mesh, config.runtime
+    slow_seconds = max(60 * limits.timeout_minutes, limits.stall_seconds)
+    watchdog = Watchdog(
+        rank=mesh.rank, world_size=mesh.world_size, stall_seconds=limits.stall_seconds, slow_seconds=slow_seconds
+    )
+    engine.answers.module.register_forward_pre_hook(lambda *_: watchdog.beat())
+    with watchdog:
+        log = say(mesh)
+        ledger = Ledger(directory, config, engine, header_of(config, engine, made.data), log)
+        tracker = _tracker(config, engine, directory)
+        status = "FAILED"
+        try:
+            trainer = Trainer(config, engine, made.task, made.splits, made.encoder, ledger, tracker, watchdog, log)
+            summary = trainer.run() | provenance.facts(config)
+            ledger.close()
+            with watchdog.slow("saving"):
+                _leave(config, made, engine, directory, summary, tracker)
+            status = "FINISHED"
+        except Preempted:
+            status = "KILLED"
+            raise
+        finally:
+            tracker.finish(status)
     return summary
 
 
-def _engine(config: RunConfig, architecture: Any, accelerator: Accelerator) -> ZeroOrderEngine:
-    _seed(config.seed)
-    model = add_adapter(load_model(config.model, architecture), config.adapter)
-    return ZeroOrderEngine(
-        model,
-        accelerator=accelerator,
-        optimizer=lambda shards, mesh: build(config.optimizer, OPTIMIZERS, shards, mesh),
-        probe=build(config.probe, PROBES),
-        estimator=build(config.estimator, ESTIMATORS),
-        objective=OBJECTIVES[config.objective],
-        seed=config.seed,
-        master=config.master,
-        noise=config.runtime.noise,
-    )
+def _leave(
+    config: RunConfig,
+    made: Plan,
+    engine: ZeroOrderEngine,
+    directory: RunDirectory,
+    summary: dict[str, Any],
+    tracker: Tracker,
+) -> None:
+    """Write the result, and the summary last."""
+    save_trained(engine, directory.adapter)
+    if not engine.mesh.is_main:
+        return
+    write_origin(engine, directory.adapter, config.hash)
+    if config.adapter is None:  # a whole model: usable as it lies, and too large to copy unasked
+        made.encoder.tokenizer.save_pretrained(directory.adapter)
+    else:
+        tracker.log_artifacts(directory.adapter, "adapter")
+    tracker.log_artifact(directory.journal)
+    write_json(directory.summary, summary)
+    tracker.log_artifact(directory.summary)
+    conclude(config, summary, made, directory, tracker.how_to_open())
 
 
-def _seed(seed: int) -> None:
-    """Seed the generators that initialise weights (random models, LoRA's A); training itself reads none."""
-    from accelerate.utils import set_seed
-
-    set_seed(seed % 2**32)
-
-
-def _claim_together(config: RunConfig, mesh: Mesh) -> None:
-    """Rank 0 makes the run directory; a refusal is every rank's."""
-    refusal: ConfigError | None = None
-    if mesh.is_main:
-        try:
-            claim(config.run_dir, config.overwrite)
-            (config.run_dir / "config.yaml").write_text(config.to_yaml())
-        except ConfigError as error:
-            refusal = error
-        except OSError as error:
-            refusal = ConfigError(f"a writable folder {config.run_dir}", str(error), "set output_dir")
-    refusal = mesh.broadcast(refusal)
-    if refusal is not None:
-        raise refusal
-
-
-def _tracker(config: RunConfig, engine: ZeroOrderEngine) -> Tracker:
+def _tracker(config: RunConfig, engine: ZeroOrderEngine, directory: RunDirectory) -> Tracker:
     if not engine.mesh.is_main:
         return NullTracker()
     return Tracker.start(
-        config.run_dir,
+        directory.path,
         uri=config.tracking.uri,
         experiment=config.tracking.experiment,
-        run_name=config.run_dir.name,
+        run_name=directory.path.name,
         params=config.flatten(),
-        tags={"git_commit": commit(), **config.tracking.tags},
+        tags={"git_commit": provenance.commit(), **config.tracking.tags},
         enabled=config.tracking.mlflow,
     )
-
-
-def _describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan) -> None:
-    """What will be trained, with the memory to expect, before the first step."""
-    size, splits = made.size, made.splits
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[config.model.dtype]
-    resident = engine.mesh.gather_objects(local_bytes(engine.model))
-    slices = engine.mesh.gather_objects(sum(len(shard) for shard in engine.shards))
-    masters = max(slices) * 4 if config.master == "fp32" else 0
-    largest = max(size.largest_block, size.outside_blocks) * width
-    log = say(engine)
-    log(f"run directory: {config.run_dir}")
-    log(
-        f"model: {size.total:,} parameters, {config.model.dtype}; trainable: {engine.num_trainable:,} in "
-        f"{len(engine.specs)} tensors; ranks: {engine.mesh.world_size}; slices: {slices}"
-    )
-    log(
-        f"expected memory per rank: {_mb(max(resident))} shard + {_mb(masters)} master + about {_mb(largest)} gathered "
-        "+ activations + optimizer state"
-    )
-    log(
-        f"data: {len(splits.train)} train, {len(splits.dev)} dev (held out of train; chooses the step), "
-        f"{len(splits.validation)} validation"
-    )
-    method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
-    log(f"method: {method}, {engine.estimator.num_candidates} forwards per step, {config.train.steps} steps")
-
-
-def _conclude(config: RunConfig, summary: dict[str, Any], made: Plan, tracker: Tracker) -> None:
-    validation, name = summary["validation"], made.task.select_by
-    if made.encoder.num_truncated:
-        print(f"{made.encoder.num_truncated} rows were cut to data.max_length={config.data.max_length} tokens")
-    print(
-        f"validation {name}: {validation['before'][name]:.4f} before, {validation['chosen'][name]:.4f} after "
-        f"({validation['before']['count']} examples)"
-    )
-    peaks = [_mb(rank["peak_memory_bytes"]) for rank in summary["ranks"]]
-    print(
-        f"{summary['steps_per_second']:.2f} steps/s, {summary['tokens_per_second']:.0f} tokens/s; "
-        f"peak memory while training: {', '.join(peaks)}"
-    )
-    print(f"{'adapter' if config.adapter is not None else 'model'}: {config.run_dir / 'adapter'}")
-    print(f"summary: {config.run_dir / 'summary.json'}")
-    print(f"to compare runs: {tracker.how_to_open()}")
-
-
-def say(engine: ZeroOrderEngine) -> Log:
-    """A print that does not tear the progress bar; silent on other ranks."""
-    return tqdm.write if engine.mesh.is_main else lambda _: None
-
-
-def _mb(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"

@@ -1,33 +1,151 @@
-"""The run directory: made once, never mixed with another run's, its files written whole."""
+"""The run directory: what lies where, one writer at a time, files written whole."""
 
+import fcntl
 import json
+import os
 import shutil
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, RunConfig
+
+_PATIENCE = 20.0  # seconds for the processes of a killed run to end
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run.
+
+    Args:
+        path: `<output_dir>/<name>-<hash>`.
+    """
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunDirectory":
+        """The folder that a configuration names: its own, or the one to resume."""
+        if config.resume in ("auto", "never"):
+            return cls(config.run_dir)
+        given = Path(config.resume)
+        return cls(given.parent.parent if given.parent.name == "checkpoints" else given)
+
+    @property
+    def config(self) -> Path:
+        """The whole configuration; what has one is a run."""
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        """Every step."""
+        return self.path / "journal.bin"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        """Every evaluation, one JSON object per line."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The result, as Hugging Face libraries read it."""
+        return self.path / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        """Written last: a run that has it is finished."""
+        return self.path / "summary.json"
+
+    def chosen_checkpoint(self, config: RunConfig) -> Path | None:
+        """The checkpoint that `resume` names, if it names one."""
+        given = Path(config.resume)
+        return given if given.parent == self.checkpoints else None
+
+    def open(self, config: RunConfig) -> int:
+        """Make the folder, or enter that of a run to continue, and lock it for the life of this process.
+
+        Returns:
+            The lock's file descriptor.
+
+        Raises:
+            ConfigError: if the configuration does not allow to go on here, or another process is writing.
+            OSError: if the folder cannot be written.
+        """
+        exists = self.config.exists()
+        if config.resume not in ("auto", "never") and not exists:
+            raise ConfigError("the folder of a run or of a checkpoint", config.resume, "set resume")
+        if exists and config.resume == "never" and not config.overwrite:
+            remedy = "resume=auto to continue it, overwrite=true to start again"
+            raise ConfigError("a configuration that has not run yet", f"a run in {self.path}", remedy)
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(self.path)
+        if exists and config.overwrite:
+            _empty(self.path)
+        if not self.config.exists():
+            write_text(self.config, config.to_yaml())
+        return lock
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None if it is not finished.
+
+        Raises:
+            ConfigError: if the file is damaged.
+        """
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ConfigError(
+                f"JSON in {self.summary}", str(error), "remove it, and the run is finished anew"
+            ) from error
+        return dict(summary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    aside = path.with_name(f"{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    aside.replace(path)
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
-def claim(run_dir: Path, overwrite: bool) -> None:
-    """Make a new run directory.
+def _lock(folder: Path) -> int:
+    """An exclusive lock on the folder, which ends with the process. Processes of a killed run get time to end."""
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            os.close(descriptor)
+            got = f"another process that is writing {folder}"
+            raise ConfigError("a run directory that nobody writes", got, "wait for it or stop it") from error
+        return descriptor
 
-    Raises:
-        ConfigError: if a run with this configuration is there already.
-    """
-    if (run_dir / "config.yaml").exists():
-        if not overwrite:
-            raise ConfigError(
-                "a configuration that has not run yet",
-                f"a run in {run_dir}",
-                "change it, or overwrite=true to start again",
-            )
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name == ".lock":
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -38,10 +38,10 @@ class RunMeters:
         self._totals = self.throughput.totals()
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """An evaluation within the loop: its time, memory and traffic do not count for training."""
+    def aside(self, phase: str) -> Iterator[None]:
+        """Something else within the loop: its time, memory and traffic do not count for training."""
         self._gathered += self.comm.take().num_bytes
-        with self.throughput.pause(), self.memory.phase("evaluate"):
+        with self.throughput.pause(), self.memory.phase(phase):
             yield
         self.comm.take()
 

@@ -42,12 +42,15 @@ class Runtime:
     Args:
         dtype: compute dtype of the frozen weights: float32, bfloat16 or float16.
         deepspeed: DeepSpeed configuration (ZeRO-3, no optimizer); None = `ZERO3`.
+        shard_size: ranks that hold the model together: all of them (None), or 1, where each holds it whole and
+            nothing is gathered.
         timeout_minutes: of collectives; a rank that waits longer takes the job down.
         threads: torch CPU threads per rank; None = torch's default.
     """
 
     dtype: str = "float32"
     deepspeed: Mapping[str, Any] | None = None
+    shard_size: int | None = None
     timeout_minutes: float = 10.0
     threads: int | None = None
 
@@ -66,12 +69,16 @@ def read_deepspeed_config(path: str | Path | None) -> dict[str, Any]:
             default["zero_optimization"]["offload_param"] = {"device": offload, "pin_memory": True}
         return default
     try:
-        config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"a DeepSpeed JSON file at {path}", str(error), "correct runtime.deepspeed") from error
-    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
+    config = config if isinstance(config, dict) else {}
+    for section in ("zero_optimization", *_DTYPE_SECTIONS.values()):
+        if not isinstance(config.get(section, {}), dict):
+            raise ConfigError(f"{section} in {path} to be a section of keys", repr(config[section])[:80], "correct it")
+    stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3:
-        raise ConfigError(f"zero_optimization.stage 3 in {path}", repr(stage), "start from ds_configs/zero3.json")
+        raise ConfigError(f"zero_optimization.stage 3 in {path}", repr(stage)[:80], "start from ds_configs/zero3.json")
     for section in ("optimizer", "scheduler"):
         if section in config:
             raise ConfigError(
@@ -129,8 +136,7 @@ def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> A
     _stand_alone()
     _skip_shm_build()
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
-    config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
-    plugin = DeepSpeedPlugin(hf_ds_config=fill_deepspeed_config(config, runtime.dtype, size), zero3_init_flag=True)
+    plugin = _plugin(runtime, size)
     group = InitProcessGroupKwargs(
         backend="nccl" if torch.cuda.is_available() else "gloo",
         timeout=timedelta(minutes=runtime.timeout_minutes),
@@ -140,6 +146,18 @@ def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> A
     if accelerator.num_processes != launched:
         raise ConfigError(f"{launched} processes", str(accelerator.num_processes), "check the launcher")
     return accelerator
+
+
+def _plugin(runtime: Runtime, size: ModelSize | None) -> DeepSpeedPlugin | None:
+    """ZeRO-3 over all ranks, or no DeepSpeed at all, whatever the launcher was told."""
+    if runtime.shard_size == 1:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+        return None
+    if runtime.shard_size is not None and runtime.shard_size != int(os.environ["WORLD_SIZE"]):
+        expected = f"shard_size 1 or all {os.environ['WORLD_SIZE']} ranks"
+        raise ConfigError(expected, str(runtime.shard_size), "set mesh.shard_size to 1 or null")
+    config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
+    return DeepSpeedPlugin(hf_ds_config=fill_deepspeed_config(config, runtime.dtype, size), zero3_init_flag=True)
 
 
 def stop() -> None:

@@ -156,6 +156,13 @@ def shard_parameters(model: nn.Module, *, master: Master = "fp32") -> list[Shard
     return [ShardedParam(param, spec, master=master) for spec, param in trainable_specs(model)]
 
 
+def local_slices(model: nn.Module, *, trainable: bool) -> list[tuple[TensorSpec, int, Tensor]]:
+    """(tensor, offset, this rank's live slice) of all trainable or all frozen tensors, sorted by name."""
+    found = sorted((name, param) for name, param in model.named_parameters() if param.requires_grad == trainable)
+    specs = [TensorSpec(i, name, tuple(getattr(p, "ds_shape", p.shape))) for i, (name, p) in enumerate(found)]
+    return [(spec, *_local_slice(param, spec)) for spec, (_, param) in zip(specs, found, strict=True)]
+
+
 def local_bytes(model: nn.Module) -> int:
     """Bytes of parameters that this rank stores between forwards, padding included."""
     tensors = (getattr(param, "ds_tensor", param) for param in model.parameters())

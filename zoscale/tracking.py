@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from zoscale.mlflow_sender import Call, Sender
-from zoscale.mlflow_store import Card, Record, flatten, open_run, send, send_records, shown, store_uri
+from zoscale.mlflow_store import Card, Record, flatten, open_run, send, send_records, sent_before, shown, store_uri
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def import_run(run_dir: Path, *, uri: str | None = None, status: str = "FINISHED
     """
     card = Card(**json.loads((run_dir / "tracking.json").read_text(encoding="utf-8")))
     client, run = open_run(run_dir, store_uri(run_dir, uri), card)
-    send_records(client, run.info.run_id, read_metrics(run_dir))
+    send_records(client, run.info.run_id, read_metrics(run_dir), known=sent_before(client, run))
     client.set_terminated(run.info.run_id, status)
     return str(run.info.run_id)
 
@@ -56,6 +56,8 @@ class Tracker:
         path = run_dir / "metrics.jsonl"
         if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
             os.truncate(path, content.rfind(b"\n") + 1)  # the line that a crash cut off
+        past = list(read_metrics(run_dir)) if path.exists() else []
+        self._logged = {(record.step, name) for record in past for name in record.metrics}
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     @classmethod
@@ -73,6 +75,8 @@ class Tracker:
     ) -> Self:
         """Open `metrics.jsonl` and the MLflow run; the run that `run_dir/mlflow_run_id` names is continued.
 
+        Of a run that is continued, MLflow gets what `metrics.jsonl` has and it lacks, and nothing twice.
+
         The store is `uri`, else MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` beside `run_dir`.
         `params` may be nested (names are joined by dots). Without `enabled` only the file is written.
         `patience`: the longest time in seconds that `start`, and `finish` without any progress, wait for the
@@ -81,7 +85,8 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         card = Card(experiment, run_name, flatten(params), dict(tags))
         (run_dir / "tracking.json").write_text(json.dumps(asdict(card), indent=1), encoding="utf-8")
-        sender = Sender(run_dir, store_uri(run_dir, uri), card) if enabled else None
+        past = list(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else []
+        sender = Sender(run_dir, store_uri(run_dir, uri), card, past) if enabled else None
         tracker = cls(run_dir, sender, patience=patience)
         if sender is not None:
             sender.start()
@@ -100,8 +105,11 @@ class Tracker:
         return self._sender is not None and not self._sender.failed
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of a step. Never waits for MLflow."""
-        record = Record(step, round(time.time(), 3), {name: float(v) for name, v in metrics.items()})
+        """Append the metrics of a step, but for those that a resumed run has logged before. Never waits for MLflow."""
+        new = {name: float(value) for name, value in metrics.items() if (step, name) not in self._logged}
+        if not new:
+            return
+        record = Record(step, round(time.time(), 3), new)
         values = {k: v if math.isfinite(v) else str(v) for k, v in record.metrics.items()}
         row = {"step": step, "time": record.time, "metrics": values}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")

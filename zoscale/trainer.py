@@ -1,25 +1,28 @@
 """`Trainer`: one run from its configuration to its run directory."""
 
 import time
-from collections.abc import Callable
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import get_scheduler
 
 from zoscale.batch import MicroBatch
-from zoscale.config import RunConfig
+from zoscale.config import ConfigError, RunConfig
 from zoscale.data import Encoder, Splits, TrainBatches, evaluation_batches
 from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation, evaluate
+from zoscale.fingerprint import check_replicas
+from zoscale.journal import Record
+from zoscale.ledger import Ledger
+from zoscale.preemption import Preempted, stop_on_signals
+from zoscale.recovery import Log
 from zoscale.run_meters import RunMeters
-from zoscale.snapshot import Snapshot
 from zoscale.tasks import Task
 from zoscale.tracking import Tracker
-
-Log = Callable[[str], None]
+from zoscale.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,45 @@ class Score:
     dev: Evaluation
 
 
+class Skips:
+    """Counts the steps that a non-finite loss has skipped.
+
+    Args:
+        most_in_row: more of them in a row end the run.
+    """
+
+    def __init__(self, most_in_row: int) -> None:
+        self.total = 0
+        self._in_row = 0
+        self._most_in_row = most_in_row
+
+    def count(self, step: int, *, skipped: bool) -> None:
+        """Count a step.
+
+        Raises:
+            FloatingPointError: if too many in a row were skipped.
+        """
+        self.total += skipped
+        self._in_row = self._in_row + 1 if skipped else 0
+        if self._in_row > self._most_in_row:
+            raise FloatingPointError(
+                f"the loss was not finite for {self._in_row} steps in a row, up to step {step}; lower optimizer.lr or "
+                "estimator.tau, or compute in bfloat16 or float32"
+            )
+
+
 class Trainer:
-    """The loop: batches -> engine.step -> log; evaluation on dev; the best step on dev is what the run leaves.
+    """The loop: batches -> engine.step -> journal; evaluation on dev; the best step on dev is what the run leaves.
 
     Args:
         config: of the run.
-        engine: built from it.
+        engine: built from it; at step 0, or where the ledger has brought it.
         task: built from it.
         splits: its examples.
         encoder: with the model's tokenizer.
+        ledger: keeps every step.
         tracker: where rank 0 writes metrics.
+        watchdog: is told of phases that may take long.
         log: prints on rank 0.
     """
 
@@ -50,13 +82,17 @@ class Trainer:
         task: Task,
         splits: Splits,
         encoder: Encoder,
+        ledger: Ledger,
         tracker: Tracker,
+        watchdog: Watchdog,
         log: Log,
     ) -> None:
         self.config = config
         self.engine = engine
         self.task = task
+        self.ledger = ledger
         self.tracker = tracker
+        self.watchdog = watchdog
         self.log = log
         gold_only = config.objective == "lm"
         self.batches = TrainBatches(splits.train, encoder, config.data, config.seed, gold_only=gold_only)
@@ -67,68 +103,108 @@ class Trainer:
         self.schedule = get_scheduler(
             config.schedule.name, engine.optimizer, config.schedule.warmup_steps, max(1, config.train.steps)
         )
-        self.best = Snapshot(config.run_dir / "checkpoints" / "best", engine)
         self._best_score: Score | None = None
-        self._skipped = 0
-        self._skipped_in_row = 0
+        self._skips = Skips(config.train.max_skipped_in_row)
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluate once on validation with the weights that were best on dev, and write the summary."""
-        started = time.monotonic()
+        """Train, evaluate once on validation with the weights that were best on dev, and write the summary.
+
+        Raises:
+            Diverged: if replicas hold different weights.
+            Preempted: if the job was told to stop; the step is finished and a checkpoint written.
+            FloatingPointError: if the loss is not finite for too many steps in a row.
+        """
+        started, first = time.monotonic(), self.engine.num_steps
         before = self._evaluate("validation/before", self.validation, 0)
-        self._choose(0)
-        last: StepResult | None = None
-        bar = tqdm(total=self.config.train.steps, disable=not self.engine.mesh.is_main, unit="step", mininterval=1.0)
-        with bar, self.meters.training():
-            for step in range(self.config.train.steps):
-                last = self._step(step)
-                bar.set_postfix_str(f"loss {last.loss:.4f}", refresh=False)
+        self._catch_up()
+        bar = tqdm(
+            initial=first,
+            total=self.config.train.steps,
+            disable=not self.engine.mesh.is_main,
+            unit="step",
+            mininterval=1.0,
+        )
+        with bar, stop_on_signals(self.engine.mesh), self.meters.training():
+            for step in range(first, self.config.train.steps):
+                with self.watchdog.slow("first step") if step == first else nullcontext():
+                    result = self._step(step)
+                bar.set_postfix_str(f"loss {result.loss:.4f}", refresh=False)
                 bar.update()
-                if self._due(step + 1):
-                    with self.meters.evaluating():
-                        self._choose(step + 1)
+                self._after(step + 1)
         final = self._evaluate("validation/final", self.validation, self.config.train.steps)
         best = self._restore_best(final)
-        return self._summary(before, final, best, last, time.monotonic() - started)
+        return self._summary(before, final, best, first, time.monotonic() - started)
 
     def _step(self, step: int) -> StepResult:
         result = self.engine.step(self.batches.at(step))
+        self.ledger.append(result)
         self.schedule.step()
         self.meters.count(result)
-        self._watch_skips(result)
-        every = self.config.train.log_every
-        if (step + 1) % every == 0 or step + 1 == self.config.train.steps:
-            self._report(result)
+        self._skips.count(step, skipped=result.skipped)
+        if self._is_logged(step + 1):
+            self.tracker.log(step + 1, self._metrics(self.ledger.records[-1]) | self.meters.take())
         return result
 
-    def _watch_skips(self, result: StepResult) -> None:
-        self._skipped += result.skipped
-        self._skipped_in_row = self._skipped_in_row + 1 if result.skipped else 0
-        if self._skipped_in_row > self.config.train.max_skipped_in_row:
-            raise FloatingPointError(
-                f"the loss was not finite for {self._skipped_in_row} steps in a row, up to step {result.step}; "
-                "lower optimizer.lr or estimator.tau, or compute in bfloat16 or float32"
-            )
+    def _after(self, step: int) -> None:
+        """What comes between two steps."""
+        if self._is_evaluated(step):
+            with self.meters.aside("evaluate"):
+                self._choose(step)
+        stopping = self.engine.mesh.stop_agreed and step < self.config.train.steps
+        writing = stopping or self.ledger.checkpoint_is_due()
+        if writing or step % self.config.mesh.check_every == 0:
+            check_replicas(self.engine.shards, self.engine.mesh)
+        if writing:
+            with self.meters.aside("checkpoint"), self.watchdog.slow("checkpoint"):
+                self.ledger.checkpoint()
+        if stopping:
+            raise Preempted(step)
 
-    def _report(self, result: StepResult) -> None:
-        """Metrics of the steps since the last report; per-rank numbers are gathered."""
-        rhos = torch.tensor(result.estimate.projected_grads, dtype=torch.float64)
-        metrics = {
-            "train/loss": result.loss,
-            "train/lr": result.lr,
-            "train/skipped_steps": float(self._skipped),
-            "train/projected_grad_abs_mean": float(rhos.abs().mean()),
-            "train/projected_grad_max": float(rhos.abs().max()),
-            "train/projected_grad_mean": float(rhos.mean()),
+    def _catch_up(self) -> None:
+        """Bring the loop's own state to the step where the ledger stands; what was missed there is done now."""
+        records, step = self.ledger.records, self.engine.num_steps
+        for record in records:
+            self._skips.count(record.step, skipped=record.skipped)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # the steps were taken long ago
+            for _ in records:
+                self.schedule.step()
+        if records and self._is_logged(step):
+            self.tracker.log(step, self._metrics(records[-1]))
+        for earlier, dev in self.ledger.evaluations.series("dev"):
+            if earlier < step:
+                self._consider(Score(earlier, dev))
+        if step == 0 or self._is_evaluated(step):
+            self._choose(step)
+
+    def _metrics(self, record: Record) -> dict[str, float]:
+        """What the journal knows of a step."""
+        rhos = record.projected_grads
+        return {
+            "train/loss": self.engine.estimator.estimate((), record.losses).loss,
+            "train/lr": record.lrs[0],
+            "train/skipped_steps": float(self._skips.total),
+            "train/projected_grad_abs_mean": sum(map(abs, rhos)) / len(rhos),
+            "train/projected_grad_max": max(map(abs, rhos)),
+            "train/projected_grad_mean": sum(rhos) / len(rhos),
         }
-        self.tracker.log(result.step + 1, metrics | self.meters.take())
 
-    def _due(self, step: int) -> bool:
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step == self.config.train.steps
+
+    def _is_evaluated(self, step: int) -> bool:
         every = self.config.train.eval_every
         return step == self.config.train.steps or (every > 0 and step % every == 0)
 
     def _evaluate(self, name: str, batches: list[MicroBatch], step: int) -> Evaluation:
-        result = evaluate(self.engine.answers, batches, self.engine.mesh)
+        """An evaluation; the earlier one, where the run has taken it already."""
+        result = self.ledger.evaluations.get(name, step)
+        if result is None:
+            if step == 0 < self.engine.num_steps:
+                got = "a file without it"
+                raise ConfigError(f"{name} of step 0 in {self.ledger.evaluations.path}", got, "restore the file")
+            result = evaluate(self.engine.answers, batches, self.engine.mesh)
+            self.ledger.add_evaluation(name, step, result)
         numbers = {metric: getattr(result, metric) for metric in self.task.metrics}
         self.tracker.log(step, {f"{name}/{metric}": value for metric, value in numbers.items()})
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in numbers.items())
@@ -137,12 +213,15 @@ class Trainer:
 
     def _choose(self, step: int) -> None:
         """Evaluate on dev and keep the weights if they are the best so far."""
-        if not self.dev:
-            return
-        score = Score(step, self._evaluate("dev", self.dev, step))
-        if self._best_score is None or self._better(score.dev, self._best_score.dev):
+        if self.dev and self._consider(Score(step, self._evaluate("dev", self.dev, step))):
+            self.ledger.save_best()
+
+    def _consider(self, score: Score) -> bool:
+        """Whether a score is the best so far; if so it is remembered."""
+        is_best = self._best_score is None or self._better(score.dev, self._best_score.dev)
+        if is_best:
             self._best_score = score
-            self.best.save()
+        return is_best
 
     def _better(self, a: Evaluation, b: Evaluation) -> bool:
         if not (a.is_finite and b.is_finite):
@@ -156,21 +235,21 @@ class Trainer:
         steps = self.config.train.steps
         if self._best_score is None or self._best_score.step == steps:
             return final
-        self.best.load()
+        self.ledger.load_best(self._best_score.step)
         return self._evaluate("validation/best", self.validation, steps)
 
     def _summary(
-        self, before: Evaluation, final: Evaluation, best: Evaluation, last: StepResult | None, seconds: float
+        self, before: Evaluation, final: Evaluation, best: Evaluation, first: int, seconds: float
     ) -> dict[str, Any]:
-        steps = self.config.train.steps
-        score = self._best_score
+        steps, score, records = self.config.train.steps, self._best_score, self.ledger.records
         return {
             "validation": {"before": vars(before), "final": vars(final), "chosen": vars(best)},
             "dev": {"best_step": score.step, **vars(score.dev)} if score else None,
             "steps": steps,
-            "skipped_steps": self._skipped,
+            "resumed_at_step": first or None,
+            "skipped_steps": self._skips.total,
             "forwards": steps * self.engine.estimator.num_candidates,
-            "final_train_loss": last.loss if last else None,
+            "final_train_loss": self._metrics(records[-1])["train/loss"] if records else None,
             "seconds": seconds,
             **self.meters.summary(),
         }

@@ -10,6 +10,7 @@ classes live in higher layers), and the keyword-only arguments of that class.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,9 @@ from zoscale.config.command_line import help_text, read_command_line
 from zoscale.config.merging import Given, Schema, Tables
 from zoscale.config.schema import Method
 from zoscale.config.sections import (
+    CheckpointConfig,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     RuntimeConfig,
     ScheduleConfig,
@@ -42,6 +45,8 @@ class RunConfig:
         name: Name of the run; the start of its folder's name.
         seed: Seed of every random number, 0 to 2**63 - 1.
         output_dir: Folder of run folders.
+        resume: auto continues the run of the same configuration if there is one, never refuses to; or the folder of
+            a run, or of one of its checkpoints, to continue.
         overwrite: Delete the folder of an earlier run with the same configuration and start again.
         adapter: Fields of peft.LoraConfig, over the default ones; null is full fine-tuning.
         master: Type of the master copy of the trainable weights, which updates go to; none keeps no copy.
@@ -51,6 +56,7 @@ class RunConfig:
     name: str = "run"
     seed: int = 0
     output_dir: str = "runs"
+    resume: str = "auto"
     overwrite: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: dict[str, Any] | None = field(default_factory=DEFAULT_ADAPTER.copy)
@@ -59,6 +65,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     task: Method
@@ -95,14 +103,14 @@ class RunConfig:
     def hash(self) -> str:
         """Ten hex digits that name what is computed.
 
-        Left out, because they change where results go or how long one waits, not what is computed: name,
-        output_dir, overwrite, tracking, runtime.timeout_minutes and runtime.threads. Of a model, tokenizer or DeepSpeed
-        file the path counts, not its content. Equal numbers count alike: 1 is 1.0.
+        Left out, because they change where results go, how long one waits or who computes, not what is computed:
+        name, output_dir, resume, overwrite, mesh, checkpoint, tracking and of runtime all but deepspeed and noise. Of
+        a model, tokenizer or DeepSpeed file the path counts, not its content. Equal numbers count alike: 1 is 1.0.
         """
         tree = self.to_dict()
-        for key in ("name", "output_dir", "overwrite", "tracking"):
+        for key in ("name", "output_dir", "resume", "overwrite", "mesh", "checkpoint", "tracking"):
             del tree[key]
-        for key in ("timeout_minutes", "threads"):
+        for key in ("timeout_minutes", "stall_seconds", "threads"):
             del tree["runtime"][key]
         text = json.dumps(_canonical(tree), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -211,7 +219,8 @@ _MINIMUM = {
     "seed": 0, "data.batch_size": 1, "data.micro_batch_size": 1, "data.num_train": 1, "data.num_dev": 0,
     "data.num_validation": 1, "data.max_length": 1, "train.steps": 0, "train.eval_every": 0,
     "train.log_every": 1, "train.eval_micro_batch_size": 1, "train.max_skipped_in_row": 0,
-    "schedule.warmup_steps": 0, "runtime.threads": 1,
+    "schedule.warmup_steps": 0, "runtime.threads": 1, "checkpoint.every": 0, "checkpoint.keep": 1,
+    "checkpoint.journal_sync_every": 1, "mesh.shard_size": 1, "mesh.check_every": 1,
 }  # fmt: skip
 
 
@@ -235,8 +244,12 @@ def validate(config: RunConfig) -> None:
     if schedule.name == "constant" and schedule.warmup_steps:
         got = f"schedule.warmup_steps={schedule.warmup_steps} with schedule.name=constant"
         raise ConfigError("no warmup", got, "use constant_with_warmup, or schedule.warmup_steps=0")
-    if config.runtime.timeout_minutes <= 0:
-        raise ConfigError("runtime.timeout_minutes above 0", str(config.runtime.timeout_minutes), "raise it")
+    for key in ("runtime.timeout_minutes", "runtime.stall_seconds"):
+        if not 0 < float(values[key] or 0) < math.inf:
+            raise ConfigError(f"{key} above 0", str(values[key]), "raise it")
+    if config.overwrite and config.resume not in ("auto", "never"):
+        got = f"overwrite=true and resume={config.resume}"
+        raise ConfigError("either a run to continue or one to overwrite", got, "drop one of them")
     if not re.fullmatch(r"[\w.-]+", config.name):
         expected = "name to be letters, digits, '.', '_' or '-'"
         raise ConfigError(expected, show(config.name), "rename the run, it names a folder")

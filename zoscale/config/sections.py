@@ -83,6 +83,35 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How ranks hold the model; the trajectory does not depend on it.
+
+    Args:
+        shard_size: Ranks that hold one copy of the model together; null is all of them (ZeRO-3), 1 puts the whole
+            model on every rank, which then gathers nothing.
+        check_every: Steps between comparisons of the replicas' weights, which stop the run if they differ.
+    """
+
+    shard_size: int | None = None
+    check_every: int = 100
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept so that a run can be killed at any moment; every step is in the journal anyway.
+
+    Args:
+        every: Steps between checkpoints; 0 is only when the job is told to stop.
+        keep: Newest checkpoints that are kept.
+        journal_sync_every: Steps between waits for the disk; 1 loses nothing even when the machine fails.
+    """
+
+    every: int = 200
+    keep: int = 2
+    journal_sync_every: int = 1
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """MLflow.
 
@@ -105,12 +134,15 @@ class RuntimeConfig:
 
     Args:
         deepspeed: Path of a DeepSpeed JSON; null is the ZeRO-3 settings of this package.
-        timeout_minutes: Minutes that a rank waits for the others before the job fails.
+        timeout_minutes: Minutes that a rank waits for the others before the job fails, in phases such as loading.
+        stall_seconds: Seconds without progress of a rank in training after which the job is stopped; a rank whose
+            forward passes take long is given 20 of them.
         threads: CPU threads of torch per rank; null is torch's own choice.
         noise: Backend of the random numbers; auto is compiled where it can be.
     """
 
     deepspeed: str | None = None
     timeout_minutes: float = 10.0
+    stall_seconds: float = 30.0
     threads: int | None = None
     noise: Literal["auto", "eager", "compiled"] = "auto"

@@ -1,0 +1,68 @@
+"""Starts training jobs quickly: everything is imported once, each rank is a fork. Commands on stdin, JSON lines.
+
+{"argv": [...], "ranks": N, "log": PATH} starts a job and answers {"pids": [...]}, and {"statuses": [...]} when all its
+processes have ended. "argv" may be one list per rank; "plant" is Python code that each rank runs first, with `rank`.
+The ranks are real processes with a real process group; only the imports are shared.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from typing import Any
+
+import torch
+
+from zoscale import assembly, cli, ledger, run, trainer  # noqa: F401 (imported for the forks)
+from zoscale.methods import TABLES  # noqa: F401
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_rank(job: dict[str, Any], rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["ranks"]),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }  # fmt: skip
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.close(0)
+        torch.set_num_threads(1)
+        exec(job.get("plant", ""), {"rank": rank})
+        own = job["argv"][rank] if isinstance(job["argv"][0], list) else job["argv"]
+        status = cli.train(own)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    answers.write("ready\n")
+    for line in sys.stdin:
+        job, port = json.loads(line), free_port()
+        pids = [start_rank(job, rank, port) for rank in range(job["ranks"])]
+        answers.write(json.dumps({"pids": pids}) + "\n")
+        answers.write(json.dumps({"statuses": [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

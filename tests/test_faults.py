@@ -1,0 +1,146 @@
+"""Faults of one rank: the whole job ends in under a minute, and its cause and rank are named."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jobs import SHORT, SIGN, Job, JobServer, result_bytes, run_dir_of, steps_done, wait_for_step
+
+from zoscale.journal import Journal
+
+OPTIONS = [*SHORT, *SIGN, "train.steps=300"]
+FEW = [*SHORT, *SIGN, "train.steps=12"]
+AT_STEP = """
+from zoscale.engine import ZeroOrderEngine
+step = ZeroOrderEngine.step
+def planted(self, batch):
+    if self.num_steps == 4 and rank == 1:
+        {code}
+    return step(self, batch)
+ZeroOrderEngine.step = planted
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
+    started = JobServer(tmp_path_factory.mktemp("jobs"))
+    yield started
+    started.close()
+
+
+def end_of(job: Job) -> tuple[float, str]:
+    """Seconds until all ranks have ended, and what they printed."""
+    started = time.monotonic()
+    job.wait()
+    return time.monotonic() - started, job.log.read_text()
+
+
+def test_rank_that_raises(server: JobServer) -> None:
+    out = server.folder / "raises"
+    job = server.start(2, *OPTIONS, f"output_dir={out}", plant=AT_STEP.format(code="raise RuntimeError('planted')"))
+    wait_for_step(job, out, 4)
+    seconds, text = end_of(job)
+    assert seconds < 20
+    assert job.statuses == [1, 1]
+    assert "rank 1: RuntimeError: planted" in text
+
+
+def test_rank_that_is_killed(server: JobServer) -> None:
+    out = server.folder / "killed"
+    job = server.start(2, *OPTIONS, f"output_dir={out}")
+    wait_for_step(job, out, 3)
+    job.kill(1)
+    seconds, text = end_of(job)
+    assert seconds < 20
+    assert job.statuses == [1, -9]
+    assert "rank 0: " in text
+
+
+@pytest.mark.slow
+def test_rank_that_is_stopped(server: JobServer) -> None:
+    """SIGSTOP: nothing tells the others but the watchdog."""
+    out = server.folder / "stopped"
+    job = server.start(2, *OPTIONS, f"output_dir={out}")
+    wait_for_step(job, out, 3)
+    job.kill(1, number=signal.SIGSTOP)
+    seconds, text = end_of(job)
+    assert seconds < 60
+    assert job.statuses == [70, -9]
+    assert "rank 1 (host" in text
+    assert "been silent" in text
+
+
+@pytest.mark.slow
+def test_rank_that_hangs(server: JobServer) -> None:
+    """Asleep in Python: it is named, and shows where."""
+    out = server.folder / "hangs"
+    code = "import time; time.sleep(600)"
+    job = server.start(2, *OPTIONS, f"output_dir={out}", "runtime.stall_seconds=15", plant=AT_STEP.format(code=code))
+    wait_for_step(job, out, 4)
+    seconds, text = end_of(job)
+    assert seconds < 60
+    assert 70 in job.statuses
+    assert "rank 1 (host" in text
+    assert "planted" in text, "the stack of the rank that hangs"
+
+
+def test_loss_that_stays_not_finite(server: JobServer) -> None:
+    """Pitfall 15: skipped on all ranks, counted, and the run ends with advice; the journal has the steps."""
+    out = server.folder / "not_finite"
+    plant = """
+import zoscale.engine as engine
+losses = engine.SequentialForward.losses
+def planted(self, batches, candidates, objective):
+    def poisoned(logprobs, batch):
+        loss, count = objective(logprobs, batch)
+        return (loss * float("nan") if rank == 1 else loss), count
+    planted.calls += 1
+    return losses(self, batches, candidates, poisoned if planted.calls > 4 else objective)
+planted.calls = 0
+engine.SequentialForward.losses = planted
+"""
+    options = [*OPTIONS, "train.max_skipped_in_row=5", f"output_dir={out}"]
+    text = server.run(2, *options, expect=1, plant=plant)
+    assert "the loss was not finite for 6 steps in a row, up to step 9; lower optimizer.lr" in text
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    records = Journal.read(run_dir / "journal.bin").records
+    assert [record.skipped for record in records] == [False] * 4 + [True] * 6
+    assert "6 steps in a row" in server.run(2, *options, expect=1), "a resumed run knows"
+
+
+def test_replicas_that_diverge(server: JobServer) -> None:
+    """One flipped bit in one replica: the run stops and names the tensor; the same command repairs it."""
+    whole, out = server.folder / "replicas", server.folder / "diverge"
+    code = "self.shards[4].truth.view(__import__('torch').int32)[77] ^= 1 << 20"
+    options = ["mesh.shard_size=1", "mesh.check_every=3", "checkpoint.every=2"]
+    server.run(2, *FEW, f"output_dir={whole}")
+    text = server.run(2, *FEW, *options, f"output_dir={out}", expect=1, plant=AT_STEP.format(code=code))
+    assert "the same weights in all replicas" in text
+    assert "layers.1.self_attn.q_proj.lora_A.default.weight in replica 1" in text
+    assert steps_done(out) == 6
+    assert "checkpoint of step 4" in server.run(2, *FEW, *options, f"output_dir={out}")
+    assert result_bytes(out) == result_bytes(whole), "replicas and ZeRO-3 shards give the same bits"
+
+
+def test_journal_cannot_be_read_by_another_model(server: JobServer, tmp_path: Path) -> None:
+    """The base model was exchanged under a run: refused, with what differs."""
+    import shutil
+
+    from processes import ROOT
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(ROOT / "launch/tiny_opt/model", tmp_path / "model")
+    out = server.folder / "exchanged"
+    options = [*FEW, f"model.id={model}", f"output_dir={out}"]
+    job = server.start(2, *options)
+    wait_for_step(job, out, 3)
+    job.kill()
+    job.wait()
+    weights = load_file(model / "model.safetensors")
+    name = sorted(weights)[7]
+    weights[name].view(-1)[3] += 1e-3
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert "expected the base model that" in server.run(2, *options, expect=2)

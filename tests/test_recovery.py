@@ -1,0 +1,350 @@
+"""Runs that are killed, stopped, moved to other numbers of ranks and starved of disk: the trajectory stays the same.
+
+Real processes and a real process group; `job_server.py` only spares the imports. Pitfall 17 is this file.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import (
+    FULL,
+    SHORT,
+    SIGN,
+    Job,
+    JobServer,
+    is_finished,
+    largest_difference,
+    result_bytes,
+    run_dir_of,
+    steps_done,
+    victims,
+    wait_for_step,
+)
+from processes import ROOT, environment, free_port
+
+STEPS = 24
+LENGTH = [f"train.steps={STEPS}", "checkpoint.every=5"]
+MUON = ["optimizer.name=jaguar_muon", "optimizer.lr=1e-2"]
+KINDS: dict[str, list[str]] = {"sign_lora": SIGN, "sign_full": FULL, "muon_lora": MUON}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
+    started = JobServer(tmp_path_factory.mktemp("jobs"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def whole(server: JobServer) -> Any:
+    """By kind, an uninterrupted run on two ranks: its folder and the seconds it took."""
+    done: dict[str, tuple[Path, float]] = {}
+
+    def of(kind: str) -> tuple[Path, float]:
+        if kind not in done:
+            out, started = server.folder / f"whole_{kind}", time.monotonic()
+            server.run(2, *command(kind, out))
+            done[kind] = (out, time.monotonic() - started)
+        return done[kind]
+
+    return of
+
+
+def command(kind: str, out: Path, *more: str) -> list[str]:
+    return [*SHORT, *KINDS[kind], *LENGTH, f"output_dir={out}", *more]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_on_other_numbers_of_ranks(kind: str, server: JobServer, whole: Any) -> None:
+    """2 -> 1 -> 3 -> 2 along one run: the same bytes (SignSGD), 1e-5 (Muon)."""
+    reference, _ = whole(kind)
+    out = server.folder / f"elastic_{kind}"
+    for ranks, until in ((2, 6), (1, 12), (3, 17)):
+        job = server.start(ranks, *command(kind, out))
+        wait_for_step(job, out, until)
+        job.kill()
+        job.wait()
+        assert until <= steps_done(out) < STEPS
+    assert "steps replayed" in server.run(2, *command(kind, out))
+    if kind == "muon_lora":
+        assert largest_difference(out, reference) <= 1e-5
+    else:
+        assert result_bytes(out) == result_bytes(reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_at_random_moments(server: JobServer, whole: Any, request: pytest.FixtureRequest) -> None:
+    """SIGKILL of one rank or of all, again and again, also while starting, writing checkpoints and ending.
+
+    Every run that ends has the bytes of the uninterrupted one. --kill-rounds N for more rounds.
+    """
+    reference, seconds = whole("sign_lora")
+    rounds = request.config.getoption("--kill-rounds")
+    rng = random.Random(rounds)
+    finished, killed_at = 0, []
+    out = server.folder / "killed_0"
+    for number in range(rounds):
+        job = server.start(2, *command("sign_lora", out))
+        time.sleep(rng.uniform(0, 1.05 * seconds))
+        before = time.monotonic()
+        kill_quietly(job, victims(rng.choice(["one rank", "all"]), 2, rng))
+        job.wait()
+        assert time.monotonic() - before < 20, "the other rank went on"
+        killed_at.append(steps_done(out))
+        if is_finished(out):
+            assert result_bytes(out) == result_bytes(reference)
+            finished += 1
+            out = server.folder / f"killed_{number + 1}"
+    server.run(2, *command("sign_lora", out))
+    assert result_bytes(out) == result_bytes(reference)
+    assert len(set(killed_at)) > 5, "the moments were not random"
+    print(f"{rounds} kills after steps {killed_at}; {finished + 1} runs finished, all equal")
+
+
+def kill_quietly(job: Job, ranks: list[int]) -> None:
+    """The job may have ended by itself."""
+    job.kill(*ranks)
+
+
+@pytest.mark.slow
+def test_killed_launcher(whole: Any, server: JobServer) -> None:
+    """SIGKILL of torchrun leaves no rank behind, and the next start goes on."""
+    reference, _ = whole("sign_lora")
+    out = server.folder / "launcher"
+    for number in range(3):
+        launched = launch(out, server.folder / f"launcher_{number}.log")
+        deadline = time.monotonic() + 120
+        while steps_done(out) < 5 + 5 * number:
+            assert time.monotonic() < deadline and launched.poll() is None
+            time.sleep(0.05)
+        orphans = children(launched.pid)
+        assert len(orphans) == 2
+        launched.kill()
+        launched.wait()
+        started = time.monotonic()
+        while any(alive(pid) for pid in orphans):
+            assert time.monotonic() - started < 30, "ranks outlive their launcher"
+            time.sleep(0.1)
+    server.run(2, *command("sign_lora", out))
+    assert result_bytes(out) == result_bytes(reference)
+
+
+def launch(out: Path, log: Path) -> "subprocess.Popen[bytes]":
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [*launcher, str(free_port()), "launch/train.py", *command("sign_lora", out)],
+            cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_told_to_stop(number: int, server: JobServer, whole: Any) -> None:
+    """One rank gets the signal: all finish the step, write a checkpoint of it and end with the requeue status."""
+    reference, _ = whole("sign_lora")
+    out = server.folder / f"stopped_{number}"
+    job = server.start(2, *command("sign_lora", out, "checkpoint.every=0"))
+    wait_for_step(job, out, 4)
+    job.kill(1, number=number)
+    assert job.wait() == [75, 75]
+    assert "the same command continues the run" in job.log.read_text()
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    step = steps_done(out)
+    assert (run_dir / f"checkpoints/step_{step:08d}/manifest.json").exists()
+    text = server.run(2, *command("sign_lora", out))
+    assert f"resumed at step {step}: checkpoint of step {step}, 0 steps replayed" in text
+    assert result_bytes(out) == result_bytes(reference)
+
+
+def test_metrics_of_a_resumed_run_have_no_gap_and_no_duplicate(server: JobServer) -> None:
+    """In `metrics.jsonl` and in MLflow, where the run goes on under its id."""
+    from mlflow import MlflowClient
+
+    out = server.folder / "tracked"
+    options = command("sign_lora", out, "tracking.mlflow=true", "train.eval_every=6", "data.num_dev=8")
+    for until in (7, 13):
+        job = server.start(2, *options)
+        wait_for_step(job, out, until)
+        job.kill()
+        job.wait()
+    server.run(2, *options)
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["step"] for row in rows if "train/loss" in row["metrics"]]
+    assert losses == list(range(3, STEPS + 1, 3))
+    assert [row["step"] for row in rows if "dev/loss" in row["metrics"]] == list(range(0, STEPS + 1, 6))
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "zoscale"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.info.run_id == (run_dir / "mlflow_run_id").read_text().strip()
+    for name in ("train/loss", "train/lr", "dev/loss", "validation/before/loss"):
+        sent = [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, name)]
+        assert sent == [(row["step"], row["metrics"][name]) for row in rows if name in row["metrics"]]
+
+
+def test_a_finished_run_is_left_alone(server: JobServer, whole: Any) -> None:
+    """Pitfall 19: it is neither mixed nor repeated, unless told so."""
+    out, _ = whole("sign_lora")
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert "is finished; overwrite=true starts it again" in server.run(2, *command("sign_lora", out))
+    assert "a configuration that has not run yet" in server.run(1, *command("sign_lora", out, "resume=never"), expect=2)
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_resume_from_a_named_checkpoint_and_a_moved_run(server: JobServer, whole: Any) -> None:
+    reference, _ = whole("sign_lora")
+    out = server.folder / "named"
+    job = server.start(2, *command("sign_lora", out))
+    wait_for_step(job, out, 12)
+    job.kill()
+    job.wait()
+    moved = server.folder / "moved"
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    shutil.copytree(run_dir, moved / "elsewhere")
+    text = server.run(2, *command("sign_lora", out, f"resume={moved}/elsewhere/checkpoints/step_00000005"))
+    assert "checkpoint of step 5" in text
+    assert result_bytes(moved) == result_bytes(reference)
+    text = server.run(2, *command("sign_lora", out, f"resume={moved}/nowhere"), expect=2)
+    assert "the folder of a run or of a checkpoint" in text
+
+
+@pytest.mark.parametrize("damage", ["bit", "short", "missing", "manifest", "not json"])
+def test_a_damaged_checkpoint_is_passed_over(damage: str, server: JobServer, whole: Any) -> None:
+    """With a word: an older one and the journal lead to the same bits."""
+    reference, _ = whole("sign_lora")
+    source = server.folder / "interrupted"
+    if not source.exists():
+        job = server.start(2, *command("sign_lora", source))
+        wait_for_step(job, source, 16)
+        job.kill()
+        job.wait()
+    out = server.folder / f"damaged_{damage.replace(' ', '_')}"
+    shutil.copytree(source, out)
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    break_checkpoint(newest, damage)
+    text = server.run(2, *command("sign_lora", out))
+    assert "checkpoint passed over" in text
+    assert f"checkpoint of step {int(newest.name[5:]) - 5}," in text
+    assert result_bytes(out) == result_bytes(reference)
+
+
+def break_checkpoint(folder: Path, damage: str) -> None:
+    shard, manifest = folder / "rank_00001.safetensors", folder / "manifest.json"
+    content = shard.read_bytes()
+    if damage == "bit":
+        shard.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif damage == "short":
+        shard.write_bytes(content[:-1])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "manifest":
+        tree = json.loads(manifest.read_text())
+        tree["files"][1]["slices"] = {}
+        manifest.write_text(json.dumps(tree))
+    else:
+        manifest.write_text("{")
+
+
+@pytest.mark.parametrize("what", ["journal", "evaluations", "summary", "config"])
+def test_damaged_records_are_refused_and_left_as_they_are(what: str, server: JobServer, whole: Any) -> None:
+    """Exit status 2, no traceback, nothing changed."""
+    reference, _ = whole("sign_lora")
+    out = server.folder / f"records_{what}"
+    shutil.copytree(reference, out)
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    if what != "summary":
+        (run_dir / "summary.json").unlink()
+    path = run_dir / {"journal": "journal.bin", "evaluations": "evaluations.jsonl", "summary": "summary.json"}.get(
+        what, "config.yaml"
+    )
+    content = path.read_bytes()
+    more: list[str] = []
+    if what == "config":  # another configuration in the same folder
+        more = [f"resume={run_dir}", "optimizer.lr=2e-3"]
+    else:
+        place = len(content) // 2 if what == "journal" else 0
+        path.write_bytes(content[:place] + b"#}" + content[place + 2 :])
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != ".lock"}
+    text = server.run(2, *command("sign_lora", out, *more), expect=2)
+    assert "Traceback" not in text
+    assert str(path if what != "config" else run_dir) in text
+    assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_ranks_that_differ_are_refused(server: JobServer) -> None:
+    """The first difference is named, on all ranks, before anything is written."""
+    out = server.folder / "differ"
+    for name, options in {
+        "optimizer.lr": ["optimizer.lr=2e-3"],
+        "examples": ["task.template={sentence} It  was"],
+    }.items():
+        text = server.run_differing(command("sign_lora", out), [*command("sign_lora", out), *options])
+        wanted = "task.template" if name == "examples" else name
+        assert f"expected the same {wanted} on all ranks" in text, text
+        assert not list(out.glob("*"))
+
+
+def test_disk_that_fills_up(server: JobServer, whole: Any, tmp_path: Path) -> None:
+    """A small file system runs full in the middle: the error says what to do, nothing older is lost, room continues."""
+    reference, _ = whole("sign_lora")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    try:
+        text, statuses = fill(server, disk)
+        assert 74 in statuses
+        assert "No space left on device" in text
+        assert "once there is room, the same command continues the run" in text
+        assert "Traceback" not in text.split("rank 0: ")[0]
+        run_dir = run_dir_of(disk)
+        assert run_dir is not None
+        kept, journaled = sorted((run_dir / "checkpoints").glob("step_*/manifest.json")), steps_done(disk)
+        assert kept and journaled >= 5
+        (disk / "ballast").unlink()
+        assert "resumed at step" in server.run(2, *command("sign_lora", disk))
+        assert result_bytes(disk) == result_bytes(reference)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(server: JobServer, disk: Path) -> tuple[str, list[int]]:
+    """Start a run and take the room away once there is a checkpoint."""
+    job = server.start(2, *command("sign_lora", disk))
+    wait_for_step(job, disk, 7)
+    free = os.statvfs(disk)
+    (disk / "ballast").write_bytes(b"\0" * (free.f_bavail * free.f_frsize))
+    statuses = job.wait()
+    return job.log.read_text(), statuses

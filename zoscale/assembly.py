@@ -1,0 +1,108 @@
+"""From a configuration to what it names: everything that can be refused early, and the engine."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from zoscale import runtime
+from zoscale.config import ConfigError, RunConfig, build
+from zoscale.data import Encoder, Splits
+from zoscale.engine import ZeroOrderEngine
+from zoscale.estimators import ESTIMATORS
+from zoscale.models import (
+    ModelSize,
+    add_adapter,
+    check_model_config,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    read_model_config,
+)
+from zoscale.objectives import OBJECTIVES
+from zoscale.optim import OPTIMIZERS
+from zoscale.probes import PROBES
+from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a run that can be known, and refused, before any process group starts."""
+
+    task: Task
+    encoder: Encoder
+    splits: Splits
+    data: str
+    architecture: Any
+    size: ModelSize
+    deepspeed: dict[str, Any]
+
+
+def plan(config: RunConfig) -> Plan:
+    """Check the configuration and read everything but the weights.
+
+    Raises:
+        ConfigError: what is wrong, and what to do.
+    """
+    task = _check_methods(config)
+    check_model_config(config.model, config.adapter)
+    if config.model.dtype == "float16" and not torch.cuda.is_available():
+        raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
+    deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
+    architecture = read_model_config(config.model)
+    encoder = Encoder(load_tokenizer(config.model), config.data.max_length)
+    splits = Splits.of(task, config.data, config.seed)
+    data = encoder.fingerprint(splits)
+    size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
+    return Plan(task, encoder, splits, data, architecture, size, deepspeed)
+
+
+def _check_methods(config: RunConfig) -> Task:
+    try:
+        task: Task = build(config.task, TASKS)
+        build(config.probe, PROBES)
+        build(config.estimator, ESTIMATORS)
+        for shape in ((1, 1), (1,)):
+            example = ShardedParam(nn.Parameter(torch.zeros(shape)), TensorSpec(0, "example", shape))
+            build(config.optimizer, OPTIMIZERS, [example])
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError("options that the method takes", str(error), "correct the configuration") from error
+    if config.objective not in task.objectives:
+        wanted = f"objective {' or '.join(task.objectives)} for task {config.task.name}"
+        raise ConfigError(wanted, config.objective, "set objective")
+    return task
+
+
+def build_engine(config: RunConfig, architecture: Any, accelerator: Accelerator | None) -> ZeroOrderEngine:
+    """The engine of a run at step 0; without an accelerator, whole in this process.
+
+    Args:
+        config: of the run.
+        architecture: from `read_model_config`.
+        accelerator: from `runtime.start`.
+    """
+    _seed(config.seed)
+    model = add_adapter(load_model(config.model, architecture), config.adapter)
+    return ZeroOrderEngine(
+        model,
+        accelerator=accelerator,
+        optimizer=lambda shards, mesh: build(config.optimizer, OPTIMIZERS, shards, mesh),
+        probe=build(config.probe, PROBES),
+        estimator=build(config.estimator, ESTIMATORS),
+        objective=OBJECTIVES[config.objective],
+        seed=config.seed,
+        master=config.master,
+        noise=config.runtime.noise,
+    )
+
+
+def _seed(seed: int) -> None:
+    """Seed the generators that initialise weights (random models, LoRA's A); training itself reads none."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed % 2**32)

@@ -1,0 +1,64 @@
+"""Fingerprints of sharded weights: the same on any number of ranks."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zoscale.mesh import Mesh
+from zoscale.shards import CHUNK, ShardedParam, local_slices
+
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MODULUS = 2**64
+
+
+def checksum(values: Tensor, offset: int) -> int:
+    """Sum of bits(x_i) * w_i modulo 2**64, w_i an odd word of the position: slices add up to the whole tensor's.
+
+    Args:
+        values: elements [offset, offset + n) of a tensor, of any dtype.
+        offset: of the first one.
+    """
+    total = 0
+    for start in range(0, len(values), CHUNK):
+        part = values[start : start + CHUNK].contiguous()
+        bits = part.view(_BITS[part.element_size()]).to(torch.int64)
+        position = torch.arange(offset + start, offset + start + len(part), device=values.device)
+        total += int((bits * (position * _ODD | 1)).sum())
+    return total % _MODULUS
+
+
+class Diverged(RuntimeError):
+    """Replicas hold different weights."""
+
+
+def check_replicas(shards: Sequence[ShardedParam], mesh: Mesh) -> None:
+    """Compare the trainable weights of all replicas. A collective; without replicas there is nothing to compare.
+
+    Raises:
+        Diverged: on all ranks, naming the first tensor that differs.
+    """
+    if mesh.num_replicas == 1:
+        return
+    rows = mesh.gather_objects([checksum(shard.truth, shard.offset) for shard in shards])
+    groups = [rows[start : start + mesh.shard_size] for start in range(0, mesh.world_size, mesh.shard_size)]
+    sums = [[sum(column) % _MODULUS for column in zip(*group, strict=True)] for group in groups]
+    for shard, *column in zip(shards, *sums, strict=True):
+        for replica, total in enumerate(column):
+            if total != column[0]:
+                raise Diverged(
+                    f"expected the same weights in all replicas, got another {shard.spec.name} in replica {replica} "
+                    f"(from rank {replica * mesh.shard_size}): look for faulty memory or mixed hardware; the same "
+                    "command goes on from the last checkpoint and the journal"
+                )
+
+
+def of_model(model: nn.Module, mesh: Mesh, *, trainable: bool) -> str:
+    """16 hex digits that name all trainable, or all frozen, tensors: names, shapes, dtypes and values. A collective."""
+    slices = local_slices(model, trainable=trainable)
+    parts = mesh.gather_objects([checksum(values, offset) for _, offset, values in slices])[: mesh.shard_size]
+    sums = [sum(column) % _MODULUS for column in zip(*parts, strict=True)]
+    rows = [(spec.name, spec.shape, str(v.dtype), total) for (spec, _, v), total in zip(slices, sums, strict=True)]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]

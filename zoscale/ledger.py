@@ -1,0 +1,115 @@
+"""`Ledger`: what a run writes so that it can be killed at any moment: journal, evaluations, checkpoints."""
+
+from zoscale import checkpoint
+from zoscale.config import RunConfig
+from zoscale.engine import StepResult, ZeroOrderEngine
+from zoscale.evaluate import Evaluation
+from zoscale.evaluation_log import EvaluationLog
+from zoscale.journal import Header, Journal, JournalWriter, Record
+from zoscale.manifest import complete, keep_last, name_of
+from zoscale.recovery import Log, check_header, record_of, restore
+from zoscale.run_directory import RunDirectory
+
+_BEST = "best"
+
+
+class Ledger:
+    """Opens a run's records, brings the engine to where they end, and goes on writing. Collectives throughout.
+
+    Args:
+        directory: of the run, made and locked.
+        config: of the run.
+        engine: at step 0; at the journal's last step afterwards.
+        header: of the run.
+        log: prints on rank 0.
+
+    Raises:
+        ConfigError: if what is there is damaged or belongs to another run.
+        OSError: if it cannot be written.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, config: RunConfig, engine: ZeroOrderEngine, header: Header, log: Log
+    ) -> None:
+        self.directory = directory
+        self.engine = engine
+        self.log = log
+        self._options = config.checkpoint
+        self._hash = header.config_hash
+        self._writer: JournalWriter | None = None
+        self.records: list[Record] = engine.mesh.on_main(lambda: self._open_journal(header))
+        self.evaluations = EvaluationLog(directory.evaluations, engine.mesh)
+        chosen = directory.chosen_checkpoint(config)
+        restore(engine, directory.checkpoints, self.records, self._hash, log, chosen=chosen)
+
+    def append(self, result: StepResult) -> None:
+        """Put a step into the journal.
+
+        Raises:
+            OSError: on rank 0, if it cannot be written; all earlier steps are safe.
+        """
+        record = record_of(result)
+        self.records.append(record)
+        if self._writer is not None:
+            self._writer.append(record)
+
+    def add_evaluation(self, name: str, step: int, result: Evaluation) -> None:
+        """Keep an evaluation."""
+        self._sync()
+        self.evaluations.add(name, step, result)
+
+    def checkpoint_is_due(self) -> bool:
+        """Whether the current step ends with a checkpoint."""
+        every = self._options.every
+        return every > 0 and self.engine.num_steps % every == 0
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint of the current step and remove old ones."""
+        self._sync()
+        self._save("step")
+        if self.engine.mesh.is_main:
+            keep_last(self.directory.checkpoints, self._options.keep)
+
+    def save_best(self) -> None:
+        """Keep the weights of the current step as the best so far."""
+        self._save(_BEST, state=False)
+        if self.engine.mesh.is_main:
+            keep_last(self.directory.checkpoints, 1, _BEST)
+
+    def load_best(self, step: int) -> None:
+        """Put the weights of a step that was the best back into the engine.
+
+        Raises:
+            ConfigError: if they are not there or damaged.
+        """
+        checkpoint.load(self.engine, self.directory.checkpoints / name_of(step, _BEST), self._hash)
+
+    def close(self) -> None:
+        """Sync and close the journal."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _save(self, kind: str, *, state: bool = True) -> None:
+        step, folder = self.engine.num_steps, self.directory.checkpoints
+        known = self.engine.mesh.on_main(lambda: [found for found, _ in complete(folder, kind)])
+        if step not in known:
+            checkpoint.save(self.engine, folder / name_of(step, kind), self._hash, state=state)
+
+    def _sync(self) -> None:
+        """A checkpoint or an evaluation is never ahead of the journal on the disk."""
+        if self._writer is not None:
+            self._writer.sync()
+
+    def _open_journal(self, header: Header) -> list[Record]:
+        path, every = self.directory.journal, self._options.journal_sync_every
+        if not path.exists():
+            self._writer = JournalWriter.create(path, header, sync_every=every)
+            return []
+        journal = Journal.read(path)
+        check_header(journal.header, header, path)
+        if journal.header.code != header.code:
+            self.log(f"the journal was started by zoscale {journal.header.code}, this is {header.code}")
+        if journal.num_torn:
+            self.log(f"journal: {journal.num_torn} bytes of an unfinished write after step {len(journal.records)} cut")
+        self._writer = JournalWriter(path, journal.header, journal.num_bytes, sync_every=every)
+        return journal.records

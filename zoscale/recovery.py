@@ -1,0 +1,130 @@
+"""Where a run stood: the newest checkpoint and the tail of the journal, without any forward pass."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from zoscale import checkpoint, fingerprint
+from zoscale.config import ConfigError, RunConfig
+from zoscale.engine import StepResult, ZeroOrderEngine
+from zoscale.estimators import GradientEstimate
+from zoscale.journal import Header, Record
+from zoscale.manifest import complete
+from zoscale.provenance import code
+
+Log = Callable[[str], None]
+
+
+def header_of(config: RunConfig, engine: ZeroOrderEngine, data: str) -> Header:
+    """The journal's header of a run whose engine is still at step 0. A collective.
+
+    Args:
+        data: fingerprint of the examples.
+    """
+    return Header(
+        seed=config.seed,
+        config=config.to_dict(),
+        config_hash=config.hash,
+        code=code(),
+        model=fingerprint.of_model(engine.model, engine.mesh, trainable=False),
+        trainable=fingerprint.of_model(engine.model, engine.mesh, trainable=True),
+        data=data,
+        num_losses=engine.estimator.num_candidates,
+        num_directions=engine.estimator.num_directions,
+        num_groups=len(engine.optimizer.param_groups),
+    )
+
+
+def check_header(found: Header, expected: Header, path: Path) -> None:
+    """Refuse to continue a journal that something else would write.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    for name, what in (
+        ("config_hash", "configuration"),
+        ("model", "base model"),
+        ("trainable", "trainable tensors"),
+        ("data", "examples"),
+        ("num_groups", "parameter groups"),
+    ):
+        old, new = getattr(found, name), getattr(expected, name)
+        if old != new:
+            raise ConfigError(
+                f"the {what} that {path} was written with ({old})",
+                f"others ({new})",
+                "restore them, or start again with overwrite=true",
+            )
+
+
+def record_of(result: StepResult) -> Record:
+    """A step as the journal keeps it."""
+    losses, rhos = result.losses, result.estimate.projected_grads
+    return Record(result.step, losses.values, losses.count, rhos, result.lrs, result.skipped)
+
+
+def replay(engine: ZeroOrderEngine, records: Sequence[Record]) -> None:
+    """Take steps from the journal instead of from losses: directions are drawn again, and nothing is evaluated.
+
+    Args:
+        records: the next steps of the engine, in order.
+    """
+    lrs = [group["lr"] for group in engine.optimizer.param_groups]
+    for record in records:
+        if record.step != engine.num_steps:
+            raise ValueError(f"expected step {engine.num_steps} in the journal, got {record.step}")
+        if not record.skipped:
+            _set_lrs(engine, record.lrs)
+            directions = tuple(engine.directions(record.step))
+            loss = sum(record.losses) / len(record.losses)
+            engine.optimizer.step(GradientEstimate(directions, record.projected_grads, loss))
+        engine.num_steps += 1
+    _set_lrs(engine, lrs)
+
+
+def restore(
+    engine: ZeroOrderEngine,
+    checkpoints: Path,
+    records: Sequence[Record],
+    config_hash: str,
+    log: Log,
+    *,
+    chosen: Path | None = None,
+) -> None:
+    """Bring an engine at step 0 to the end of the journal. A collective.
+
+    A damaged checkpoint is passed over with a word: an older one, or none, leads to the same bits.
+
+    Args:
+        checkpoints: folder of checkpoints.
+        records: the whole journal.
+        config_hash: of the run.
+        chosen: a checkpoint to start from instead of the newest.
+
+    Raises:
+        ConfigError: if the chosen checkpoint cannot be loaded.
+    """
+    if chosen is not None:
+        checkpoint.load(engine, chosen, config_hash)
+    else:
+        _load_newest(engine, checkpoints, len(records), config_hash, log)
+    start = engine.num_steps
+    if start > len(records):
+        raise ConfigError(f"a checkpoint of step {len(records)} or earlier", f"step {start}", "choose another one")
+    replay(engine, records[start:])
+    if records:
+        log(f"resumed at step {len(records)}: checkpoint of step {start}, {len(records) - start} steps replayed")
+
+
+def _load_newest(engine: ZeroOrderEngine, checkpoints: Path, limit: int, config_hash: str, log: Log) -> None:
+    found = engine.mesh.on_main(lambda: [folder for step, folder in complete(checkpoints) if step <= limit])
+    for folder in reversed(found):
+        try:
+            checkpoint.load(engine, folder, config_hash)
+            return
+        except ConfigError as error:
+            log(f"checkpoint passed over: {error}")
+
+
+def _set_lrs(engine: ZeroOrderEngine, lrs: Sequence[float]) -> None:
+    for group, lr in zip(engine.optimizer.param_groups, lrs, strict=True):
+        group["lr"] = lr

@@ -1,0 +1,71 @@
+"""What a run tells the user: before the first step, and at the end."""
+
+from typing import Any
+
+from tqdm import tqdm
+
+from zoscale.assembly import Plan
+from zoscale.config import RunConfig
+from zoscale.engine import ZeroOrderEngine
+from zoscale.mesh import Mesh
+from zoscale.recovery import Log
+from zoscale.run_directory import RunDirectory
+from zoscale.shards import local_bytes
+
+
+def describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan, directory: RunDirectory) -> None:
+    """What will be trained, with the memory to expect, before the first step."""
+    size, splits = made.size, made.splits
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[config.model.dtype]
+    resident = engine.mesh.gather_objects(local_bytes(engine.model))
+    slices = engine.mesh.gather_objects(sum(len(shard) for shard in engine.shards))
+    masters = max(slices) * 4 if config.master == "fp32" else 0
+    largest = max(size.largest_block, size.outside_blocks) * width
+    log = say(engine.mesh)
+    log(f"run directory: {directory.path}")
+    log(
+        f"model: {size.total:,} parameters, {config.model.dtype}; trainable: {engine.num_trainable:,} in "
+        f"{len(engine.specs)} tensors; ranks: {engine.mesh.world_size}; slices: {slices}"
+    )
+    log(
+        f"expected memory per rank: {_mb(max(resident))} shard + {_mb(masters)} master + about {_mb(largest)} gathered "
+        "+ activations + optimizer state"
+    )
+    log(
+        f"data: {len(splits.train)} train, {len(splits.dev)} dev (held out of train; chooses the step), "
+        f"{len(splits.validation)} validation"
+    )
+    method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
+    log(f"method: {method}, {engine.estimator.num_candidates} forwards per step, {config.train.steps} steps")
+
+
+def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: RunDirectory, compare: str) -> None:
+    """The result, and where it lies.
+
+    Args:
+        compare: how to open the tracked runs.
+    """
+    validation, name = summary["validation"], made.task.select_by
+    if made.encoder.num_truncated:
+        print(f"{made.encoder.num_truncated} rows were cut to data.max_length={config.data.max_length} tokens")
+    print(
+        f"validation {name}: {validation['before'][name]:.4f} before, {validation['chosen'][name]:.4f} after "
+        f"({validation['before']['count']} examples)"
+    )
+    peaks = [_mb(rank["peak_memory_bytes"]) for rank in summary["ranks"]]
+    print(
+        f"{summary['steps_per_second']:.2f} steps/s, {summary['tokens_per_second']:.0f} tokens/s; "
+        f"peak memory while training: {', '.join(peaks)}"
+    )
+    print(f"{'adapter' if config.adapter is not None else 'model'}: {directory.adapter}")
+    print(f"summary: {directory.summary}")
+    print(f"to compare runs: {compare}")
+
+
+def say(mesh: Mesh) -> Log:
+    """A print that does not tear the progress bar; silent on other ranks."""
+    return tqdm.write if mesh.is_main else lambda _: None
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,286 @@
+"""`Watchdog`: a rank that stands still, or a launcher that is gone, takes the whole job down, and is named."""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from socket import gethostname
+from typing import Any, Self, cast
+
+import psutil
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
+
+EXIT_STALLED = 70  # EX_SOFTWARE of sysexits.h
+TICK = 1.0  # seconds between two looks
+GRACE = 2.0  # seconds from a rank's message to its end: the others say theirs, and a stuck rank shows its stack
+PATIENCE = 20.0  # a rank may take so many times its longest interval between two beats
+
+
+@dataclass(frozen=True)
+class State:
+    """What a rank tells the others; `limit` seconds without a move (a beat, a phase entered or left) are normal."""
+
+    limit: float
+    phase: str = "start"
+    beat: int = 0
+    moves: int = 0
+    post: int = 0
+    ended: str = ""
+    place: str = ""
+    host: str = ""
+    pid: int = 0
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A rank as another sees it: seconds since its last post and its last move, and whether its process is stopped."""
+
+    state: State
+    quiet: float
+    idle: float
+    stopped: bool = False
+
+    def name(self, rank: int) -> str:
+        """The rank and its process."""
+        return f"rank {rank}" + f" (host {self.state.host}, pid {self.state.pid})" * bool(self.state.pid)
+
+    def tell(self, rank: int, how: str, seconds: float) -> str:
+        """A sentence on what the rank does."""
+        phase = f" in phase {self.state.phase!r}" * bool(self.state.phase)
+        notes = f", last at {self.state.place}" * bool(self.state.place) + ", stopped" * self.stopped
+        notes += f", ended by {self.state.ended}" * bool(self.state.ended)
+        return f"{self.name(rank)} has {how} for {seconds:.0f} s at beat {self.state.beat}{phase}{notes}"
+
+
+class Stillness:
+    """For how long values have not changed, on a clock that stands still while this process is stopped or starved."""
+
+    def __init__(self) -> None:
+        self._now, self._read = 0.0, float("inf")
+        self._since: dict[str, tuple[object, float]] = {}
+
+    def tick(self, read: float) -> None:
+        """Advance to a reading of the monotonic clock, by 2 ticks at most."""
+        self._now += max(0.0, min(read - self._read, 2 * TICK))
+        self._read = read
+
+    def of(self, name: str, value: object) -> float:
+        """Seconds since `name` first had this value."""
+        before, since = self._since.get(name, (None, self._now))
+        self._since[name] = (value, since if before == value else self._now)
+        return self._now - self._since[name][1]
+
+
+def judge(sights: Mapping[int, Sight], stall_seconds: float) -> tuple[str, Sequence[int]] | None:
+    """A sentence on the ranks that hold the job up, and these ranks; None if all is well.
+
+    The silent ones: their whole process stands still. Else those of the fewest beats, once they are over their
+    limits; where all beats are equal, those that are not in a collective while others are. A rank in a slow phase
+    and within its limit excuses all: they may wait for it.
+    """
+    seen = {rank: sight for rank, sight in sights.items() if sight.state.ended != "finished"}
+    excused = {rank: s.state.limit if s.state.phase and not s.stopped else stall_seconds for rank, s in seen.items()}
+    silent = [rank for rank, sight in seen.items() if sight.quiet > excused[rank]]
+    if silent:
+        return "; ".join(seen[rank].tell(rank, "been silent", seen[rank].quiet) for rank in silent[:8]), silent
+    beats = sorted({sight.state.beat for sight in seen.values()})
+    behind = [rank for rank, sight in seen.items() if sight.state.beat == beats[0]]
+    in_time = [rank for rank, sight in seen.items() if sight.idle <= sight.state.limit]
+    if not seen or any(rank in behind or seen[rank].state.phase for rank in in_time):
+        return None
+    busy = [rank for rank in behind if not seen[rank].state.place.startswith(("torch.distributed", "deepspeed"))]
+    blamed = busy if len(beats) == 1 and busy else behind
+    told = [seen[rank].tell(rank, "made no progress", seen[rank].idle) for rank in blamed[:8]]
+    if len(beats) > 1:
+        told.append(f"the others are at {' to '.join(map(str, sorted({beats[1], beats[-1]})))}")
+    elif len(blamed) < len(seen):
+        told.append("the others wait in a collective at the same beat")
+    return "; ".join(told), blamed
+
+
+class Watchdog:
+    """Ends the job when a rank stands still or its launcher is gone; needs no collective's time-out.
+
+    Within `with watchdog:` all ranks call `beat` at the same places of their main threads, best before they wait for
+    each other. Two daemon threads per rank post its state to the job's store and look at the others' once a second;
+    each rank judges by its own clock.
+    A collective, a read or a sleep releases Python's lock: such a rank still posts, is named by its lowest beat, and
+    shows its stack. A rank that is stopped, or that keeps Python's lock inside C++, cannot post: the others find it
+    silent for `stall_seconds`. `slow` announces a phase that may take long or keep the lock: it is given
+    `slow_seconds`, and so is the time before the first beat; there only a process that is seen stopped on the
+    observer's host is found sooner. A job that is suspended and resumed as a whole goes on.
+
+    Every rank says why in one line on stderr; `GRACE` seconds later it kills the stalled processes of the same
+    launcher, which may not heed SIGTERM, and exits with `EXIT_STALLED`. The same if the job's store is gone, and
+    at once if torchrun is. Where rank 0 hosts the store, the ranks must meet after the `with` before it ends.
+    An error of the watchdog itself is told and ends the watch, never the job.
+
+    Args:
+        rank: of this process.
+        world_size: number of ranks; more than one need the default process group.
+        stall_seconds: without progress that end the job; or `PATIENCE` intervals between beats, if that is longer.
+        slow_seconds: the same in a slow phase.
+
+    Raises:
+        ValueError: unless 0 < stall_seconds <= slow_seconds.
+    """
+
+    def __init__(self, *, rank: int, world_size: int, stall_seconds: float = 30.0, slow_seconds: float = 600.0) -> None:
+        if not 0 < stall_seconds <= slow_seconds:
+            got = f"{stall_seconds:g} and {slow_seconds:g}"
+            raise ValueError(f"expected 0 < stall_seconds <= slow_seconds, got {got}: raise slow_seconds")
+        self.rank, self.world_size = rank, world_size
+        self.stall_seconds, self.slow_seconds = stall_seconds, slow_seconds
+        self._beats, self._num_turns, self._num_posts = 0, 0, 0
+        self._beaten, self._longest = 0.0, 0.0
+        self._phase, self._ended, self._lost = "", "", ""
+        self._parent, self._main = os.getppid(), threading.get_ident()
+        self._halt, self._posting = threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=self._repeat, args=[w], daemon=True) for w in (self._swap, self._look)]
+        self._store: Store = HashStore()
+        self._news: tuple[int, list[bytes]] = (0, [])  # number of swaps, and what the last one brought
+        self._stillness = Stillness()
+
+    def __enter__(self) -> Self:
+        """Start to watch, once, on all ranks."""
+        if self.world_size > 1:  # a connection of its own: blocking calls of the main thread do not block it
+            self._store = cast(Any, _get_default_store()).clone()
+        watch = self._store.add(f"zoscale/watchdog/{self.rank}", 1)
+        self._store = PrefixStore(f"zoscale/watchdog/{watch}", self._store)
+        for rank in range(self.world_size):  # from here on no read waits for a missing key
+            self._store.compare_set(str(rank), "", json.dumps({"limit": self.slow_seconds}))
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Stop to watch; after an error the other ranks go on to expect the end of this process."""
+        self._leave(kind.__name__ if kind else "finished")
+        for thread in self._threads:
+            thread.join(GRACE)
+
+    def beat(self) -> None:
+        """Tell that the main thread has come this far."""
+        now = time.monotonic()
+        if self._beats and not self._phase:
+            self._longest = max(self._longest, now - self._beaten)
+        self._beaten = now
+        self._beats += 1
+        if self._beats == 1:
+            self._post()  # now: the others still expect a slow start
+
+    @contextmanager
+    def slow(self, what: str) -> Iterator[None]:
+        """A phase that may take `slow_seconds` between two moves, for instance loading or the first step."""
+        outer, self._phase = self._phase, what
+        self._num_turns += 1
+        self._post()  # now: the phase may keep Python's lock from the threads
+        try:
+            yield
+        finally:
+            self._phase, self._beaten = outer, time.monotonic()
+            self._num_turns += 1
+            self._post()
+
+    def _state(self) -> State:
+        phase = "" if self._ended else self._phase or ("" if self._beats else "start")
+        limit = self.slow_seconds if phase else max(self.stall_seconds, PATIENCE * self._longest)
+        counts = self._beats, self._beats + self._num_turns, self._num_posts
+        frame = sys._current_frames()[self._main]
+        while frame.f_back and frame.f_globals.get("__name__") in (__name__, "contextlib"):
+            frame = frame.f_back  # `beat` and `slow` post too
+        place = f"{frame.f_globals.get('__name__')}:{frame.f_lineno} ({frame.f_code.co_name})"
+        return State(limit, phase, *counts, self._ended, place, gethostname(), os.getpid())
+
+    def _post(self) -> None:
+        with self._posting, suppress(dist.DistError):  # that the store is lost is found by `_swap`
+            self._num_posts += 1
+            self._store.set(str(self.rank), json.dumps(asdict(self._state())))
+
+    def _leave(self, how: str) -> None:
+        self._ended = how
+        self._post()
+        self._halt.set()
+
+    def _repeat(self, work: Callable[[], None]) -> None:
+        try:
+            while not self._halt.is_set():
+                work()
+                self._halt.wait(TICK)
+        except Exception as error:
+            if not self._halt.is_set():
+                sys.stderr.write(f"zoscale: rank {self.rank}: the watchdog failed and ends its watch: {error!r}\n")
+                self._leave("finished")
+
+    def _swap(self) -> None:
+        """Post, and read all posts: blocks for ever when the store's host is stopped or its machine gone."""
+        if not self._lost:
+            self._post()
+            try:
+                self._news = (self._news[0] + 1, self._store.multi_get([str(r) for r in range(self.world_size)]))
+            except dist.DistError as error:
+                self._lost = str(error).splitlines()[0]
+
+    def _look(self) -> None:
+        """Judge, and end the job if it must: never blocks."""
+        self._stillness.tick(time.monotonic())
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
+            self._end(f"the launcher (pid {self._parent}) is gone", [], {})
+        num_swaps, news = self._news
+        sights = {rank: self._sight(rank, State(**json.loads(text))) for rank, text in enumerate(news)}
+        unanswered = self._stillness.of("store", num_swaps)
+        if self._lost and sights and sights[0].state.ended == "finished":
+            self._halt.set()  # rank 0 was its host and has ended well
+        elif unanswered > (3 * TICK if self._lost else self.stall_seconds):
+            in_rank_0 = sights and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            host = sights[0].name(0) if in_rank_0 else "the launcher"
+            how = f"is lost ({self._lost})" if self._lost else f"has not answered for {unanswered:.0f} s"
+            self._end(f"the job's store {how}; its host is {host}", [0] if in_rank_0 else [], sights)
+        elif verdict := judge(sights, self.stall_seconds):
+            self._end(*verdict, sights)
+
+    def _sight(self, rank: int, state: State) -> Sight:
+        quiet, idle = self._stillness.of(f"post {rank}", state.post), self._stillness.of(f"move {rank}", state.moves)
+        stopped = False
+        with suppress(psutil.Error):  # it may end at any moment
+            stopped = quiet > 3 * TICK and self._sibling(state).status() == psutil.STATUS_STOPPED
+        return Sight(state, quiet, idle, stopped)
+
+    def _sibling(self, state: State) -> psutil.Process:
+        """The process of a rank that the same launcher started on this host; else psutil.NoSuchProcess."""
+        process = psutil.Process(state.pid)
+        if state.host != gethostname() or process.ppid() != self._parent:
+            raise psutil.NoSuchProcess(state.pid)
+        return process
+
+    def _end(self, message: str, blamed: Sequence[int], sights: Mapping[int, Sight]) -> None:
+        """Say why, kill what may not end by itself, and exit, whatever hangs."""
+
+        def tell() -> None:
+            text = f"\nzoscale: rank {self.rank}: {message}; stopping the job\n"
+            if self.rank in blamed:
+                text += f"zoscale: rank {self.rank} is here (most recent call first):\n"
+                for frame, line in traceback.walk_stack(sys._current_frames()[self._main]):
+                    text += f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+            os.write(2, text.encode())
+            sys.stdout.flush()
+
+        try:
+            teller = threading.Thread(target=tell, daemon=True)
+            teller.start()
+            teller.join(GRACE)
+            if sights:  # a launcher reports the first rank to end as the cause
+                time.sleep(GRACE if self.rank in blamed else GRACE + TICK)
+            for rank, sight in sights.items():
+                if rank != self.rank and (rank in blamed or sight.stopped):
+                    with suppress(psutil.Error):
+                        self._sibling(sight.state).kill()
+        finally:
+            os._exit(EXIT_STALLED)
