@@ -86,19 +86,24 @@ def irregular():
 
 def ends_later():
     if rank == 1:
-        for _ in range(2 * {STALL:.0f}):
+        for _ in range(11):
             time.sleep(1)
             watchdog.beat()
 
 def goes_on():
-    steps(60 if world_size > 1 else 600)
+    resumed = torch.zeros(1)
+    while not resumed.item():
+        resumed.fill_((folder / "resumed").exists())
+        dist.all_reduce(resumed, dist.ReduceOp.MAX)
+        steps(1)
 
 def endless():
     steps(600)
 
 if world_size > 1:
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))  # longer than any test
-watchdog = Watchdog(rank=rank, world_size=world_size, stall_seconds={STALL}, slow_seconds={3 * STALL})
+stall_seconds = 3 * {STALL} if what == "goes_on" else {STALL}
+watchdog = Watchdog(rank=rank, world_size=world_size, stall_seconds=stall_seconds, slow_seconds={3 * STALL})
 try:
     with watchdog:
         steps(5)
@@ -108,7 +113,7 @@ try:
         if what != "ends_later":
             steps(5)
     print("finished", flush=True)
-    time.sleep({2 * TICK})  # instead of a barrier: rank 1 must have seen that rank 0 has finished
+    time.sleep(6 if what == "ends_later" else 2)  # rank 1 must see that rank 0 has finished, and then lose the store
     os._exit(0)
 finally:
     time.sleep(60)  # as a library that hangs when its process ends
@@ -204,10 +209,14 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
     try:
         os.kill(started["endless"].pids()[0], signal.SIGSTOP)
         suspended = started["goes_on"].pids()
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for pid in suspended:
-                os.kill(pid, number)
-            time.sleep(2 * STALL if number == signal.SIGSTOP else 0)
+        for pid in reversed(suspended):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(1.5 * TICK)  # in which rank 0 looks at rank 1, stopped already
+        time.sleep(3 * STALL)
+        for pid in suspended:
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(TICK)  # in which rank 0 looks at rank 1, stopped still
+        (started["goes_on"].folder / "resumed").touch()
         yield started
     finally:
         for job in started.values():

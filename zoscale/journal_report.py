@@ -65,7 +65,7 @@ def _loss(record: Record) -> float:
 def _json_lines(records: Sequence[Record]) -> Iterator[str]:
     for record in records:
         row = {"step": record.step, "loss": _loss(record), **vars(record)}
-        yield json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False)
+        yield json.dumps({key: _plain(value) for key, value in row.items()})
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,118 @@
+"""`zoscale replay`: any step's weights from the base model and the journal alone."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import FULL, SHORT, SIGN, JobServer, run_dir_of
+from peft import PeftModel
+from processes import ROOT, run
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+MODEL = ROOT / "launch/tiny_opt/model"
+KINDS = {
+    "sign": [*SIGN, "train.steps=15"],
+    "muon_q2": ["optimizer.name=jaguar_muon", "estimator.num_directions=2", "train.steps=8"],
+    "full_bf16": [*FULL, "model.dtype=bfloat16", "train.steps=6", "schedule.name=constant"],
+    "one_sided_sgd": [
+        "optimizer.name=zo_sgd", "optimizer.lr=1e-4", "estimator.name=one_sided", "probe.name=gaussian",
+        "train.steps=6",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Finished runs of two ranks by kind; their data is gone."""
+    server = JobServer(tmp_path_factory.mktemp("jobs"))
+    data = server.folder / "data"
+    shutil.copytree(ROOT / "launch/tiny_opt/data", data)
+    recipe = (ROOT / "launch/recipes/quickstart.yaml").read_text().splitlines()
+    own = server.folder / "own.yaml"  # without the methods, which each kind chooses
+    own.write_text("\n".join(line for line in recipe if not line.startswith(("probe:", "optimizer:"))))
+    short = [str(own) if word.endswith("quickstart.yaml") else word for word in SHORT]
+    found = {}
+    for kind, options in KINDS.items():
+        server.run(2, *short, *options, f"task.path={data}", f"output_dir={server.folder / kind}")
+        run_dir = run_dir_of(server.folder / kind)
+        assert run_dir is not None
+        found[kind] = run_dir
+    shutil.rmtree(data)
+    yield found
+    server.close()
+
+
+def replay(*arguments: str, expect: int = 0) -> str:
+    code = "import sys; from zoscale.cli import main; sys.exit(main())"
+    result = run([sys.executable, "-c", code, "replay", *arguments], check=False, timeout=200)
+    assert result.returncode == expect, result.stdout
+    assert "Traceback" not in result.stdout
+    return result.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_weights_are_what_the_journal_gives(kind: str, runs: dict[str, Path]) -> None:
+    """On one process what two ranks trained; the same bits but for Muon."""
+    text = replay(str(runs[kind]))
+    assert "adapter: the same" in text
+    assert "the same bits" in text or kind == "muon_q2"
+    assert "bytes per step" in text and "steps/s" in text
+
+
+@torch.no_grad()
+def test_a_past_step_is_an_adapter_like_any_other(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "past"
+    assert "replayed 5 steps of 15" in replay(str(runs["sign"]), "--until", "5", "--out", str(out))
+    early, late = (
+        load_file(out / "adapter_model.safetensors"),
+        load_file(runs["sign"] / "adapter/adapter_model.safetensors"),
+    )
+    assert early.keys() == late.keys()
+    assert any(not torch.equal(early[name], late[name]) for name in early)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), out)
+    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    assert "replayed 15 steps" in replay(str(runs["sign"]), "--until", "15")
+
+
+def test_weights_that_were_touched_are_found(runs: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(runs["sign"], tmp_path / "run"))
+    path = copy / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[3]
+    weights[name].view(-1)[2] += 1e-6
+    save_file(weights, path)
+    assert f"differs from what the journal gives: by 1.0e-06 in {name}" in replay(str(copy), expect=1)
+
+
+def test_another_base_model_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    assert "the same bits" in replay(str(runs["sign"]), "--base", str(base))
+    weights = load_file(base / "model.safetensors")
+    weights[sorted(weights)[5]].view(-1)[0] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert "expected the base model that was trained" in replay(str(runs["sign"]), "--base", str(base), expect=2)
+
+
+def test_mistakes(runs: dict[str, Path], tmp_path: Path) -> None:
+    assert "--until from 0 to 15" in replay(str(runs["sign"]), "--until", "16", expect=2)
+    assert "expected a journal at" in replay(str(tmp_path), expect=2)
+    copy = Path(shutil.copytree(runs["sign"], tmp_path / "run"))
+    (copy / "adapter/zoscale.json").write_text(json.dumps({"step": "5"}))
+    assert "expected a step in" in replay(str(copy), expect=2)
+
+
+def test_a_run_that_was_killed_can_be_replayed(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing is saved yet, so there is nothing to verify: the weights of the last step are rebuilt."""
+    copy = Path(shutil.copytree(runs["sign"], tmp_path / "run"))
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(copy / name, ignore_errors=True)
+    journal = copy / "journal.bin"
+    journal.write_bytes(journal.read_bytes()[:-60])
+    text = replay(str(copy), "--out", str(tmp_path / "out"))
+    assert "replayed 13 steps of 13" in text
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
