@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,8 @@ import psutil
 import pytest
 from processes import ROOT, environment, free_port
 
-from zoscale.watchdog import EXIT_STALLED, GRACE, TICK, Sight, State, Stillness, Watchdog, judge
+from zoscale.stillness import TICK, Sight, State, Stillness, judge
+from zoscale.watchdog import EXIT_STALLED, GRACE, Watchdog
 
 STALL = 3.0
 """Seconds, in the jobs of this file."""
@@ -175,7 +176,7 @@ class Job:
             process.wait()
 
 
-def wait_until(condition, seconds, output) -> None:  # type: ignore[no-untyped-def]
+def wait_until(condition: Callable[[], bool], seconds: float, output: Callable[[], str]) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds:.0f} s:\n{output()}"
@@ -237,7 +238,7 @@ def test_a_stalled_rank_ends_the_job_and_is_named(what: str, jobs: dict[str, Job
     statuses = job.wait(40)
     assert EXIT_STALLED in statuses and set(statuses) <= {EXIT_STALLED, -signal.SIGKILL}, job.output()
     lines = [line for line in job.output().splitlines() if line.endswith("stopping the job")]
-    assert lines
+    assert lines, job.output()
     for line in lines:
         assert f"rank {rank} (host" in line and f"pid {job.pids()[rank]}" in line and re.search(reason, line)
         assert f"rank {1 - rank} (host" not in line

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from socket import gethostname
 from typing import Any, Self, cast
 
@@ -17,92 +17,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
+from zoscale.stillness import TICK, Sight, State, Stillness, judge
+
 EXIT_STALLED = 70  # EX_SOFTWARE of sysexits.h
-TICK = 1.0  # seconds between two looks
 GRACE = 2.0  # seconds from a rank's message to its end: the others say theirs, and a stuck rank shows its stack
 PATIENCE = 20.0  # a rank may take so many times its longest interval between two beats
-
-
-@dataclass(frozen=True)
-class State:
-    """What a rank tells the others; `limit` seconds without a move (a beat, a phase entered or left) are normal."""
-
-    limit: float
-    phase: str = "start"
-    beat: int = 0
-    moves: int = 0
-    post: int = 0
-    ended: str = ""
-    place: str = ""
-    host: str = ""
-    pid: int = 0
-
-
-@dataclass(frozen=True)
-class Sight:
-    """A rank as another sees it: seconds since its last post and its last move, and whether its process is stopped."""
-
-    state: State
-    quiet: float
-    idle: float
-    stopped: bool = False
-
-    def name(self, rank: int) -> str:
-        """The rank and its process."""
-        return f"rank {rank}" + f" (host {self.state.host}, pid {self.state.pid})" * bool(self.state.pid)
-
-    def tell(self, rank: int, how: str, seconds: float) -> str:
-        """A sentence on what the rank does."""
-        phase = f" in phase {self.state.phase!r}" * bool(self.state.phase)
-        notes = f", last at {self.state.place}" * bool(self.state.place) + ", stopped" * self.stopped
-        notes += f", ended by {self.state.ended}" * bool(self.state.ended)
-        return f"{self.name(rank)} has {how} for {seconds:.0f} s at beat {self.state.beat}{phase}{notes}"
-
-
-class Stillness:
-    """For how long values have not changed, on a clock that stands still while this process is stopped or starved."""
-
-    def __init__(self) -> None:
-        self._now, self._read = 0.0, float("inf")
-        self._since: dict[str, tuple[object, float]] = {}
-
-    def tick(self, read: float) -> None:
-        """Advance to a reading of the monotonic clock, by 2 ticks at most."""
-        self._now += max(0.0, min(read - self._read, 2 * TICK))
-        self._read = read
-
-    def of(self, name: str, value: object) -> float:
-        """Seconds since `name` first had this value."""
-        before, since = self._since.get(name, (None, self._now))
-        self._since[name] = (value, since if before == value else self._now)
-        return self._now - self._since[name][1]
-
-
-def judge(sights: Mapping[int, Sight], stall_seconds: float) -> tuple[str, Sequence[int]] | None:
-    """A sentence on the ranks that hold the job up, and these ranks; None if all is well.
-
-    The silent ones: their whole process stands still. Else those of the fewest beats, once they are over their
-    limits; where all beats are equal, those that are not in a collective while others are. A rank in a slow phase
-    and within its limit excuses all: they may wait for it.
-    """
-    seen = {rank: sight for rank, sight in sights.items() if sight.state.ended != "finished"}
-    excused = {rank: s.state.limit if s.state.phase and not s.stopped else stall_seconds for rank, s in seen.items()}
-    silent = [rank for rank, sight in seen.items() if sight.quiet > excused[rank]]
-    if silent:
-        return "; ".join(seen[rank].tell(rank, "been silent", seen[rank].quiet) for rank in silent[:8]), silent
-    beats = sorted({sight.state.beat for sight in seen.values()})
-    behind = [rank for rank, sight in seen.items() if sight.state.beat == beats[0]]
-    in_time = [rank for rank, sight in seen.items() if sight.idle <= sight.state.limit]
-    if not seen or any(rank in behind or seen[rank].state.phase for rank in in_time):
-        return None
-    busy = [rank for rank in behind if not seen[rank].state.place.startswith(("torch.distributed", "deepspeed"))]
-    blamed = busy if len(beats) == 1 and busy else behind
-    told = [seen[rank].tell(rank, "made no progress", seen[rank].idle) for rank in blamed[:8]]
-    if len(beats) > 1:
-        told.append(f"the others are at {' to '.join(map(str, sorted({beats[1], beats[-1]})))}")
-    elif len(blamed) < len(seen):
-        told.append("the others wait in a collective at the same beat")
-    return "; ".join(told), blamed
 
 
 class Watchdog:
@@ -110,12 +29,11 @@ class Watchdog:
 
     Within `with watchdog:` all ranks call `beat` at the same places of their main threads, best before they wait for
     each other. Two daemon threads per rank post its state to the job's store and look at the others' once a second;
-    each rank judges by its own clock.
-    A collective, a read or a sleep releases Python's lock: such a rank still posts, is named by its lowest beat, and
-    shows its stack. A rank that is stopped, or that keeps Python's lock inside C++, cannot post: the others find it
-    silent for `stall_seconds`. `slow` announces a phase that may take long or keep the lock: it is given
-    `slow_seconds`, and so is the time before the first beat; there only a process that is seen stopped on the
-    observer's host is found sooner. A job that is suspended and resumed as a whole goes on.
+    each rank judges by its own clock. A collective, a read or a sleep releases Python's lock: such a rank still
+    posts, is named by its lowest beat, and shows its stack. A rank that is stopped, or that keeps Python's lock
+    inside C++, cannot post: the others find it silent for `stall_seconds`. `slow` announces a phase that may take
+    long or keep the lock: it is given `slow_seconds`, and so is the time before the first beat; there only a process
+    that is seen stopped on the observer's host is found sooner. A job suspended and resumed as a whole goes on.
 
     Every rank says why in one line on stderr; `GRACE` seconds later it kills the stalled processes of the same
     launcher, which may not heed SIGTERM, and exits with `EXIT_STALLED`. The same if the job's store is gone, and
@@ -149,7 +67,12 @@ class Watchdog:
         self._stillness = Stillness()
 
     def __enter__(self) -> Self:
-        """Start to watch, once, on all ranks."""
+        """Start to watch, once, on all ranks.
+
+        Raises:
+            ValueError: if there is more than one rank and no process group.
+            torch.distributed.DistError: if the job's store cannot be reached.
+        """
         if self.world_size > 1:  # a connection of its own: blocking calls of the main thread do not block it
             self._store = cast(Any, _get_default_store()).clone()
         watch = self._store.add(f"zoscale/watchdog/{self.rank}", 1)
@@ -178,7 +101,11 @@ class Watchdog:
 
     @contextmanager
     def slow(self, what: str) -> Iterator[None]:
-        """A phase that may take `slow_seconds` between two moves, for instance loading or the first step."""
+        """A phase that may take `slow_seconds` between two moves, for instance loading or the first step.
+
+        Args:
+            what: its name in messages.
+        """
         outer, self._phase = self._phase, what
         self._num_turns += 1
         self._post()  # now: the phase may keep Python's lock from the threads
@@ -226,7 +153,7 @@ class Watchdog:
             try:
                 self._news = (self._news[0] + 1, self._store.multi_get([str(r) for r in range(self.world_size)]))
             except dist.DistError as error:
-                self._lost = str(error).splitlines()[0]
+                self._lost = str(error).partition("\n")[0] or "no reason given"
 
     def _look(self) -> None:
         """Judge, and end the job if it must: never blocks."""
