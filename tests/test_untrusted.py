@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import huggingface_hub
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -371,9 +372,14 @@ numbers = itertools.count()
 def _cache(folder: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
-        datasets.disable_progress_bars()
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        level = datasets.logging.get_verbosity()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        datasets.disable_progress_bars()
         yield
+        datasets.enable_progress_bars()
+        datasets.logging.set_verbosity(level)
 
 
 def read_rows(folder: Path, suffix: str, content: bytes) -> list[dict[str, Any]] | None:
