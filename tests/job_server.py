@@ -7,8 +7,10 @@ The ranks are real processes with a real process group; only the imports are sha
 
 import json
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 
 from zoscale import assembly, cli, ledger, run, trainer  # noqa: F401 (imported for the forks)
 from zoscale.methods import TABLES  # noqa: F401
+
+LAUNCHER_PATIENCE = 10.0  # seconds; ranks whose process group is complete end sooner by themselves
 
 
 def free_port() -> int:
@@ -53,6 +57,24 @@ def start_rank(job: dict[str, Any], rank: int, port: int) -> int:
         os._exit(status)
 
 
+def wait_for(pids: list[int]) -> list[int]:
+    """Exit statuses; like a launcher, it ends the others some time after one has failed."""
+    statuses: dict[int, int] = {}
+    deadline = float("inf")
+    while len(statuses) < len(pids):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            statuses[pid] = os.waitstatus_to_exitcode(status)
+            if statuses[pid]:
+                deadline = min(deadline, time.monotonic() + LAUNCHER_PATIENCE)
+            continue
+        if time.monotonic() > deadline:
+            for other in set(pids) - set(statuses):
+                os.kill(other, signal.SIGKILL)
+        time.sleep(0.02)
+    return [statuses[pid] for pid in pids]
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -61,7 +83,7 @@ def main() -> None:
         job, port = json.loads(line), free_port()
         pids = [start_rank(job, rank, port) for rank in range(job["ranks"])]
         answers.write(json.dumps({"pids": pids}) + "\n")
-        answers.write(json.dumps({"statuses": [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]}) + "\n")
+        answers.write(json.dumps({"statuses": wait_for(pids)}) + "\n")
 
 
 if __name__ == "__main__":

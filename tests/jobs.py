@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class Job:
 
     def kill(self, *ranks: int, number: int = signal.SIGKILL) -> None:
         for rank in ranks or range(len(self.pids)):
-            os.kill(self.pids[rank], number)  # not reaped before `wait`: the number is still theirs
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(self.pids[rank], number)
 
 
 class JobServer:

@@ -101,7 +101,7 @@ def test_killed_at_random_moments(server: JobServer, whole: Any, request: pytest
         job = server.start(2, *command("chosen", out))
         time.sleep(rng.uniform(0, 1.05 * seconds))
         before = time.monotonic()
-        job.kill(*victims(rng.choice(["one rank", "all"]), 2, rng))  # it may have ended by itself
+        job.kill(*victims(rng.choice(["one rank", "all"]), 2, rng))
         job.wait()
         assert time.monotonic() - before < 20, "the other rank went on"
         killed_at.append(steps_done(out))
