@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from zoscale.config import (
     ConfigError,
+    CheckpointConfig,
     DataConfig,
+    MeshConfig,
     Method,
     ModelConfig,
     RunConfig,
@@ -295,6 +297,9 @@ MISTAKES = [
     ("schedule={name: linear, warmup_steps: 2000}", "within the run"),
     ("schedule.warmup_steps=1", "constant_with_warmup"),
     ("runtime.timeout_minutes=0", "above 0"),
+    ("runtime.stall_seconds=inf", "runtime.stall_seconds above 0"),
+    ("checkpoint.keep=0", "checkpoint.keep to be at least 1"),
+    ("mesh.shard_size=0", "mesh.shard_size to be at least 1"),
     ("name=a/b", "'a/b'"),
     ("--config=nowhere.yaml", "No such file"),
     ("--config=.", "directory"),
@@ -510,7 +515,8 @@ def test_the_hash_is_the_same_in_another_process_with_other_hash_seeds() -> None
 
 
 SAME = ["name=x", "output_dir=/y", "overwrite=true", "tracking.tags.a=b", "runtime.timeout_minutes=1",
-        "runtime.threads=2", "optimizer.lr=0.010"]  # fmt: skip
+        "runtime.threads=2", "runtime.stall_seconds=9", "resume=never", "mesh.shard_size=1", "checkpoint.every=7",
+        "optimizer.lr=0.010"]  # fmt: skip
 OTHER = ["seed=1", "model.id=x", "adapter.r=4", "adapter=null", "optimizer.lr=0.02", "runtime.noise=eager",
          "optimizer.groups=[]", "data.micro_batch_size=2", "task.name=rte", "master=none"]  # fmt: skip
 
@@ -551,7 +557,8 @@ def help_of(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_has_every_key_with_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys)
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "schedule": ScheduleConfig,
-                "tracking": TrackingConfig, "runtime": RuntimeConfig}  # fmt: skip
+                "tracking": TrackingConfig, "runtime": RuntimeConfig, "mesh": MeshConfig,
+                    "checkpoint": CheckpointConfig}  # fmt: skip
     assert {*sections, *TABLES} == {key for key, value in read("adapter=null").to_dict().items() if type(value) is dict}
     fields = [f"{section}.{name}" for section, cls in sections.items() for name in asdict(cls())]
     fields += [key for key in read().to_dict() if key not in sections and key not in TABLES]

@@ -3,6 +3,7 @@
 Real processes and a real process group; `job_server.py` only spares the imports. Pitfall 17 is this file.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -304,8 +305,25 @@ def test_damaged_records_are_refused_and_left_as_they_are(what: str, server: Job
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != ".lock"}
     text = server.run(2, *command("sign_lora", out, *more), expect=2)
     assert "Traceback" not in text
+    assert what != "config" or "expected optimizer.lr=0.001, as" in text
     assert str(path if what != "config" else run_dir) in text
     assert before == {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_second_job_in_the_same_run_directory_is_refused(server: JobServer) -> None:
+    """Two processes never write one journal."""
+    out = server.folder / "locked"
+    job = server.start(1, *command("sign_lora", out))
+    wait_for_step(job, out, 10)
+    job.kill()
+    job.wait()
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    plant = "from zoscale import run_directory; run_directory._PATIENCE = 0.5"
+    with (run_dir / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process that is writing" in server.run(2, *command("sign_lora", out), expect=2, plant=plant)
+    assert "resumed at step" in server.run(1, *command("sign_lora", out))
 
 
 def test_ranks_that_differ_are_refused(server: JobServer) -> None:

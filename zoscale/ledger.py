@@ -6,7 +6,7 @@ from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation
 from zoscale.evaluation_log import EvaluationLog
 from zoscale.journal import Header, Journal, JournalWriter, Record
-from zoscale.manifest import complete, keep_last, name_of
+from zoscale.manifest import complete, keep_last, name_of, remove_unfinished
 from zoscale.recovery import Log, check_header, record_of, restore
 from zoscale.run_directory import RunDirectory
 
@@ -34,6 +34,7 @@ class Ledger:
         self.directory = directory
         self.engine = engine
         self.log = log
+        self._config = config
         self._options = config.checkpoint
         self._hash = header.config_hash
         self._writer: JournalWriter | None = None
@@ -102,11 +103,12 @@ class Ledger:
 
     def _open_journal(self, header: Header) -> list[Record]:
         path, every = self.directory.journal, self._options.journal_sync_every
+        remove_unfinished(self.directory.checkpoints)
         if not path.exists():
             self._writer = JournalWriter.create(path, header, sync_every=every)
             return []
         journal = Journal.read(path)
-        check_header(journal.header, header, path)
+        check_header(journal.header, header, self._config, path)
         if journal.header.code != header.code:
             self.log(f"the journal was started by zoscale {journal.header.code}, this is {header.code}")
         if journal.num_torn:

@@ -123,6 +123,12 @@ def keep_last(folder: Path, count: int, kind: str = "step") -> None:
         shutil.rmtree(path)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writes that were interrupted have left."""
+    for path in folder.glob("*.tmp"):
+        shutil.rmtree(path)
+
+
 def crc32(path: Path) -> int:
     """Of a file's content."""
     crc = 0

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zoscale import checkpoint, fingerprint
-from zoscale.config import ConfigError, RunConfig
+from zoscale.config import ConfigError, RunConfig, flatten
 from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.estimators import GradientEstimate
 from zoscale.journal import Header, Record
@@ -34,14 +34,26 @@ def header_of(config: RunConfig, engine: ZeroOrderEngine, data: str) -> Header:
     )
 
 
-def check_header(found: Header, expected: Header, path: Path) -> None:
+def check_header(found: Header, expected: Header, config: RunConfig, path: Path) -> None:
     """Refuse to continue a journal that something else would write.
+
+    Args:
+        found: as read.
+        expected: of this run, whose configuration is `config`.
+        path: of the journal.
 
     Raises:
         ConfigError: naming the first difference.
     """
+    if found.config_hash != expected.config_hash:
+        old, new = flatten(found.config), flatten(config.identity())
+        key = next((key for key in new if old.get(key) != new[key]), "the configuration")
+        raise ConfigError(
+            f"{key}={old.get(key)}, as {path} was written with",
+            str(new.get(key)),
+            "change it back, or leave resume=auto to run the new configuration in a folder of its own",
+        )
     for name, what in (
-        ("config_hash", "configuration"),
         ("model", "base model"),
         ("trainable", "trainable tensors"),
         ("data", "examples"),

@@ -1,9 +1,20 @@
 """The configuration of a run and its command line."""
 
-from zoscale.config.run_config import RunConfig, build, check_adapter, exit_with, parse, parse_or_exit, validate
+from zoscale.config.run_config import (
+    RunConfig,
+    build,
+    check_adapter,
+    exit_with,
+    flatten,
+    parse,
+    parse_or_exit,
+    validate,
+)
 from zoscale.config.schema import Method
 from zoscale.config.sections import (
+    CheckpointConfig,
     DataConfig,
+    MeshConfig,
     ModelConfig,
     RuntimeConfig,
     ScheduleConfig,
@@ -13,8 +24,10 @@ from zoscale.config.sections import (
 from zoscale.config.strict_yaml import ConfigError, load_yaml
 
 __all__ = [
+    "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "MeshConfig",
     "Method",
     "ModelConfig",
     "RunConfig",
@@ -25,6 +38,7 @@ __all__ = [
     "build",
     "check_adapter",
     "exit_with",
+    "flatten",
     "load_yaml",
     "parse",
     "parse_or_exit",

@@ -107,13 +107,17 @@ class RunConfig:
         name, output_dir, resume, overwrite, mesh, checkpoint, tracking and of runtime all but deepspeed and noise. Of
         a model, tokenizer or DeepSpeed file the path counts, not its content. Equal numbers count alike: 1 is 1.0.
         """
+        text = json.dumps(_canonical(self.identity()), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def identity(self) -> dict[str, Any]:
+        """The part of `to_dict` that `hash` names."""
         tree = self.to_dict()
         for key in ("name", "output_dir", "resume", "overwrite", "mesh", "checkpoint", "tracking"):
             del tree[key]
         for key in ("timeout_minutes", "stall_seconds", "threads"):
             del tree["runtime"][key]
-        text = json.dumps(_canonical(tree), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
+        return tree
 
     @property
     def run_dir(self) -> Path:
@@ -122,7 +126,12 @@ class RunConfig:
 
     def flatten(self) -> dict[str, str | int | float | bool | None]:
         """Dotted keys to scalars, as MLflow parameters are; lists and empty mappings as JSON text."""
-        return dict(_leaves(self.to_dict(), ""))
+        return flatten(self.to_dict())
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, str | int | float | bool | None]:
+    """Dotted keys to scalars; lists and empty mappings as JSON text."""
+    return dict(_leaves(dict(tree), ""))
 
 
 def _canonical(value: Any) -> Any:
