@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zoscale.config import (
-    ConfigError,
     CheckpointConfig,
+    ConfigError,
     DataConfig,
     MeshConfig,
     Method,
@@ -297,7 +297,7 @@ MISTAKES = [
     ("schedule={name: linear, warmup_steps: 2000}", "within the run"),
     ("schedule.warmup_steps=1", "constant_with_warmup"),
     ("runtime.timeout_minutes=0", "above 0"),
-    ("runtime.stall_seconds=inf", "runtime.stall_seconds above 0"),
+    ("runtime.stall_seconds=0", "runtime.stall_seconds above 0"),
     ("checkpoint.keep=0", "checkpoint.keep to be at least 1"),
     ("mesh.shard_size=0", "mesh.shard_size to be at least 1"),
     ("name=a/b", "'a/b'"),
