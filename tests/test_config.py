@@ -20,6 +20,7 @@ from zoscale.config import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    ForwardConfig,
     MeshConfig,
     Method,
     ModelConfig,
@@ -518,7 +519,8 @@ SAME = ["name=x", "output_dir=/y", "overwrite=true", "tracking.tags.a=b", "runti
         "runtime.threads=2", "runtime.stall_seconds=9", "resume=never", "mesh.shard_size=1", "checkpoint.every=7",
         "optimizer.lr=0.010"]  # fmt: skip
 OTHER = ["seed=1", "model.id=x", "adapter.r=4", "adapter=null", "optimizer.lr=0.02", "runtime.noise=eager",
-         "optimizer.groups=[]", "data.micro_batch_size=2", "task.name=rte", "master=none"]  # fmt: skip
+         "optimizer.groups=[]", "data.micro_batch_size=2", "task.name=rte", "master=none",
+         "forward.name=sequential"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("override", "same"), [(o, True) for o in SAME] + [(o, False) for o in OTHER])
@@ -557,7 +559,7 @@ def help_of(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_has_every_key_with_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys)
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "schedule": ScheduleConfig,
-                "tracking": TrackingConfig, "runtime": RuntimeConfig, "mesh": MeshConfig,
+                "tracking": TrackingConfig, "runtime": RuntimeConfig, "mesh": MeshConfig, "forward": ForwardConfig,
                     "checkpoint": CheckpointConfig}  # fmt: skip
     assert {*sections, *TABLES} == {key for key, value in read("adapter=null").to_dict().items() if type(value) is dict}
     fields = [f"{section}.{name}" for section, cls in sections.items() for name in asdict(cls())]

@@ -14,6 +14,7 @@ LAYERS = [
     {"optim", "methods"},
     {"models", "data"},
     {"forward", "evaluate", "runtime"},
+    {"fan_out"},
     {"engine", "evaluation_log"},
     {"export", "checkpoint", "run_meters", "assembly"},
     {"recovery"},

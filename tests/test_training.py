@@ -88,7 +88,7 @@ def test_summary_has_what_a_result_needs(launched: tuple[Path, str]) -> None:
     for rank in summary["ranks"]:
         assert rank["tokens_per_second"] > 0
         assert rank["peak_memory_bytes"] > model_bytes
-        assert 4 * model_bytes <= rank["gathered_bytes_per_step"] <= 4.6 * model_bytes
+        assert model_bytes <= rank["gathered_bytes_per_step"] <= 1.15 * model_bytes, "one gather for four candidates"
 
 
 def test_mlflow_holds_parameters_and_metrics_of_each_rank(launched: tuple[Path, str]) -> None:

@@ -42,6 +42,9 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
     "sgd_full": FULL | SGD | {"probe": "gaussian"} | TWO,
     "sgd_lora_q4": LORA | SGD | {"probe": "gaussian"} | FOUR,
 }  # fmt: skip
+FAN_OUT = {
+    f"fan_{name}": TRAJECTORIES[name] | {"forward": "fan_out"} for name in ("sgd_lora_q4", "sign_llama", "muon_lora_q4")
+}
 ZERO_VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "sign_full_640": ("sign_full", {"stage3_param_persistence_threshold": 640}, (2, 3)),
     "sign_full_100000": ("sign_full", {"stage3_param_persistence_threshold": 100000}, (2, 3)),
@@ -71,7 +74,7 @@ def job(
 ) -> Iterator[Any]:
     """All scenarios of one world size in one job."""
     world = request.param
-    scenarios = dict(TRAJECTORIES) | CHECKS
+    scenarios = TRAJECTORIES | FAN_OUT | CHECKS
     scenarios |= {
         n: TRAJECTORIES[base] | {"zero": zero} for n, (base, zero, worlds) in ZERO_VARIANTS.items() if world in worlds
     }
@@ -189,6 +192,26 @@ def test_other_rules_equal_the_oracle_to_1e5(job: Any, oracle: Any, name: str) -
         start = tiny.values(tensor_name, tuple(tensor.shape))
         moved = max(moved, float((tensor - start).abs().max()))
     assert moved > 1e-3, "nothing was trained"
+
+
+@pytest.mark.parametrize("name", FAN_OUT)
+def test_fan_out_equals_the_oracle_and_itself_at_any_world_size(job: Any, oracle: Any, name: str) -> None:
+    """One pass for all candidates: the losses of the oracle to rounding, and the same bits on 1, 2 and 3 ranks."""
+    world, out = job
+    report, weights = outcome(out, name)
+    losses, _, expected = oracle(name.removeprefix("fan_"))
+    torch.testing.assert_close(torch.tensor(report["losses"]), torch.tensor(losses), rtol=1e-5, atol=1e-5)
+    if "sgd" in name:
+        for tensor_name, tensor in weights.items():
+            torch.testing.assert_close(tensor, expected[tensor_name], rtol=1e-5, atol=1e-5)
+    first = FIRST_WORLD.setdefault(name, (world, report, weights))
+    assert report["losses"] == first[1]["losses"], f"{first[0]} and {world} ranks"
+    if "muon" not in name:
+        assert_same_bits(weights, first[2])
+
+
+FIRST_WORLD: dict[str, Any] = {}
+"""By scenario, the outcome at the first world size that ran."""
 
 
 @pytest.mark.parametrize("name", list(ZERO_VARIANTS))

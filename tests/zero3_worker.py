@@ -43,6 +43,7 @@ def build(scenario: dict[str, Any]) -> ZeroOrderEngine:
         estimator=ESTIMATORS[scenario.get("estimator", "two_point")](**scenario["estimator_args"]),
         seed=7,
         master=scenario.get("master", "fp32"),
+        forward=scenario.get("forward", "sequential"),
     )
     for shard in engine.shards:
         whole = tiny.values(shard.spec.name, shard.spec.shape).reshape(-1)

@@ -98,6 +98,8 @@ def build_engine(config: RunConfig, architecture: Any, accelerator: Accelerator 
         seed=config.seed,
         master=config.master,
         noise=config.runtime.noise,
+        forward=config.forward.name,
+        max_rows=config.forward.max_rows,
     )
 
 

@@ -125,6 +125,20 @@ class MicroBatch:
             int(mask.sum()),
         )
 
+    def repeat(self, times: int) -> "MicroBatch":
+        """The same rows and answers several times over, one copy after the other; for `answer_logprobs` only."""
+        device, rows, positions = self.input_ids.device, len(self.input_ids), len(self.position_row)
+        copies = torch.arange(times, device=device)
+        return replace(
+            self,
+            input_ids=self.input_ids.repeat(times, 1),
+            attention_mask=self.attention_mask.repeat(times, 1),
+            position_row=(self.position_row + rows * copies[:, None]).view(-1),
+            position_column=self.position_column.repeat(times),
+            answer_position=(self.answer_position + positions * copies[:, None]).view(-1),
+            answer_token=self.answer_token.repeat(times),
+        )
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}

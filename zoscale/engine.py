@@ -9,6 +9,7 @@ from torch import nn
 
 from zoscale.batch import MicroBatch
 from zoscale.estimators import Estimator, GradientEstimate, TwoPoint
+from zoscale.fan_out import FanOutForward, find_lora_pairs
 from zoscale.forward import Forward, Losses, SequentialForward
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel, is_block
@@ -19,6 +20,7 @@ from zoscale.probes import Block, Direction, Probe
 from zoscale.shards import Master, ShardedParam, shard_parameters
 
 OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ZeroOrderOptimizer]
+ForwardName = Literal["auto", "sequential", "fan_out"]
 NoiseBackend = Literal["auto", "eager", "compiled"]
 Batch = Mapping[str, Any] | MicroBatch | Sequence[MicroBatch] | Sequence[Mapping[str, Any]]
 
@@ -68,6 +70,12 @@ class ZeroOrderEngine:
         seed: of all directions.
         master: keep the truth of trainable slices in fp32 (4 bytes per local element), or none.
         noise: compile the generator: `auto` does from about a million trainable elements on.
+        forward: `fan_out` takes all candidates in one pass, which needs LoRA matrices as the only trainable tensors;
+            `sequential` takes one pass each; `auto` fans out where it can.
+        max_rows: most rows of one pass of `fan_out`; None = all candidates together.
+
+    Raises:
+        ValueError: if nothing is trainable, or `fan_out` is asked for and not possible.
     """
 
     def __init__(
@@ -82,6 +90,8 @@ class ZeroOrderEngine:
         seed: int = 0,
         master: Master = "fp32",
         noise: NoiseBackend = "auto",
+        forward: ForwardName = "auto",
+        max_rows: int | None = None,
     ) -> None:
         self.model = model
         module = model
@@ -101,9 +111,19 @@ class ZeroOrderEngine:
         compiled = noise == "compiled" or (noise == "auto" and self.num_trainable >= _COMPILE_ABOVE)
         self.noise = Noise(seed, compiled=compiled)
         self.answers = AnswerModel(module, model)
-        self.forward: Forward = SequentialForward(self.answers, self.shards, self.mesh)
+        self.forward = self._choose_forward(forward, max_rows)
         self.optimizer = optimizer(self.shards, self.mesh)
         self.num_steps = 0
+
+    def _choose_forward(self, name: ForwardName, max_rows: int | None) -> Forward:
+        pairs = None if name == "sequential" else find_lora_pairs(self.model, self.specs)
+        if pairs is not None:
+            return FanOutForward(self.answers, self.shards, self.mesh, pairs, max_rows=max_rows)
+        if name == "fan_out":
+            raise ValueError(
+                "expected LoRA matrices as the only trainable tensors for fan_out, got others: use auto or sequential"
+            )
+        return SequentialForward(self.answers, self.shards, self.mesh)
 
     @property
     def num_trainable(self) -> int:

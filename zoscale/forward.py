@@ -57,15 +57,20 @@ class SequentialForward:
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
         """See `Forward`."""
-        mine, turns = self.mesh.share(len(batches))
-        surplus = [self.mesh.rank % len(batches)] * (turns - len(mine))
-        local = [batches[item].to(self.mesh.device) for item in mine + surplus]
-        table = torch.zeros(len(candidates) + 1, turns, dtype=torch.float64, device=self.mesh.device)
+        own, local = local_batches(self.mesh, batches)
+        table = torch.zeros(len(candidates) + 1, len(local), dtype=torch.float64, device=self.mesh.device)
         for number, candidate in enumerate(candidates):
             with perturbed(self.shards, candidate):
                 for turn, batch in enumerate(local):
                     table[number, turn], table[-1, turn] = objective(self.model.answer_logprobs(batch), batch)
-        return _reduce(self.mesh.gather_items(table, len(batches)).tolist(), local[: len(mine)])
+        return reduce_losses(self.mesh.gather_items(table, len(batches)).tolist(), local[:own])
+
+
+def local_batches(mesh: Mesh, batches: Sequence[MicroBatch]) -> tuple[int, list[MicroBatch]]:
+    """How many micro-batches are this rank's own, and as many as every rank runs: its own, then repeated ones."""
+    mine, turns = mesh.share(len(batches))
+    surplus = [mesh.rank % len(batches)] * (turns - len(mine))
+    return len(mine), [batches[item].to(mesh.device) for item in mine + surplus]
 
 
 @contextmanager
@@ -87,7 +92,7 @@ def perturbed(shards: Sequence[ShardedParam], candidate: Candidate) -> Iterator[
             shard.restore()
 
 
-def _reduce(table: list[list[float]], own: Sequence[MicroBatch]) -> Losses:
+def reduce_losses(table: list[list[float]], own: Sequence[MicroBatch]) -> Losses:
     """Sum in micro-batch order in float64: the same bits at any world size."""
     *sums, counts = table
     count = sum(counts)

@@ -4,7 +4,7 @@ Ranks form shard groups, which hold one copy of the model together; groups are r
 out the micro-batches, whatever their group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -90,20 +90,32 @@ class Mesh:
         return whole[:, :-1].flatten(1)[:, :num_items]
 
     def gather_flat(self, local: Tensor, numel: int) -> Tensor:
-        """The whole flat tensor from the slices of the shard group: [numel], of the dtype and on the device of `local`.
+        """The whole flat tensor from the slices of the shard group: see `gather_flats`."""
+        return self.gather_flats([(local, numel)])[0]
+
+    def gather_flats(self, slices: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+        """Whole flat tensors from the slices of the shard group, in one collective.
 
         Args:
-            local: this rank's elements [rank * size, ...) with size = ceil(numel / shard_size), without padding.
-            numel: elements of the whole.
+            slices: per tensor, this rank's elements [rank * size, ...) with size = ceil(numel / shard_size), without
+                padding, and the numel of the whole; all of one dtype.
+
+        Returns:
+            [numel] each, of the dtype and on the device of the slices.
         """
         if self.shard_size == 1:
-            return local
-        size = -(-numel // self.world_size)
-        padded = torch.zeros(size, dtype=local.dtype, device=self.device)
-        padded[: local.numel()] = local
-        whole = torch.empty(size * self.world_size, dtype=local.dtype, device=self.device)
-        dist.all_gather_into_tensor(whole, padded)
-        return whole[:numel].to(local.device)
+            return [local for local, _ in slices]
+        sizes = [-(-numel // self.world_size) for _, numel in slices]
+        packed = torch.zeros(sum(sizes), dtype=slices[0][0].dtype, device=self.device)
+        for part, (local, _) in zip(torch.split(packed, sizes), slices, strict=True):
+            part[: local.numel()] = local
+        flat = torch.empty(self.world_size * packed.numel(), dtype=packed.dtype, device=self.device)
+        dist.all_gather_into_tensor(flat, packed)
+        whole = flat.view(self.world_size, -1)
+        return [
+            part.reshape(-1)[:numel].to(local.device)
+            for part, (local, numel) in zip(torch.split(whole, sizes, dim=1), slices, strict=True)
+        ]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small picklable values of all ranks, in rank order."""

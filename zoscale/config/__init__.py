@@ -14,6 +14,7 @@ from zoscale.config.schema import Method
 from zoscale.config.sections import (
     CheckpointConfig,
     DataConfig,
+    ForwardConfig,
     MeshConfig,
     ModelConfig,
     RuntimeConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "ForwardConfig",
     "MeshConfig",
     "Method",
     "ModelConfig",

@@ -24,6 +24,7 @@ from zoscale.config.schema import Method
 from zoscale.config.sections import (
     CheckpointConfig,
     DataConfig,
+    ForwardConfig,
     MeshConfig,
     ModelConfig,
     RuntimeConfig,
@@ -65,6 +66,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    forward: ForwardConfig = field(default_factory=ForwardConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -229,7 +231,7 @@ _MINIMUM = {
     "data.num_validation": 1, "data.max_length": 1, "train.steps": 0, "train.eval_every": 0,
     "train.log_every": 1, "train.eval_micro_batch_size": 1, "train.max_skipped_in_row": 0,
     "schedule.warmup_steps": 0, "runtime.threads": 1, "checkpoint.every": 0, "checkpoint.keep": 1,
-    "checkpoint.journal_sync_every": 1, "mesh.shard_size": 1, "mesh.check_every": 1,
+    "checkpoint.journal_sync_every": 1, "mesh.shard_size": 1, "forward.max_rows": 1, "mesh.check_every": 1,
 }  # fmt: skip
 
 

@@ -83,6 +83,20 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class ForwardConfig:
+    """How the losses of a step's candidates are taken.
+
+    Args:
+        name: fan_out takes all candidates in one pass over the frozen base (LoRA only), sequential one pass each; auto
+            fans out where it can.
+        max_rows: Most rows of one pass of fan_out, to bound the memory of its activations; null is no limit.
+    """
+
+    name: Literal["auto", "sequential", "fan_out"] = "auto"
+    max_rows: int | None = None
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """How ranks hold the model; the trajectory does not depend on it.
 

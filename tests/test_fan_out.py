@@ -1,0 +1,111 @@
+"""`FanOutForward` against `SequentialForward` on plain tensors; real ranks are in test_zero3.py."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from zoscale.engine import ZeroOrderEngine, micro_batches
+from zoscale.estimators import Estimator, OneSided, TwoPoint
+from zoscale.fan_out import FanOutForward, find_lora_pairs
+from zoscale.forward import SequentialForward
+from zoscale.probes import Block, Gaussian, Probe
+
+_LLAMA_LIKE = {
+    "vocab_size": 211, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "max_position_embeddings": 40,
+}  # fmt: skip
+ARCHITECTURES: dict[str, tuple[dict[str, Any], Any]] = {
+    "opt": (tiny.ARCHITECTURES["opt"], ["q_proj", "v_proj", "fc1", "out_proj"]),
+    "llama": (tiny.ARCHITECTURES["llama"], ["q_proj", "v_proj", "lm_head"]),
+    "gpt2": (
+        {"model_type": "gpt2", "vocab_size": 211, "n_embd": 36, "n_layer": 2, "n_head": 4, "n_positions": 40},
+        ["c_attn", "c_proj"],
+    ),
+    "qwen2": ({"model_type": "qwen2", **_LLAMA_LIKE}, ["q_proj", "k_proj", "down_proj"]),
+    "mistral": ({"model_type": "mistral", **_LLAMA_LIKE}, "all-linear"),
+}
+
+
+def model_of(name: str, dtype: torch.dtype, **lora: Any) -> nn.Module:
+    options, targets = ARCHITECTURES[name]
+    options = dict(options)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options)).to(dtype)
+    adapted = get_peft_model(model, LoraConfig(**({"r": 3, "lora_alpha": 6, "target_modules": targets} | lora)))
+    for parameter in adapted.parameters():
+        parameter.data.normal_(std=0.15)
+    return adapted
+
+
+def both(model: nn.Module, estimator: Estimator, probe: Probe, **options: Any) -> tuple[Any, Any]:
+    """The losses by fan-out and one by one."""
+    found = []
+    for forward in ("fan_out", "sequential"):
+        engine = ZeroOrderEngine(model, estimator=estimator, probe=probe, forward=forward, **options)  # type: ignore[arg-type]
+        assert isinstance(engine.forward, FanOutForward if forward == "fan_out" else SequentialForward)
+        found.append(engine.losses(micro_batches(tiny.batch(0)), engine.directions(3)))
+        options.pop("max_rows", None)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_losses_are_those_of_one_pass_per_candidate(name: str, dtype: torch.dtype) -> None:
+    """With padding, tied and untied heads, an adapter on the head, Conv1D; half the difference is what matters."""
+    fan, one = both(model_of(name, dtype), TwoPoint(tau=0.05, num_directions=2), Gaussian())
+    tolerance = 2e-6 if dtype == torch.float32 else 2e-2
+    assert fan.values == pytest.approx(one.values, abs=tolerance)
+    assert (fan.count, fan.local_tokens, fan.local_samples) == (one.count, one.local_tokens, one.local_samples)
+    assert len({round(value, 5) for value in one.values}) == 4, "the candidates differ"
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 5, 100])
+def test_candidates_are_cut_to_max_rows(max_rows: int) -> None:
+    """Also the point itself, which has no direction, and sparse directions."""
+    estimator, probe = OneSided(tau=0.05, num_directions=3), Block(rows=0.2, columns=0.2)
+    fan, one = both(model_of("opt", torch.float32), estimator, probe, max_rows=max_rows)
+    assert fan.values == pytest.approx(one.values, abs=2e-6)
+
+
+def test_rows_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K x R rows together, or as many candidates as fit."""
+    model = model_of("opt", torch.float32)
+    rows = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    for max_rows in (None, 6):
+        engine = ZeroOrderEngine(model, estimator=TwoPoint(num_directions=2), forward="fan_out", max_rows=max_rows)
+        engine.losses(micro_batches(tiny.batch(0, 1)), engine.directions(0))
+    assert rows == [8, 6, 2]
+
+
+def test_layers_are_what_they_were_also_after_an_error() -> None:
+    model = model_of("opt", torch.float32)
+    engine = ZeroOrderEngine(model, forward="fan_out")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    def breaks(logprobs: torch.Tensor, batch: Any) -> Any:
+        raise RuntimeError("planted")
+
+    batches = micro_batches(tiny.batch(0))
+    engine.losses(batches, engine.directions(0))
+    engine.objective = breaks
+    with pytest.raises(RuntimeError, match="planted"):
+        engine.losses(batches, engine.directions(0))
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["embed_tokens"]}])
+def test_other_trainables_are_not_fanned_out(lora: dict[str, Any]) -> None:
+    """`auto` takes one pass each then; `fan_out` says why it cannot."""
+    model = model_of("opt", torch.float32, **lora)
+    engine = ZeroOrderEngine(model)
+    assert find_lora_pairs(model, engine.specs) is None
+    assert isinstance(engine.forward, SequentialForward)
+    with pytest.raises(ValueError, match="LoRA matrices as the only trainable tensors"):
+        ZeroOrderEngine(model, forward="fan_out")
