@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zoscale.engine import ZeroOrderEngine, micro_batches
 from zoscale.estimators import Estimator, OneSided, TwoPoint
 from zoscale.fan_out import FanOutForward, find_lora_pairs
-from zoscale.forward import SequentialForward
+from zoscale.forward import SequentialForward, perturbed
 from zoscale.probes import Block, Gaussian, Probe
 
 _LLAMA_LIKE = {
@@ -62,6 +62,25 @@ def test_losses_are_those_of_one_pass_per_candidate(name: str, dtype: torch.dtyp
     assert fan.values == pytest.approx(one.values, abs=tolerance)
     assert (fan.count, fan.local_tokens, fan.local_samples) == (one.count, one.local_tokens, one.local_samples)
     assert len({round(value, 5) for value in one.values}) == 4, "the candidates differ"
+
+
+def test_adapters_are_rounded_as_one_pass_per_candidate_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16: what the layers see is the truth plus the perturbation, rounded once."""
+    model = model_of("opt", torch.bfloat16)
+    engine = ZeroOrderEngine(model, probe=Gaussian(), estimator=TwoPoint(tau=0.05), forward="fan_out")
+    for shard in engine.shards:
+        shard.truth.add_(1e-3)  # not a bf16 number
+        shard.publish()
+    seen: dict[str, torch.Tensor] = {}
+    adapted = FanOutForward._adapted
+    monkeypatch.setattr(FanOutForward, "_adapted", lambda self, stacks: seen.update(stacks) or adapted(self, stacks))
+    directions = engine.directions(0)
+    engine.losses(micro_batches(tiny.batch(0, 1)), directions)
+    for number, candidate in enumerate(engine.estimator.candidates(directions)):
+        with perturbed(engine.shards, candidate):
+            for shard in engine.shards:
+                assert seen[shard.spec.name].dtype == torch.bfloat16
+                assert torch.equal(seen[shard.spec.name][number].flatten(), shard.live)
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 5, 100])

@@ -88,7 +88,7 @@ class FanOutForward:
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
         """See `Forward`."""
         own, local = local_batches(self.mesh, batches)
-        adapters = _perturbed(self._gather(), candidates)
+        adapters = _perturbed(self._gather(), [shard.live.dtype for shard in self.shards], candidates)
         table = torch.zeros(len(candidates) + 1, len(local), dtype=torch.float64, device=self.mesh.device)
         for turn, batch in enumerate(local):
             for first, last in self._chunks(len(candidates), batch):
@@ -123,9 +123,14 @@ class FanOutForward:
             yield
 
 
-def _perturbed(wholes: Sequence[ShardedParam], candidates: Sequence[Candidate]) -> dict[str, Tensor]:
-    """Every candidate's tensors, in the compute dtype: by name, [K, *shape]."""
-    stacks = {whole.spec.name: whole.truth.repeat(len(candidates), 1) for whole in wholes}
+def _perturbed(
+    wholes: Sequence[ShardedParam], dtypes: Sequence[torch.dtype], candidates: Sequence[Candidate]
+) -> dict[str, Tensor]:
+    """Every candidate's tensors, rounded from the truth to the compute dtype: by name, [K, *shape]."""
+    stacks = {
+        whole.spec.name: whole.truth.to(dtype).repeat(len(candidates), 1)
+        for whole, dtype in zip(wholes, dtypes, strict=True)
+    }
     directions = {id(c.direction): c.direction for c in candidates if c.direction is not None}
     for group in pieces(wholes):
         for key, direction in directions.items():
