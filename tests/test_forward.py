@@ -330,10 +330,12 @@ def test_nothing_trainable_and_not_contiguous_are_refused() -> None:
 
 
 def engine_of(model: nn.Module, **options: Any) -> ZeroOrderEngine:
+    """With one pass per candidate, whose arithmetic is the oracle's to the bit (`test_fan_out.py` has the other)."""
     chosen: dict[str, Any] = {
         "optimizer": lambda shards, mesh: JaguarSignSGD(shards, mesh, lr=1e-3),
         "probe": Block(rows=0.5, columns=0.5),
         "noise": "eager",
+        "forward": "sequential",
     }
     return ZeroOrderEngine(model, **(chosen | options))
 
