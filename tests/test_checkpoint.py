@@ -25,6 +25,7 @@ from zoscale.mesh import Mesh
 from zoscale.objectives import language_modeling
 from zoscale.optim import JaguarMuon, JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.recovery import record_of, replay
+from zoscale.shards import local_slices
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a gap": (changed(lambda t: first_slice(t).update(length=1)), "of shape"),
     "no files": (changed(lambda t: t.update(files=[])), "do not cover"),
     "a path": (changed(lambda t: t["files"][0].update(name="../x.safetensors")), "pattern"),
+    "another step": (changed(lambda t: t.update(step=2)), "step 2"),
     "a later format": (changed(lambda t: t.update(format=2)), "format 1"),
     "a negative number": (changed(lambda t: first_slice(t).update(offset=-1)), "greater than or equal to 0"),
     "a huge number": (changed(lambda t: first_slice(t).update(length=2**70)), "less than"),
@@ -160,13 +162,13 @@ def flip(path: Path, place: int) -> None:
 def test_damage_is_refused_and_the_engine_left_as_it_was(model_dir: Path, tmp_path: Path, damage: str) -> None:
     engine = engine_of(model_dir)
     engine.step(tiny.batch(0))
-    checkpoint.save(engine, tmp_path / "c", "hash")
+    checkpoint.save(engine, tmp_path / name_of(1), "hash")
     apply, message = DAMAGE[damage]
-    apply(tmp_path / "c")
+    apply(tmp_path / name_of(1))
     other = engine_of(model_dir)
     before = weights(other)
     with pytest.raises(ConfigError, match=message):
-        checkpoint.load(other, tmp_path / "c", "hash")
+        checkpoint.load(other, tmp_path / name_of(1), "hash")
     assert equal(before, weights(other))
     assert other.num_steps == 0
 
@@ -263,6 +265,14 @@ def test_agreement_names_the_first_difference() -> None:
         check_agreement(Others(same, same | {"code": "2"}), same)
     with pytest.raises(ConfigError, match="the same more on all ranks"):
         check_agreement(Others(same | {"more": 1}), same)
+
+
+def test_another_base_model_in_a_replica_is_refused(model_dir: Path) -> None:
+    engine = engine_of(model_dir)
+    sums = [checksum(values, 0) for _, _, values in local_slices(engine.model, trainable=True)]
+    assert of_model(engine.model, Others(sums), trainable=True) == of_model(engine.model, engine.mesh, trainable=True)
+    with pytest.raises(ConfigError, match=f"the same {engine.specs[2].name} on all ranks"):
+        of_model(engine.model, Others(sums, [*sums[:2], sums[2] ^ 1, *sums[3:]]), trainable=True)
 
 
 def test_replicas_are_compared_by_group(model_dir: Path) -> None:

@@ -89,18 +89,8 @@ def test_rank_that_hangs(server: JobServer) -> None:
 def test_loss_that_stays_not_finite(server: JobServer) -> None:
     """Pitfall 15: skipped on all ranks, counted, and the run ends with advice; the journal has the steps."""
     out = server.folder / "not_finite"
-    plant = """
-import zoscale.engine as engine
-losses = engine.SequentialForward.losses
-def planted(self, batches, candidates, objective):
-    def poisoned(logprobs, batch):
-        loss, count = objective(logprobs, batch)
-        return (loss * float("nan") if rank == 1 else loss), count
-    planted.calls += 1
-    return losses(self, batches, candidates, poisoned if planted.calls > 4 else objective)
-planted.calls = 0
-engine.SequentialForward.losses = planted
-"""
+    code = "healthy, self.objective = self.objective, lambda *x: tuple(v * float('nan') for v in healthy(*x))"
+    plant = AT_STEP.format(code=code)
     options = [*OPTIONS, "train.max_skipped_in_row=5", f"output_dir={out}"]
     text = server.run(2, *options, expect=1, plant=plant)
     assert "the loss was not finite for 6 steps in a row, up to step 9; lower optimizer.lr" in text

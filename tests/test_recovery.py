@@ -243,6 +243,39 @@ def test_resume_from_a_named_checkpoint_and_a_moved_run(server: JobServer, whole
     assert "the folder of a run or of a checkpoint" in text
 
 
+def test_an_overwrite_that_was_cut_short_leaves_no_past(server: JobServer, whole: Any) -> None:
+    """Whatever of the old run is still there: it is neither continued nor believed."""
+    reference, _ = whole("chosen")
+    out = server.folder / "overwritten"
+    shutil.copytree(reference, out)
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    (run_dir / "evaluations.jsonl").write_text("damaged\n")
+    for name in ("config.yaml", "journal.bin"):
+        (run_dir / name).unlink()
+    text = server.run(2, *command("chosen", out, "overwrite=true"))
+    assert "resumed" not in text and "finished" not in text
+    assert_equal(out, reference)
+
+
+def test_the_best_weights_are_rebuilt_if_their_checkpoint_is_damaged(server: JobServer, whole: Any) -> None:
+    reference, _ = whole("chosen")
+    out = server.folder / "best"
+    shutil.copytree(reference, out)
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    (run_dir / "summary.json").unlink()
+    shutil.rmtree(run_dir / "adapter")
+    (best,) = (run_dir / "checkpoints").glob("best_*")
+    text = server.run(2, *command("chosen", out, f"resume={best}"), expect=2)
+    assert "a checkpoint with the optimizer's state, step_<n>" in text
+    break_checkpoint(best, "bit")
+    last = json.loads((reference / run_dir.name / "summary.json").read_text())["dev"]["best_step"]
+    assert 5 <= last < STEPS, "choose a case where it matters"
+    server.run(2, *command("chosen", out))
+    assert result_bytes(out) == result_bytes(reference)
+
+
 @pytest.mark.parametrize("damage", ["bit", "short", "missing", "manifest", "not json"])
 def test_a_damaged_checkpoint_is_passed_over(damage: str, server: JobServer, whole: Any) -> None:
     """With a word: an older one and the journal lead to the same bits."""

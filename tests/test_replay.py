@@ -89,6 +89,17 @@ def test_weights_that_were_touched_are_found(runs: dict[str, Path], tmp_path: Pa
     assert f"differs from what the journal gives: by 1.0e-06 in {name}" in replay(str(copy), expect=1)
 
 
+def test_weights_that_are_not_numbers_are_found(runs: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(runs["sign"], tmp_path / "run"))
+    path = copy / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    weights[sorted(weights)[-1]].view(-1)[0] = float("nan")
+    save_file(weights, path)
+    assert "differs from what the journal gives: by inf" in replay(str(copy), expect=1)
+    (copy / "adapter/zoscale.json").write_text(json.dumps({"step": 99}))
+    assert "a journal of at least 99 steps" in replay(str(copy), expect=2)
+
+
 def test_another_base_model_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
     base = Path(shutil.copytree(MODEL, tmp_path / "model"))
     assert "the same bits" in replay(str(runs["sign"]), "--base", str(base))

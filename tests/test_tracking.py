@@ -153,7 +153,7 @@ def test_lines_are_on_disk_at_once_and_errors_are_a_status(store: Path) -> None:
 
 
 def test_log_does_not_wait_for_the_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_sender, "send_records", lambda *_: time.sleep(0.3) or 1)
+    monkeypatch.setattr(mlflow_sender, "send_records", lambda *_, **__: time.sleep(0.3) or 1)
     tracker = start(store / "slow")
     begin = time.perf_counter()
     for step in range(100):

@@ -85,3 +85,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _COMMANDS[name](rest)
     except ConfigError as error:
         exit_with(error, f"zoscale {name}")
+    except (OSError, ValueError) as error:
+        return _end(f"zoscale {name}: error", error, 2)

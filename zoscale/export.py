@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zoscale.config import ConfigError
@@ -25,7 +26,10 @@ def save_trained(engine: ZeroOrderEngine, folder: Path | str) -> None:
     state = _collect(model, trainable_only=is_adapter, keep=engine.mesh.is_main)
     if engine.mesh.is_main:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        try:
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        except SafetensorError as error:  # a full disk comes as this
+            raise OSError(f"{folder} could not be written: {error}") from error
     engine.mesh.barrier()
 
 

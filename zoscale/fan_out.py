@@ -88,7 +88,7 @@ class FanOutForward:
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
         """See `Forward`."""
         own, local = local_batches(self.mesh, batches)
-        adapters = _perturbed(self._gather(), [shard.live.dtype for shard in self.shards], candidates)
+        adapters = _perturbed(self._gather(), [shard.live.dtype for shard in self.shards], candidates, self.mesh.device)
         table = torch.zeros(len(candidates) + 1, len(local), dtype=torch.float64, device=self.mesh.device)
         for turn, batch in enumerate(local):
             for first, last in self._chunks(len(candidates), batch):
@@ -124,9 +124,12 @@ class FanOutForward:
 
 
 def _perturbed(
-    wholes: Sequence[ShardedParam], dtypes: Sequence[torch.dtype], candidates: Sequence[Candidate]
+    wholes: Sequence[ShardedParam], dtypes: Sequence[torch.dtype], candidates: Sequence[Candidate], device: torch.device
 ) -> dict[str, Tensor]:
-    """Every candidate's tensors, rounded from the truth to the compute dtype: by name, [K, *shape]."""
+    """Every candidate's tensors, rounded from the truth to the compute dtype: by name, [K, *shape] on the device.
+
+    Offloaded tensors are perturbed where they lie, as the update will be.
+    """
     stacks = {
         whole.spec.name: whole.truth.to(dtype).repeat(len(candidates), 1)
         for whole, dtype in zip(wholes, dtypes, strict=True)
@@ -142,7 +145,7 @@ def _perturbed(
                 for number, candidate in enumerate(candidates):
                     if id(candidate.direction) == key:
                         stack[number, where] = (base + segment.value * candidate.radius).to(stack.dtype)
-    return {whole.spec.name: stacks[whole.spec.name].view(-1, *whole.spec.shape) for whole in wholes}
+    return {whole.spec.name: stacks[whole.spec.name].view(-1, *whole.spec.shape).to(device) for whole in wholes}
 
 
 @contextmanager

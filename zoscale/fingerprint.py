@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from zoscale.config import ConfigError
 from zoscale.mesh import Mesh
 from zoscale.shards import CHUNK, ShardedParam, local_slices
 
@@ -42,9 +43,7 @@ def check_replicas(shards: Sequence[ShardedParam], mesh: Mesh) -> None:
     """
     if mesh.num_replicas == 1:
         return
-    rows = mesh.gather_objects([checksum(shard.truth, shard.offset) for shard in shards])
-    groups = [rows[start : start + mesh.shard_size] for start in range(0, mesh.world_size, mesh.shard_size)]
-    sums = [[sum(column) % _MODULUS for column in zip(*group, strict=True)] for group in groups]
+    sums = _by_replica(mesh, [checksum(shard.truth, shard.offset) for shard in shards])
     for shard, *column in zip(shards, *sums, strict=True):
         for replica, total in enumerate(column):
             if total != column[0]:
@@ -55,10 +54,25 @@ def check_replicas(shards: Sequence[ShardedParam], mesh: Mesh) -> None:
                 )
 
 
+def _by_replica(mesh: Mesh, own: list[int]) -> list[list[int]]:
+    """Per replica, the checksums of its whole tensors."""
+    rows = mesh.gather_objects(own)
+    groups = [rows[start : start + mesh.shard_size] for start in range(0, mesh.world_size, mesh.shard_size)]
+    return [[sum(column) % _MODULUS for column in zip(*group, strict=True)] for group in groups]
+
+
 def of_model(model: nn.Module, mesh: Mesh, *, trainable: bool) -> str:
-    """16 hex digits that name all trainable, or all frozen, tensors: names, shapes, dtypes and values. A collective."""
+    """16 hex digits that name all trainable, or all frozen, tensors: names, shapes, dtypes and values. A collective.
+
+    Raises:
+        ConfigError: if replicas hold different ones.
+    """
     slices = local_slices(model, trainable=trainable)
-    parts = mesh.gather_objects([checksum(values, offset) for _, offset, values in slices])[: mesh.shard_size]
-    sums = [sum(column) % _MODULUS for column in zip(*parts, strict=True)]
+    sums, *others = _by_replica(mesh, [checksum(values, offset) for _, offset, values in slices])
+    for replica, other in enumerate(others, start=1):
+        for (spec, _, _), ours, theirs in zip(slices, sums, other, strict=True):
+            if ours != theirs:
+                got = f"another one from rank {replica * mesh.shard_size} on"
+                raise ConfigError(f"the same {spec.name} on all ranks", got, "load the same model on all")
     rows = [(spec.name, spec.shape, str(v.dtype), total) for (spec, _, v), total in zip(slices, sums, strict=True)]
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]

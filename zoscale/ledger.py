@@ -1,13 +1,16 @@
 """`Ledger`: what a run writes so that it can be killed at any moment: journal, evaluations, checkpoints."""
 
+import shutil
+from collections.abc import Callable
+
 from zoscale import checkpoint
-from zoscale.config import RunConfig
+from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation
 from zoscale.evaluation_log import EvaluationLog
 from zoscale.journal import Header, Journal, JournalWriter, Record
 from zoscale.manifest import complete, keep_last, name_of, remove_unfinished
-from zoscale.recovery import Log, check_header, record_of, restore
+from zoscale.recovery import Log, check_header, load_newest, record_of, replay, restore
 from zoscale.run_directory import RunDirectory
 
 _BEST = "best"
@@ -22,6 +25,7 @@ class Ledger:
         engine: at step 0; at the journal's last step afterwards.
         header: of the run.
         log: prints on rank 0.
+        progress: called after every step that is replayed.
 
     Raises:
         ConfigError: if what is there is damaged or belongs to another run.
@@ -29,7 +33,13 @@ class Ledger:
     """
 
     def __init__(
-        self, directory: RunDirectory, config: RunConfig, engine: ZeroOrderEngine, header: Header, log: Log
+        self,
+        directory: RunDirectory,
+        config: RunConfig,
+        engine: ZeroOrderEngine,
+        header: Header,
+        log: Log,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.directory = directory
         self.engine = engine
@@ -41,7 +51,7 @@ class Ledger:
         self.records: list[Record] = engine.mesh.on_main(lambda: self._open_journal(header))
         self.evaluations = EvaluationLog(directory.evaluations, engine.mesh)
         chosen = directory.chosen_checkpoint(config)
-        restore(engine, directory.checkpoints, self.records, self._hash, log, chosen=chosen)
+        restore(engine, directory.checkpoints, self.records, self._hash, log, chosen=chosen, progress=progress)
 
     def append(self, result: StepResult) -> None:
         """Put a step into the journal.
@@ -81,9 +91,17 @@ class Ledger:
         """Put the weights of a step that was the best back into the engine.
 
         Raises:
-            ConfigError: if they are not there or damaged.
+            ConfigError: if they are not there or damaged, and no checkpoint of an earlier step leads to them.
         """
-        checkpoint.load(self.engine, self.directory.checkpoints / name_of(step, _BEST), self._hash)
+        folder = self.directory.checkpoints
+        try:
+            checkpoint.load(self.engine, folder / name_of(step, _BEST), self._hash)
+        except ConfigError as error:
+            self.log(f"checkpoint passed over: {error}")
+            if not load_newest(self.engine, folder, step, self._hash, self.log):
+                remedy = f"rebuild them: zoscale replay {self.directory.path} --until {step} --out DIR"
+                raise ConfigError(f"the weights of step {step}", str(error), remedy) from error
+            replay(self.engine, self.records[self.engine.num_steps : step])
 
     def close(self) -> None:
         """Sync and close the journal."""
@@ -104,7 +122,9 @@ class Ledger:
     def _open_journal(self, header: Header) -> list[Record]:
         path, every = self.directory.journal, self._options.journal_sync_every
         remove_unfinished(self.directory.checkpoints)
-        if not path.exists():
+        if not path.exists():  # without a journal there is no past
+            shutil.rmtree(self.directory.checkpoints, ignore_errors=True)
+            self.directory.evaluations.unlink(missing_ok=True)
             self._writer = JournalWriter.create(path, header, sync_every=every)
             return []
         journal = Journal.read(path)

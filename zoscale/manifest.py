@@ -88,6 +88,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ConfigError(
             f"checkpoint format {FORMAT}", f"{manifest.format} in {path}", "use the version that wrote it"
         )
+    if folder.name.rpartition("_")[2].isdecimal() and int(folder.name.rpartition("_")[2]) != manifest.step:
+        raise damaged(path, f"step {manifest.step}")
     return manifest
 
 

@@ -74,11 +74,12 @@ def record_of(result: StepResult) -> Record:
     return Record(result.step, losses.values, losses.count, rhos, result.lrs, result.skipped)
 
 
-def replay(engine: ZeroOrderEngine, records: Sequence[Record]) -> None:
+def replay(engine: ZeroOrderEngine, records: Sequence[Record], progress: Callable[[], None] = lambda: None) -> None:
     """Take steps from the journal instead of from losses: directions are drawn again, and nothing is evaluated.
 
     Args:
         records: the next steps of the engine, in order.
+        progress: called after every step.
     """
     lrs = [group["lr"] for group in engine.optimizer.param_groups]
     for record in records:
@@ -90,6 +91,7 @@ def replay(engine: ZeroOrderEngine, records: Sequence[Record]) -> None:
             loss = sum(record.losses) / len(record.losses)
             engine.optimizer.step(GradientEstimate(directions, record.projected_grads, loss))
         engine.num_steps += 1
+        progress()
     _set_lrs(engine, lrs)
 
 
@@ -101,6 +103,7 @@ def restore(
     log: Log,
     *,
     chosen: Path | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Bring an engine at step 0 to the end of the journal. A collective.
 
@@ -111,30 +114,40 @@ def restore(
         records: the whole journal.
         config_hash: of the run.
         chosen: a checkpoint to start from instead of the newest.
+        progress: called after every step that is replayed.
 
     Raises:
-        ConfigError: if the chosen checkpoint cannot be loaded.
+        ConfigError: if the chosen checkpoint cannot be loaded, or lacks the optimizer's state.
     """
     if chosen is not None:
+        if not chosen.name.startswith("step_"):
+            remedy = "choose one of those, or name the run's folder"
+            raise ConfigError("a checkpoint with the optimizer's state, step_<n>", str(chosen), remedy)
         checkpoint.load(engine, chosen, config_hash)
     else:
-        _load_newest(engine, checkpoints, len(records), config_hash, log)
+        load_newest(engine, checkpoints, len(records), config_hash, log)
     start = engine.num_steps
     if start > len(records):
         raise ConfigError(f"a checkpoint of step {len(records)} or earlier", f"step {start}", "choose another one")
-    replay(engine, records[start:])
+    replay(engine, records[start:], progress)
     if records:
         log(f"resumed at step {len(records)}: checkpoint of step {start}, {len(records) - start} steps replayed")
 
 
-def _load_newest(engine: ZeroOrderEngine, checkpoints: Path, limit: int, config_hash: str, log: Log) -> None:
+def load_newest(engine: ZeroOrderEngine, checkpoints: Path, limit: int, config_hash: str, log: Log) -> bool:
+    """Load the newest intact checkpoint of at most `limit` steps. A collective.
+
+    Returns:
+        Whether there was one.
+    """
     found = engine.mesh.on_main(lambda: [folder for step, folder in complete(checkpoints) if step <= limit])
     for folder in reversed(found):
         try:
             checkpoint.load(engine, folder, config_hash)
-            return
+            return True
         except ConfigError as error:
             log(f"checkpoint passed over: {error}")
+    return False
 
 
 def _set_lrs(engine: ZeroOrderEngine, lrs: Sequence[float]) -> None:

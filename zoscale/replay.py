@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -65,6 +67,9 @@ def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
         ConfigError: if the configuration is malformed, or the model is not the one that was trained.
     """
     config = RunConfig.from_dict(header.config, TABLES, DEFAULTS)
+    if (config.model.trust_remote_code or config.model.allow_pickle) and base is None:
+        got = "one that runs the model's code or loads pickles"
+        raise ConfigError("a journal of a model of safetensors only", got, "name a model that you trust with --base")
     if base is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, id=base))
     elif config.hash != header.config_hash:
@@ -72,6 +77,10 @@ def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
             f"a header of configuration {header.config_hash}", config.hash, "use the version that wrote it"
         )
     engine = build_engine(config, read_model_config(config.model), None)
+    counts = (engine.estimator.num_candidates, engine.estimator.num_directions, len(engine.optimizer.param_groups))
+    if counts != (header.num_losses, header.num_directions, header.num_groups):
+        got = f"{(header.num_losses, header.num_directions, header.num_groups)}"
+        raise ConfigError(f"{counts} losses, directions and groups in the journal's header", got, "it is damaged")
     for what, expected, trainable in (("base model", header.model, False), ("start", header.trainable, True)):
         found = fingerprint.of_model(engine.model, engine.mesh, trainable=trainable)
         if found != expected:
@@ -89,8 +98,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _wanted(until: int | None, saved: int | None, recorded: int) -> int:
+    if until is None and saved is not None and saved > recorded:
+        raise ConfigError(
+            f"a journal of at least {saved} steps, those of the saved weights", str(recorded), "restore it"
+        )
     if until is None:
-        return recorded if saved is None else min(saved, recorded)
+        return recorded if saved is None else saved
     if not 0 <= until <= recorded:
         raise ConfigError(f"--until from 0 to {recorded}, the steps in the journal", str(until), "choose one of them")
     return until
@@ -103,7 +116,7 @@ def _verify(engine: ZeroOrderEngine, header: Header, saved: Path) -> int:
     if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
         print(f"{saved} holds other tensors than the journal gives")
         return 1
-    gaps = {name: float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours}
+    gaps = {name: _gap(ours[name], theirs[name]) for name in ours}
     worst = max(gaps, key=lambda name: gaps[name])
     allowed = 0.0 if header.config["optimizer"]["name"] in _EXACT else _ROUNDING
     if gaps[worst] <= allowed:
@@ -111,6 +124,15 @@ def _verify(engine: ZeroOrderEngine, header: Header, saved: Path) -> int:
         return 0
     print(f"{saved} differs from what the journal gives: by {gaps[worst]:.1e} in {worst}")
     return 1
+
+
+def _gap(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference; infinite for other dtypes, for nan, and for bits that differ without a difference."""
+    if ours.dtype != theirs.dtype:
+        return math.inf
+    gap = float((ours.double() - theirs.double()).abs().max()) if ours.numel() else 0.0
+    same = gap > 0 or torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    return gap if same and not math.isnan(gap) else math.inf
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def _watched(config: RunConfig, made: Plan, engine: ZeroOrderEngine, directory: 
     engine.answers.module.register_forward_pre_hook(lambda *_: watchdog.beat())
     with watchdog:
         log = say(mesh)
-        ledger = Ledger(directory, config, engine, header_of(config, engine, made.data), log)
+        ledger = Ledger(directory, config, engine, header_of(config, engine, made.data), log, watchdog.move)
         tracker = _tracker(config, engine, directory)
         status = "FAILED"
         try:
@@ -106,7 +106,8 @@ def _watched(config: RunConfig, made: Plan, engine: ZeroOrderEngine, directory: 
             status = "KILLED"
             raise
         finally:
-            tracker.finish(status)
+            with watchdog.slow("tracking"):
+                tracker.finish(status)
     return summary
 
 

@@ -86,7 +86,7 @@ class RunDirectory:
             raise ConfigError("a configuration that has not run yet", f"a run in {self.path}", remedy)
         self.path.mkdir(parents=True, exist_ok=True)
         lock = _lock(self.path)
-        if exists and config.overwrite:
+        if config.overwrite:
             _empty(self.path)
         if not self.config.exists():
             write_text(self.config, config.to_yaml())
@@ -106,7 +106,11 @@ class RunDirectory:
             raise ConfigError(
                 f"JSON in {self.summary}", str(error), "remove it, and the run is finished anew"
             ) from error
-        return dict(summary)
+        if not isinstance(summary, dict):
+            raise ConfigError(
+                f"an object in {self.summary}", repr(summary)[:80], "remove it, and the run is finished anew"
+            )
+        return summary
 
 
 def write_text(path: Path, text: str) -> None:
@@ -141,8 +145,12 @@ def _lock(folder: Path) -> int:
         return descriptor
 
 
+_FIRST, _LAST = {"summary.json": 0, "journal.bin": 1}, {"config.yaml": 3}
+
+
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+    """Remove what a run has left; if that is cut short, what remains is neither finished nor a run to continue."""
+    for path in sorted(folder.iterdir(), key=lambda path: (_FIRST | _LAST).get(path.name, 2)):
         if path.name == ".lock":
             continue
         if path.is_dir() and not path.is_symlink():

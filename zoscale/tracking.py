@@ -23,11 +23,17 @@ _log = logging.getLogger(__name__)
 
 
 def read_metrics(run_dir: Path) -> Iterator[Record]:
-    """The records of `metrics.jsonl`, non-finite values as floats; a line cut off by a crash is left out."""
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
+    """The records of `metrics.jsonl`, non-finite values as floats; lines that a crash has damaged are left out."""
+    text = (run_dir / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines(keepends=True):
         if line.endswith("\n"):
-            row = json.loads(line)
-            yield Record(row["step"], row["time"], {k: float(v) for k, v in row["metrics"].items()})
+            try:
+                row = json.loads(line)
+                record = Record(int(row["step"]), float(row["time"]), {k: float(v) for k, v in row["metrics"].items()})
+            except (ValueError, KeyError, TypeError, AttributeError):
+                _log.warning("a damaged line of %s is left out: %s", run_dir / "metrics.jsonl", line[:60].strip())
+                continue
+            yield record
 
 
 def import_run(run_dir: Path, *, uri: str | None = None, status: str = "FINISHED") -> str:

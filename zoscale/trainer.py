@@ -115,7 +115,8 @@ class Trainer:
             FloatingPointError: if the loss is not finite for too many steps in a row.
         """
         started, first = time.monotonic(), self.engine.num_steps
-        before = self._evaluate("validation/before", self.validation, 0)
+        with self.watchdog.slow("first evaluation"):
+            before = self._evaluate("validation/before", self.validation, 0)
         self._catch_up()
         bar = tqdm(
             initial=first,
@@ -147,14 +148,14 @@ class Trainer:
 
     def _after(self, step: int) -> None:
         """What comes between two steps."""
+        due = self._is_evaluated(step) or self.ledger.checkpoint_is_due()
+        if due or step % self.config.mesh.check_every == 0:
+            check_replicas(self.engine.shards, self.engine.mesh)
         if self._is_evaluated(step):
             with self.meters.aside("evaluate"):
                 self._choose(step)
         stopping = self.engine.mesh.stop_agreed and step < self.config.train.steps
-        writing = stopping or self.ledger.checkpoint_is_due()
-        if writing or step % self.config.mesh.check_every == 0:
-            check_replicas(self.engine.shards, self.engine.mesh)
-        if writing:
+        if stopping or self.ledger.checkpoint_is_due():
             with self.meters.aside("checkpoint"), self.watchdog.slow("checkpoint"):
                 self.ledger.checkpoint()
         if stopping:

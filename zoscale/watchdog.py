@@ -57,7 +57,8 @@ class Watchdog:
         self.rank, self.world_size = rank, world_size
         self.stall_seconds, self.slow_seconds = stall_seconds, slow_seconds
         self._beats, self._num_turns, self._num_posts = 0, 0, 0
-        self._beaten, self._longest = 0.0, 0.0
+        self._beaten: float | None = None  # the last beat, if no phase has begun or ended since
+        self._longest = 0.0
         self._phase, self._ended, self._lost = "", "", ""
         self._parent, self._main = os.getppid(), threading.get_ident()
         self._halt, self._posting = threading.Event(), threading.Lock()
@@ -92,12 +93,16 @@ class Watchdog:
     def beat(self) -> None:
         """Tell that the main thread has come this far."""
         now = time.monotonic()
-        if self._beats and not self._phase:
+        if self._beaten is not None:
             self._longest = max(self._longest, now - self._beaten)
         self._beaten = now
         self._beats += 1
         if self._beats == 1:
             self._post()  # now: the others still expect a slow start
+
+    def move(self) -> None:
+        """Tell of progress that is no beat, where ranks do not count alike."""
+        self._num_turns += 1
 
     @contextmanager
     def slow(self, what: str) -> Iterator[None]:
@@ -107,12 +112,13 @@ class Watchdog:
             what: its name in messages.
         """
         outer, self._phase = self._phase, what
+        self._beaten = None
         self._num_turns += 1
         self._post()  # now: the phase may keep Python's lock from the threads
         try:
             yield
         finally:
-            self._phase, self._beaten = outer, time.monotonic()
+            self._phase, self._beaten = outer, None
             self._num_turns += 1
             self._post()
 
