@@ -37,7 +37,7 @@ from zoscale.journal import Journal
 STEPS = 24
 LENGTH = [f"train.steps={STEPS}", "checkpoint.every=5"]
 MUON = ["optimizer.name=jaguar_muon", "optimizer.lr=1e-2"]
-CHOSEN = [*SIGN, "train.eval_every=6", "data.num_dev=8", "schedule.name=linear"]
+CHOSEN = [*SIGN, "optimizer.lr=2e-2", "seed=2", "train.eval_every=6", "data.num_dev=8", "schedule.name=linear"]
 KINDS: dict[str, list[str]] = {"sign_lora": SIGN, "sign_full": FULL, "muon_lora": MUON, "chosen": CHOSEN}
 
 
