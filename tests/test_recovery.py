@@ -132,7 +132,7 @@ def test_killed_launcher(whole: Any, server: JobServer) -> None:
     for number in range(3):
         launched = launch(out, server.folder / f"launcher_{number}.log")
         deadline = time.monotonic() + 120
-        while steps_done(out) < 5 + 5 * number:
+        while steps_done(out) < 3 + 4 * number:
             assert time.monotonic() < deadline and launched.poll() is None
             time.sleep(0.05)
         orphans = children(launched.pid)
