@@ -69,11 +69,11 @@ def command(kind: str, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["sign_lora", "sign_full", "muon_lora"])
 def test_resume_on_other_numbers_of_ranks(kind: str, server: JobServer, whole: Any) -> None:
-    """2 -> 1 -> 3 -> 2 along one run: the same bytes (SignSGD), 1e-5 (Muon)."""
+    """2 -> 1 -> 2 replicas -> 3 -> 2 along one run: the same bytes (SignSGD), 1e-5 (Muon)."""
     reference, _ = whole(kind)
     out = server.folder / f"elastic_{kind}"
-    for ranks, until in ((2, 6), (1, 12), (3, 17)):
-        job = server.start(ranks, *command(kind, out))
+    for ranks, until, *more in ((2, 4), (1, 8), (2, 12, "mesh.shard_size=1"), (3, 16)):
+        job = server.start(ranks, *command(kind, out, *map(str, more)))
         wait_for_step(job, out, until)
         job.kill()
         job.wait()
@@ -83,6 +83,18 @@ def test_resume_on_other_numbers_of_ranks(kind: str, server: JobServer, whole: A
         assert largest_difference(out, reference) <= 1e-5
     else:
         assert result_bytes(out) == result_bytes(reference)
+
+
+def test_muon_goes_on_to_1e6_on_the_same_ranks(server: JobServer, whole: Any) -> None:
+    """Its momentum and the matrix products of all later steps included."""
+    reference, _ = whole("muon_lora")
+    out = server.folder / "muon_again"
+    job = server.start(2, *command("muon_lora", out))
+    wait_for_step(job, out, 8)
+    job.kill()
+    job.wait()
+    assert "steps replayed" in server.run(2, *command("muon_lora", out))
+    assert largest_difference(out, reference) <= 1e-6
 
 
 @pytest.mark.slow
