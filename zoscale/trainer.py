@@ -215,7 +215,8 @@ class Trainer:
     def _choose(self, step: int) -> None:
         """Evaluate on dev and keep the weights if they are the best so far."""
         if self.dev and self._consider(Score(step, self._evaluate("dev", self.dev, step))):
-            self.ledger.save_best()
+            with self.watchdog.slow("checkpoint"):
+                self.ledger.save_best()
 
     def _consider(self, score: Score) -> bool:
         """Whether a score is the best so far; if so it is remembered."""
@@ -236,7 +237,8 @@ class Trainer:
         steps = self.config.train.steps
         if self._best_score is None or self._best_score.step == steps:
             return final
-        self.ledger.load_best(self._best_score.step)
+        with self.watchdog.slow("loading the best weights"):
+            self.ledger.load_best(self._best_score.step)
         return self._evaluate("validation/best", self.validation, steps)
 
     def _summary(
