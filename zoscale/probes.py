@@ -64,6 +64,10 @@ class Direction(ABC):
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         """z on each piece, float32 on the shards' device; None where it is zero. The pieces share a device."""
 
+    def touches(self, spec: TensorSpec) -> bool:
+        """Whether z may be other than zero on a tensor; known without drawing it."""
+        return True
+
 
 class Probe(ABC):
     """Draws directions for a list of tensors."""
@@ -129,6 +133,9 @@ class JaguarDirection(Direction):
         super().__init__(noise, step, k)
         self.supports = supports
         self.signs = signs
+
+    def touches(self, spec: TensorSpec) -> bool:
+        return spec.id in self.supports
 
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         device = group[0].shard.truth.device
