@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoscale.engine import ZeroOrderEngine, micro_batches
 from zoscale.estimators import Estimator, OneSided, TwoPoint
-from zoscale.fan_out import FanOutForward, find_lora_pairs
+from zoscale.fan_out import FanOutForward
 from zoscale.forward import SequentialForward, perturbed
+from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.probes import Block, Gaussian, Probe
 
 _LLAMA_LIKE = {
@@ -72,8 +73,10 @@ def test_adapters_are_rounded_as_one_pass_per_candidate_rounds_them(monkeypatch:
         shard.truth.add_(1e-3)  # not a bf16 number
         shard.publish()
     seen: dict[str, torch.Tensor] = {}
-    adapted = FanOutForward._adapted
-    monkeypatch.setattr(FanOutForward, "_adapted", lambda self, stacks: seen.update(stacks) or adapted(self, stacks))
+    adapted = LoraFan._adapted
+    monkeypatch.setattr(
+        LoraFan, "_adapted", lambda self, stacks, rows: seen.update(stacks) or adapted(self, stacks, rows)
+    )
     directions = engine.directions(0)
     engine.losses(micro_batches(tiny.batch(0, 1)), directions)
     for number, candidate in enumerate(engine.estimator.candidates(directions)):
@@ -119,12 +122,32 @@ def test_layers_are_what_they_were_also_after_an_error() -> None:
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["embed_tokens"]}])
-def test_other_trainables_are_not_fanned_out(lora: dict[str, Any]) -> None:
-    """`auto` takes one pass each then; `fan_out` says why it cannot."""
+@pytest.mark.parametrize("lora", [{"lora_bias": True}, {"modules_to_save": ["embed_tokens"]}])
+def test_adapters_with_other_trainables_go_through_the_weights(lora: dict[str, Any]) -> None:
     model = model_of("opt", torch.float32, **lora)
-    engine = ZeroOrderEngine(model)
-    assert find_lora_pairs(model, engine.specs) is None
-    assert isinstance(engine.forward, SequentialForward)
-    with pytest.raises(ValueError, match="LoRA matrices as the only trainable tensors"):
-        ZeroOrderEngine(model, forward="fan_out")
+    assert find_lora_pairs(model, ZeroOrderEngine(model).specs) is None
+    fan, one = both(model, TwoPoint(tau=0.05, num_directions=2), Gaussian())
+    assert fan.values == pytest.approx(one.values, abs=2e-6)
+
+
+def test_layers_before_the_first_adapter_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter on the last layer only; the first pass learns the order."""
+    model = model_of("opt", torch.float32, layers_to_transform=[1])
+    estimator = TwoPoint(tau=0.05, num_directions=2)
+    engine = ZeroOrderEngine(model, estimator=estimator, probe=Gaussian(), forward="fan_out")
+    batches, directions = micro_batches(tiny.batch(0, 1)), engine.directions(3)
+    first = engine.losses(batches, directions)
+    rows = rows_of_blocks(model)
+    second = engine.losses(batches, directions)
+    assert rows == [2, 8]
+    assert second.values == pytest.approx(first.values, abs=2e-6)
+    assert first.values == pytest.approx(both(model, estimator, Gaussian())[1].values, abs=1)
+
+
+def rows_of_blocks(model: nn.Module) -> list[int]:
+    """The rows that each decoder layer's attention will see, as they come."""
+    rows: list[int] = []
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_hook(lambda m, args, output: rows.append(len(output[0])))
+    return rows

@@ -14,6 +14,8 @@ LAYERS = [
     {"optim", "methods"},
     {"models", "data"},
     {"forward", "evaluate", "runtime"},
+    {"fan", "scratch"},
+    {"lora_fan", "weight_fan", "shared_rows"},
     {"fan_out"},
     {"engine", "evaluation_log"},
     {"export", "checkpoint", "run_meters", "assembly"},

@@ -21,6 +21,7 @@ from jobs import (
     FULL,
     SHORT,
     SIGN,
+    Job,
     JobServer,
     is_finished,
     largest_difference,
@@ -113,7 +114,7 @@ def test_killed_at_random_moments(server: JobServer, whole: Any, request: pytest
     out = server.folder / "killed_0"
     for number in range(rounds):
         job = server.start(2, *command("chosen", out))
-        time.sleep(rng.uniform(0, 1.05 * seconds))
+        wait_until(rng, job, out, seconds)
         before = time.monotonic()
         job.kill(*victims(rng.choice(["one rank", "all"]), 2, rng))
         job.wait()
@@ -127,6 +128,15 @@ def test_killed_at_random_moments(server: JobServer, whole: Any, request: pytest
     assert_equal(out, reference)
     assert len(set(killed_at)) > min(5, rounds // 3), "the moments were not random"
     print(f"{rounds} kills after steps {killed_at}; {finished + 1} runs finished, all equal")
+
+
+def wait_until(rng: random.Random, job: Job, out: Path, seconds: float) -> None:
+    """Any moment of the time that a run takes, or a moment after any one of the steps that are left."""
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0, 1.05 * seconds))
+    else:
+        wait_for_step(job, out, rng.randint(steps_done(out), STEPS))
+        time.sleep(rng.uniform(0, 0.2))
 
 
 def assert_equal(out: Path, reference: Path) -> None:

@@ -37,6 +37,9 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
     "sign_full_ones": FULL | SIGN | {"probe": "block", "probe_args": {"signs": "ones"}} | TWO,
     "sign_full_rademacher": FULL | SIGN | {"probe": "rademacher"} | TWO,
     "sign_full_tensors": FULL | SIGN | {"probe": "tensors", "probe_args": {"share": 0.3}} | TWO,
+    "sign_full_fan": FULL | SIGN | BLOCK | TWO | {"forward": "fan_out"},
+    "sign_full_fan_one_sided": FULL | SIGN | {"probe": "rademacher"} | ONE_SIDED | {"forward": "fan_out"},
+    "sgd_full_fan": FULL | SGD | {"probe": "gaussian"} | TWO | {"forward": "fan_out"},
     "muon_full": FULL | MUON | BLOCK | TWO,
     "muon_lora_q4": LORA | MUON | BLOCK | FOUR,
     "sgd_full": FULL | SGD | {"probe": "gaussian"} | TWO,
@@ -50,13 +53,26 @@ ZERO_VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "sign_full_100000": ("sign_full", {"stage3_param_persistence_threshold": 100000}, (2, 3)),
     "sign_lora_100000": ("sign_lora", {"stage3_param_persistence_threshold": 100000}, (2, 3)),
     "sign_full_hpz": ("sign_full", {"zero_hpz_partition_size": 2}, (2,)),
+    "sign_full_fan_100000": ("sign_full_fan", {"stage3_param_persistence_threshold": 100000}, (2, 3)),
+    "sign_full_fan_hpz": ("sign_full_fan", {"zero_hpz_partition_size": 2}, (2,)),
     "sign_lora_hpz": ("sign_lora", {"zero_hpz_partition_size": 2}, (2,)),
+}
+FAN_VARIANTS = {
+    f"fan_sign_llama_{key}": FAN_OUT["fan_sign_llama"] | {"zero": zero, "between": True}
+    for key, zero in {
+        "0": {},
+        "100000": {"stage3_param_persistence_threshold": 100000},
+        "hpz": {"zero_hpz_partition_size": 2},
+    }.items()
 }
 CHECKS: dict[str, dict[str, Any]] = {
     "exactness_fp32": FULL | SIGN | BLOCK | TWO | {"check": "exactness"},
     "exactness_bf16": FULL | SIGN | {"probe": "gaussian"} | TWO | {"check": "exactness", "dtype": "bfloat16"},
     "exactness_bf16_none": FULL | SIGN | BLOCK | TWO | {"check": "exactness", "dtype": "bfloat16", "master": "none"},
     "non_finite": LORA | SIGN | BLOCK | TWO | {"check": "non_finite"},
+    "traffic_lora": LORA | SIGN | BLOCK | FOUR | {"check": "traffic", "forward": "fan_out"},
+    "traffic_full": FULL | SIGN | BLOCK | FOUR | {"check": "traffic", "forward": "fan_out"},
+    "traffic_full_one_sided": FULL | SIGN | BLOCK | ONE_SIDED | {"check": "traffic", "forward": "fan_out"},
     "resident": LORA | SIGN | BLOCK | TWO | {"check": "resident", "dtype": "bfloat16"},
 }
 WORLDS = (1, 2, 3)
@@ -78,6 +94,7 @@ def job(
     scenarios |= {
         n: TRAJECTORIES[base] | {"zero": zero} for n, (base, zero, worlds) in ZERO_VARIANTS.items() if world in worlds
     }
+    scenarios |= {name: s for name, s in FAN_VARIANTS.items() if world == 2}
     out = tmp_path_factory.mktemp(f"world{world}")
     rows = [{"name": n, "model": str(models[s["arch"]]), "steps": STEPS, **s} for n, s in scenarios.items()]
     (out / "scenarios.json").write_text(json.dumps(rows))
@@ -225,6 +242,32 @@ def test_updates_reach_every_forward(job: Any, oracle: Any, name: str) -> None:
     losses, _, expected = oracle(base)
     assert report["losses"] == losses
     assert_same_bits(weights, expected)
+
+
+@pytest.mark.parametrize("name", FAN_VARIANTS)
+def test_updates_reach_every_fanned_forward(job: Any, name: str) -> None:
+    """Adapters that ZeRO-3 is told not to gather; an ordinary forward between the steps gathers them all the same."""
+    world, out = job
+    if world != 2:
+        pytest.skip("run at 2 ranks")
+    report, weights = outcome(out, name)
+    expected_report, expected = outcome(out, "fan_sign_llama")
+    assert report["losses"] == expected_report["losses"]
+    assert len(set(report["between"])) == STEPS, "the ordinary forward reads the updated adapters"
+    assert report["between"] == outcome(out, "fan_sign_llama_0")[0]["between"]
+    assert_same_bits(weights, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("traffic")])
+def test_a_step_gathers_the_model_once(job: Any, name: str) -> None:
+    """Four or eight candidates: no more bytes than the model has, one collective per block and a few."""
+    world, out = job
+    report, _ = outcome(out, name)
+    assert len(report["steps"]) == STEPS
+    for num_bytes, calls in report["steps"][1:]:
+        assert num_bytes <= report["model_bytes"] if world > 1 else num_bytes == 0
+        assert calls <= report["blocks"] + 6 if world > 1 else calls == 0
+    assert world == 1 or report["steps"][-1][0] > 0.99 * report["model_bytes"], "the count sees the gathers"
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("exactness")])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from safetensors.torch import save_file
 from zoscale.config import ModelConfig
 from zoscale.engine import ZeroOrderEngine, micro_batches
 from zoscale.estimators import ESTIMATORS
+from zoscale.meters import CommMeter, Traffic, count_allgathers
 from zoscale.methods import TABLES
-from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
+from zoscale.models import add_adapter, count_parameters, is_block, load_model, read_model_config
 from zoscale.objectives import language_modeling
 from zoscale.runtime import ZERO3, Runtime, start, stop
 from zoscale.shards import local_bytes
@@ -59,11 +61,16 @@ def weights(engine: ZeroOrderEngine) -> dict[str, torch.Tensor]:
 
 
 def trajectory(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
-    results = [engine.step(tiny.batch(step)) for step in range(scenario["steps"])]
+    results, between = [], []
+    for step in range(scenario["steps"]):
+        results.append(engine.step(tiny.batch(step)))
+        if scenario.get("between"):
+            with torch.no_grad():
+                between.append(float(engine.answers.answer_logprobs(micro_batches(tiny.batch(0, 1))[0]).sum()))
     rows = [(result.losses.values, result.estimate.projected_grads) for result in results]
     others = engine.mesh.gather_objects(rows)
     assert all(other == rows for other in others), "ranks hold different scalars"
-    return {"losses": [row[0] for row in rows], "rhos": [row[1] for row in rows]}
+    return {"losses": [row[0] for row in rows], "rhos": [row[1] for row in rows], "between": between}
 
 
 def exactness(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +132,26 @@ def resident(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any
     }
 
 
-CHECKS = {"trajectory": trajectory, "exactness": exactness, "non_finite": non_finite, "resident": resident}
+def traffic(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """What the steps gather, of one micro-batch per rank; shards as they are stored, padding included."""
+    meter, steps = CommMeter(), []
+    with count_allgathers(meter):
+        for step in range(scenario["steps"]):
+            before = Traffic(engine.mesh.gathered_bytes, engine.mesh.num_gathers)
+            engine.step(tiny.batch(step, engine.mesh.world_size))
+            own = Traffic(engine.mesh.gathered_bytes, engine.mesh.num_gathers) - before
+            steps.append(astuple(meter.take() + own))
+    blocks = sum(is_block(engine.model, module) for module in engine.model.modules())
+    return {"steps": steps, "model_bytes": local_bytes(engine.model) * engine.mesh.world_size, "blocks": blocks}
+
+
+CHECKS = {
+    "trajectory": trajectory,
+    "exactness": exactness,
+    "non_finite": non_finite,
+    "resident": resident,
+    "traffic": traffic,
+}
 
 
 def main(scenarios: str, out: str) -> None:

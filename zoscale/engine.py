@@ -9,8 +9,10 @@ from torch import nn
 
 from zoscale.batch import MicroBatch
 from zoscale.estimators import Estimator, GradientEstimate, TwoPoint
-from zoscale.fan_out import FanOutForward, find_lora_pairs
+from zoscale.fan import Fan
+from zoscale.fan_out import FanOutForward
 from zoscale.forward import Forward, Losses, SequentialForward
+from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel, is_block
 from zoscale.noise import Noise
@@ -18,6 +20,7 @@ from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.probes import Block, Direction, Probe
 from zoscale.shards import Master, ShardedParam, shard_parameters
+from zoscale.weight_fan import WeightFan, find_units
 
 OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ZeroOrderOptimizer]
 ForwardName = Literal["auto", "sequential", "fan_out"]
@@ -70,8 +73,8 @@ class ZeroOrderEngine:
         seed: of all directions.
         master: keep the truth of trainable slices in fp32 (4 bytes per local element), or none.
         noise: compile the generator: `auto` does from about a million trainable elements on.
-        forward: `fan_out` takes all candidates in one pass, which needs LoRA matrices as the only trainable tensors;
-            `sequential` takes one pass each; `auto` fans out where it can.
+        forward: `fan_out` takes all candidates in one pass; `sequential` takes one pass each; `auto` fans out where
+            it can, which is wherever modules keep the rows of a batch in order.
         max_rows: most rows of one pass of `fan_out`; None = all candidates together.
 
     Raises:
@@ -116,14 +119,22 @@ class ZeroOrderEngine:
         self.num_steps = 0
 
     def _choose_forward(self, name: ForwardName, max_rows: int | None) -> Forward:
-        pairs = None if name == "sequential" else find_lora_pairs(self.model, self.specs)
-        if pairs is not None:
-            return FanOutForward(self.answers, self.shards, self.mesh, pairs, max_rows=max_rows)
+        fan = None if name == "sequential" else self._choose_fan()
+        if fan is not None:
+            return FanOutForward(self.answers, self.mesh, fan, max_rows=max_rows)
         if name == "fan_out":
             raise ValueError(
-                "expected LoRA matrices as the only trainable tensors for fan_out, got others: use auto or sequential"
+                "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA or a "
+                "weight outside such a module: use auto or sequential"
             )
         return SequentialForward(self.answers, self.shards, self.mesh)
+
+    def _choose_fan(self) -> Fan | None:
+        pairs = find_lora_pairs(self.model, self.specs)
+        if pairs is not None:
+            return LoraFan(self.shards, self.mesh, pairs)
+        units = find_units(self.model)
+        return None if units is None else WeightFan(units)
 
     @property
     def num_trainable(self) -> int:

@@ -18,7 +18,7 @@ class Mesh:
     """The ranks of the default process group; without one, a mesh of one rank.
 
     A rank may want all to stop (`stop_wanted`); the wish travels with the next `gather_items`, after which
-    `stop_agreed` is the same on every rank.
+    `stop_agreed` is the same on every rank. `num_gathers` and `gathered_bytes` (of outputs) count `gather_flats`.
 
     Args:
         device: where this rank computes.
@@ -45,6 +45,8 @@ class Mesh:
             raise ValueError(f"expected shard_size 1 or {self.world_size} (all ranks), got {shard_size}")
         self.stop_wanted = False
         self.stop_agreed = False
+        self.num_gathers = 0
+        self.gathered_bytes = 0
 
     @property
     def is_main(self) -> bool:
@@ -111,6 +113,8 @@ class Mesh:
             part[: local.numel()] = local
         flat = torch.empty(self.world_size * packed.numel(), dtype=packed.dtype, device=self.device)
         dist.all_gather_into_tensor(flat, packed)
+        self.num_gathers += 1
+        self.gathered_bytes += flat.nbytes
         whole = flat.view(self.world_size, -1)
         return [
             part.reshape(-1)[:numel].to(local.device)

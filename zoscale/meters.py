@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -182,11 +182,18 @@ class ThroughputMeter:
             self._running_since = self._clock()
 
 
-class Traffic(NamedTuple):
+@dataclass(frozen=True)
+class Traffic:
     """Gathered bytes (the size of the outputs on this rank) and the number of collectives that gave them."""
 
     num_bytes: int
     num_calls: int
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.num_bytes + other.num_bytes, self.num_calls + other.num_calls)
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(self.num_bytes - other.num_bytes, self.num_calls - other.num_calls)
 
 
 class CommMeter:
@@ -198,12 +205,11 @@ class CommMeter:
 
     def record(self, num_bytes: int) -> None:
         """Add one collective with an output of `num_bytes` bytes."""
-        self.totals = Traffic(self.totals.num_bytes + num_bytes, self.totals.num_calls + 1)
+        self.totals += Traffic(num_bytes, 1)
 
     def take(self) -> Traffic:
         """What was recorded since the last `take`."""
-        since = Traffic(*(now - before for now, before in zip(self.totals, self._taken, strict=True)))
-        self._taken = self.totals
+        since, self._taken = self.totals - self._taken, self.totals
         return since
 
 

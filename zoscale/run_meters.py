@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from zoscale.engine import StepResult, ZeroOrderEngine
-from zoscale.meters import CommMeter, Counts, MemoryMeter, ThroughputMeter, count_allgathers
+from zoscale.meters import CommMeter, Counts, MemoryMeter, ThroughputMeter, Traffic, count_allgathers
 
 
 class RunMeters:
@@ -24,7 +24,8 @@ class RunMeters:
         self.throughput = ThroughputMeter()
         self.comm = CommMeter()
         self._steps = 0
-        self._gathered = 0
+        self._gathered = Traffic(0, 0)
+        self._mesh_taken = Traffic(self.mesh.gathered_bytes, self.mesh.num_gathers)
         self._totals = Counts()
 
     @contextmanager
@@ -40,10 +41,10 @@ class RunMeters:
     @contextmanager
     def aside(self, phase: str) -> Iterator[None]:
         """Something else within the loop: its time, memory and traffic do not count for training."""
-        self._gathered += self.comm.take().num_bytes
+        self._add_traffic()
         with self.throughput.pause(), self.memory.phase(phase):
             yield
-        self.comm.take()
+        self._take_traffic()
 
     def count(self, result: StepResult) -> None:
         """Add one step."""
@@ -55,27 +56,38 @@ class RunMeters:
         """Rates since the last call and memory, by rank as `rank_<r>/...`. A collective; all ranks get the same."""
         rates, memory = self.throughput.rates(), self.memory.read()
         self.throughput.reset()
-        self._gathered += self.comm.take().num_bytes
+        self._add_traffic()
         own = {
             **vars(rates),
             "memory_bytes": float(memory.current),
             "peak_memory_bytes": float(memory.peak),
-            "gathered_bytes_per_step": self._gathered / max(1, self._steps),
+            "gathered_bytes_per_step": self._gathered.num_bytes / max(1, self._steps),
+            "gathers_per_step": self._gathered.num_calls / max(1, self._steps),
         }
         ranks = self.mesh.gather_objects(own)
         named = {f"rank_{rank}/{name}": value for rank, row in enumerate(ranks) for name, value in row.items()}
         named["train/tokens_per_second"] = sum(row["tokens_per_second"] for row in ranks)
         return named
 
+    def _take_traffic(self) -> Traffic:
+        """What ZeRO-3 and the mesh gathered since the last call."""
+        own = Traffic(self.mesh.gathered_bytes, self.mesh.num_gathers)
+        since, self._mesh_taken = own - self._mesh_taken, own
+        return self.comm.take() + since
+
+    def _add_traffic(self) -> None:
+        self._gathered += self._take_traffic()
+
     def summary(self) -> dict[str, Any]:
         """Totals of the training loop, per rank where ranks differ. A collective."""
         totals = self._totals
-        self._gathered += self.comm.take().num_bytes
+        self._add_traffic()
         own = {
             "tokens_per_second": totals.tokens / totals.seconds if totals.seconds else 0.0,
             "peak_memory_bytes": self.memory.phases.get("train", self.memory.read().peak),
             "peak_memory_bytes_by_phase": dict(self.memory.phases),
-            "gathered_bytes_per_step": self._gathered / max(1, self._steps),
+            "gathered_bytes_per_step": self._gathered.num_bytes / max(1, self._steps),
+            "gathers_per_step": self._gathered.num_calls / max(1, self._steps),
         }
         ranks = self.mesh.gather_objects(own)
         return {

@@ -1,6 +1,7 @@
 """`ShardedParam`: this rank's live slice of one trainable tensor. The only reader of DeepSpeed's `ds_*` attributes."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -60,6 +61,10 @@ class Segment:
     value: Tensor
     index: Tensor | None = None
 
+    def place(self, start: int) -> slice | Tensor:
+        """Where it acts in a tensor of which its own element 0 is element `start`."""
+        return slice(start, start + self.value.numel()) if self.index is None else self.index + start
+
     def add_to(self, accumulator: Tensor, scale: float) -> None:
         """accumulator += scale * z, as one float32 multiplication and one addition per element."""
         if self.index is None:
@@ -73,6 +78,19 @@ class Segment:
             visits.add_(self.value != 0)
         else:
             visits[self.index] += 1
+
+
+def write_perturbed(live: Tensor, truth: Tensor, start: int, segment: Segment, radius: float) -> None:
+    """live = truth + radius * z from `start` on, rounded once from fp32 to the type of `live`.
+
+    Args:
+        live, truth: 1-D, of one length.
+        start: where the segment begins.
+        segment: z.
+        radius: signed smoothing radius.
+    """
+    where = segment.place(start)
+    live[where] = (truth[where].float() + segment.value * radius).to(live.dtype)
 
 
 class ShardedParam:
@@ -89,10 +107,18 @@ class ShardedParam:
 
     def __init__(self, param: nn.Parameter, spec: TensorSpec, *, master: Master = "fp32") -> None:
         self.spec = spec
-        self._param = param
+        self.param = param
         self.offset, self.live = _local_slice(param, spec)
         self.truth = self.live.float().clone() if master == "fp32" else self.live
         self._undo: list[tuple[slice | Tensor, Tensor]] = []
+
+    @classmethod
+    def outline(cls, spec: TensorSpec, start: int, stop: int, device: torch.device) -> "ShardedParam":
+        """Elements [start, stop) of a tensor without their values and without memory: to draw noise for."""
+        shard = cls(nn.Parameter(torch.empty(0, device=device), requires_grad=False), spec, master="none")
+        shard.offset = start
+        shard.truth = shard.live = shard.live.new_empty(1).expand(stop - start)
+        return shard
 
     def __len__(self) -> int:
         return self.live.numel()
@@ -104,10 +130,10 @@ class ShardedParam:
 
     def perturb(self, start: int, segment: Segment, radius: float) -> None:
         """Write truth + radius * z to the live slice from `start` on; the truth is untouched. Undone by `restore`."""
-        where = slice(start, start + segment.value.numel()) if segment.index is None else segment.index + start
+        where = segment.place(start)
         base = self.truth[where]
         self._undo.append((where, base if self.has_master else base.clone()))
-        self.live[where] = (base.float() + segment.value * radius).to(self.live.dtype)
+        write_perturbed(self.live, self.truth, start, segment, radius)
 
     def restore(self) -> None:
         """Make the live slice what it was before `perturb`, bit for bit."""
@@ -127,7 +153,7 @@ class ShardedParam:
 
         Without it ZeRO-3 keeps using stale full copies of persistent (small) parameters and of hpZ's secondary shards.
         """
-        param = cast(Any, self._param)
+        param = cast(Any, self.param)
         if not hasattr(param, "ds_status"):
             return
         if getattr(param, "ds_secondary_tensor", None) is not None:
@@ -182,6 +208,20 @@ def gathered(param: nn.Parameter) -> AbstractContextManager[Any]:
 
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([param], modifier_rank=None)
     return context
+
+
+@contextmanager
+def not_gathered(shards: Sequence[ShardedParam]) -> Iterator[None]:
+    """Within, ZeRO-3 does not gather these tensors for the modules that own them: nobody reads them there."""
+    params = [cast(Any, shard.param) for shard in shards if hasattr(shard.param, "ds_status")]
+    params = [param for param in params if param.ds_status.name == "NOT_AVAILABLE"]
+    for param in params:
+        param.ds_status = type(param.ds_status).AVAILABLE
+    try:
+        yield
+    finally:
+        for param in params:
+            param.ds_status = type(param.ds_status).NOT_AVAILABLE
 
 
 def order_gathers_after_writes(module: nn.Module) -> None:

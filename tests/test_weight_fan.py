@@ -1,0 +1,188 @@
+"""`FanOutForward` over any trainable weights, against `SequentialForward`; real ranks are in test_zero3.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from test_fan_out import ARCHITECTURES
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from zoscale.engine import ZeroOrderEngine, micro_batches
+from zoscale.estimators import Estimator, OneSided, TwoPoint
+from zoscale.fan import Rows
+from zoscale.fan_out import FanOutForward
+from zoscale.forward import Losses, SequentialForward
+from zoscale.probes import Block, Coordinate, Gaussian, Probe, Rademacher, Tensors
+from zoscale.weight_fan import LinearUnit, LookupUnit, Unit, find_units
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    architecture = dict(ARCHITECTURES[name][0]) | options
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.pop("model_type"), **architecture))
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.15)
+    return model.to(dtype)
+
+
+def losses(
+    model: nn.Module, forward: Any, estimator: Estimator, probe: Probe, steps: int = 2, **options: Any
+) -> Losses:
+    """Of the last of some evaluations: the first pass may only learn the order of the modules."""
+    engine = ZeroOrderEngine(model, estimator=estimator, probe=probe, forward=forward, **options)
+    assert isinstance(engine.forward, FanOutForward if forward == "fan_out" else SequentialForward)
+    for _ in range(steps):
+        found = engine.losses(micro_batches(tiny.batch(0)), engine.directions(3))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_weights_of_every_architecture(name: str, dtype: torch.dtype) -> None:
+    """Tied and untied heads, Conv1D, RMSNorm, learned positions, padding; every kind of direction and the point."""
+    model = model_of(name, dtype)
+    before = {key: parameter.clone() for key, parameter in model.named_parameters()}
+    for estimator, probe in (
+        (TwoPoint(tau=0.05, num_directions=2), Gaussian()),
+        (OneSided(tau=0.05, num_directions=3), Block(rows=0.2, columns=0.2)),
+        (TwoPoint(tau=0.05, num_directions=2), Tensors(share=0.1)),
+    ):
+        fan, one = (losses(model, forward, estimator, probe) for forward in ("fan_out", "sequential"))
+        assert fan.values == pytest.approx(one.values, abs=2e-6 if dtype == torch.float32 else 2e-2)
+        assert (fan.count, fan.local_tokens, fan.local_samples) == (one.count, one.local_tokens, one.local_samples)
+        assert len({round(value, 6) for value in one.values}) == len(one.values), "the candidates differ"
+    assert all(torch.equal(before[key], parameter) for key, parameter in model.named_parameters())
+
+
+def norms(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    return model
+
+
+def biases(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    return model
+
+
+def ia3(model: nn.Module) -> nn.Module:
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"])
+    return get_peft_model(model, config)
+
+
+def saved_head(model: nn.Module) -> nn.Module:
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize("scheme", [norms, biases, ia3, saved_head])
+def test_parts_of_the_weights(scheme: Callable[[nn.Module], nn.Module]) -> None:
+    model = scheme(model_of("opt", tie_word_embeddings=False))
+    estimator = TwoPoint(tau=0.1, num_directions=2)
+    fan, one = (losses(model, forward, estimator, Rademacher()) for forward in ("fan_out", "sequential"))
+    assert fan.values == pytest.approx(one.values, abs=2e-6)
+    assert len(set(one.values)) == 4
+
+
+def test_large_weights_are_run_slab_by_slab(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs of whole rows, of which the scratch copy never holds more; groups of noise end within a module."""
+    monkeypatch.setattr("zoscale.weight_fan.CHUNK", 100)
+    monkeypatch.setattr("zoscale.probes.CHUNK", 64)
+    model = model_of("llama")
+    units = find_units(model)
+    assert units is not None
+    heads = [unit for unit in units if isinstance(unit, LinearUnit)]
+    assert all(len(outline) <= 108 for unit in heads for outline in unit.outlines)  # three rows of 36
+    fan, one = (losses(model, f, TwoPoint(tau=0.05, num_directions=2), Gaussian()) for f in ("fan_out", "sequential"))
+    assert fan.values == pytest.approx(one.values, abs=2e-6)
+
+
+def test_units_are_the_smallest_modules_with_a_forward() -> None:
+    kinds = {type(unit) for unit in find_units(model_of("opt")) or ()}
+    assert kinds == {Unit, LinearUnit, LookupUnit}
+    adapted = ia3(model_of("opt"))
+    assert {type(unit.module).__module__.split(".")[0] for unit in find_units(adapted) or ()} == {"peft"}
+
+
+@pytest.mark.parametrize("max_rows", [1, 5, 100])
+def test_candidates_are_cut_to_max_rows(max_rows: int) -> None:
+    model, estimator = model_of("opt"), OneSided(tau=0.05, num_directions=3)
+    fan = losses(model, "fan_out", estimator, Gaussian(), max_rows=max_rows)
+    assert fan.values == pytest.approx(losses(model, "sequential", estimator, Gaussian()).values, abs=2e-6)
+
+
+def test_blocks_before_the_first_perturbed_weight_are_run_once() -> None:
+    """One coordinate per direction: what comes before the first one is the same for every candidate."""
+    model = model_of("opt", tie_word_embeddings=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name or "lm_head" in name)
+    rows: list[int] = []
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            module.register_forward_hook(lambda m, args, output: rows.append(len(output[0])))
+    estimator = TwoPoint(tau=0.05, num_directions=2)
+    engine = ZeroOrderEngine(model, estimator=estimator, probe=Gaussian(), forward="fan_out")
+    batches = micro_batches(tiny.batch(0, 1))
+    first = engine.losses(batches, engine.directions(0))
+    assert rows == [8, 8], "the first pass learns the order"
+    assert engine.losses(batches, engine.directions(0)) == first
+    assert rows[2:] == [2, 8]
+    engine.probe = Coordinate()
+    direction = next(d for s in range(99) if "lm_head" in touched_by(engine, d := engine.directions(s)[0]))
+    shared = engine.losses(batches, [direction] * 2)
+    assert rows[4:] == [2, 2]
+    engine.forward = SequentialForward(engine.answers, engine.shards, engine.mesh)
+    assert shared.values == pytest.approx(engine.losses(batches, [direction] * 2).values, abs=2e-6)
+
+
+def touched_by(engine: ZeroOrderEngine, direction: Any) -> str:
+    return " ".join(spec.name for spec in engine.specs if direction.touches(spec))
+
+
+def test_what_cannot_be_fanned_out_is_run_one_by_one() -> None:
+    """DoRA, experts, a weight of the model itself; `fan_out` says why it cannot."""
+    dora = get_peft_model(model_of("opt"), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    routed = model_of("opt")
+    routed.experts = nn.ModuleList([nn.Linear(2, 2)])
+    own = model_of("opt")
+    own.scale = nn.Parameter(torch.ones(1))
+    for model in (dora, routed, own):
+        assert find_units(model) is None
+        assert isinstance(ZeroOrderEngine(model).forward, SequentialForward)
+        with pytest.raises(ValueError, match="keep rows in order"):
+            ZeroOrderEngine(model, forward="fan_out")
+
+
+def test_rows_that_left_their_order_are_refused() -> None:
+    rows = Rows(copies=2, rows=3, positions=5)
+    assert rows.by_candidate(torch.zeros(6, 7, 4)).shape == (2, 21, 4)
+    assert rows.by_candidate(torch.zeros(1, 10, 4)).shape == (2, 5, 4)
+    for shape in ((5, 4), (1, 9, 4), (7, 3, 4)):
+        with pytest.raises(ValueError, match=r"forward\.name=sequential"):
+            rows.by_candidate(torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"forward\.name=sequential"):
+            rows.split_call([torch.zeros(shape)], {})
+
+
+class Behind(nn.Module):
+    """Reads a linear layer's weights without calling it."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+
+def test_a_weight_read_behind_its_modules_back_is_an_error() -> None:
+    model = model_of("opt")
+    layer: Any = model.model.decoder.layers[0]  # type: ignore[union-attr]
+    layer.fc1 = Behind(layer.fc1)
+    engine = ZeroOrderEngine(model, forward="fan_out")
+    with pytest.raises(ValueError, match="expected every trained module to be called, got none of Linear"):
+        engine.losses(micro_batches(tiny.batch(0, 1)), engine.directions(0))

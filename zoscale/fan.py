@@ -1,0 +1,112 @@
+"""`Fan`: makes modules treat the rows of one forward as belonging to several candidates, each with its own weights."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from zoscale.estimators import Candidate
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one pass holds: the same rows once per candidate, one candidate after the other.
+
+    Args:
+        copies: candidates K.
+        rows: rows R of each.
+        positions: answer positions P of each, which the head is computed for.
+        shared: modules that see one copy of the rows, because no candidate differs yet.
+    """
+
+    copies: int
+    rows: int
+    positions: int
+    shared: frozenset[nn.Module] = frozenset()
+
+    def seen_by(self, module: nn.Module) -> "Rows":
+        """The rows that reach a module."""
+        return Rows(1, self.rows, self.positions) if module in self.shared else self
+
+    def by_candidate(self, x: Tensor) -> Tensor:
+        """[K, n, features] of a module's input [K R, ..., features], or [1, K P, features] at the head.
+
+        Raises:
+            ValueError: if the rows are not those of the candidates in order (a router moved them).
+        """
+        if not (self._in_order(x) or (x.shape[0] == 1 and x.shape[1] == self.copies * self.positions)):
+            raise self._error(x)
+        return x.reshape(self.copies, -1, x.shape[-1])
+
+    def split(self, value: Any) -> list[Any]:
+        """One value per candidate: the parts of a tensor of K R rows, else the same value."""
+        if isinstance(value, Tensor) and value.dim() and self._in_order(value):
+            return list(value.chunk(self.copies))
+        return [value] * self.copies
+
+    def split_call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[tuple[list[Any], dict[str, Any]]]:
+        """The arguments of a module's forward, per candidate.
+
+        Raises:
+            ValueError: if they hold activations and none has K R rows.
+        """
+        values = [*args, *kwargs.values()]
+        activations = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+        if activations and not any(self._in_order(value) for value in activations):
+            raise self._error(activations[0])
+        parts = list(zip(*map(self.split, values), strict=True)) if values else [()] * self.copies
+        named = len(args)
+        return [(list(part[:named]), dict(zip(kwargs, part[named:], strict=True))) for part in parts]
+
+    def join(self, results: Sequence[Any]) -> Any:
+        """The candidates' results, one after the other; a result without rows stands for all R of its candidate.
+
+        Args:
+            results: per candidate, tensors or nested structures of tensors.
+        """
+
+        def joined(*parts: Any) -> Any:
+            if not isinstance(parts[0], Tensor):
+                return parts[0]
+            whole = parts[0].shape[0] != 1 or self.rows == 1
+            return torch.cat(parts if whole else [part.expand(self.rows, *part.shape[1:]) for part in parts])
+
+        return pytree.tree_map(joined, *results)
+
+    def _in_order(self, x: Tensor) -> bool:
+        return x.shape[0] % (self.copies * self.rows) == 0
+
+    def _error(self, x: Tensor) -> ValueError:
+        return ValueError(
+            f"expected {self.copies} x {self.rows} rows in the order of the candidates, got a tensor of shape "
+            f"{tuple(x.shape)}: this model moves rows between modules; set forward.name=sequential"
+        )
+
+
+class Fan(Protocol):
+    """A way to give every candidate its own weights within one forward."""
+
+    def prepare(self, candidates: Sequence[Candidate]) -> Callable[[slice, Rows], AbstractContextManager[None]]:
+        """Get ready for the candidates of a step; a collective.
+
+        Returns:
+            (which candidates, their rows) -> a context in which a forward takes these rows.
+        """
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, the module runs another forward; its hooks stay."""
+    had = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.forward
+        else:
+            module.forward = had
