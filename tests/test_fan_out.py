@@ -14,6 +14,7 @@ from zoscale.estimators import Estimator, OneSided, TwoPoint
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import SequentialForward, perturbed
 from zoscale.lora_fan import LoraFan, find_lora_pairs
+from zoscale.models import tokens_per_pass
 from zoscale.probes import Block, Gaussian, Probe
 
 _LLAMA_LIKE = {
@@ -103,6 +104,18 @@ def test_rows_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         engine = ZeroOrderEngine(model, estimator=TwoPoint(num_directions=2), forward="fan_out", max_rows=max_rows)
         engine.losses(micro_batches(tiny.batch(0, 1)), engine.directions(0))
     assert rows == [8, 6, 2]
+
+
+def test_the_bound_on_a_pass_follows_from_the_model_alone() -> None:
+    """1 GiB of activations, or an eighth of larger weights; 8 widths and 2 inner ones per token."""
+    shapes: dict[str, Any] = {"hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 1, "vocab_size": 999}
+    with torch.device("meta"):
+        small = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **shapes))
+        large = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", **shapes | {"num_hidden_layers": 320}))
+    assert tokens_per_pass(small.float()) == 2**30 // 4 // (16 * 768)
+    assert tokens_per_pass(small.bfloat16()) == 2**30 // 2 // (16 * 768)
+    weights = sum(parameter.numel() for parameter in large.parameters())
+    assert tokens_per_pass(large.float()) == weights // 8 // (16 * 768) > 2**30 // 4 // (16 * 768)
 
 
 def test_layers_are_what_they_were_also_after_an_error() -> None:

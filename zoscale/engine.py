@@ -75,7 +75,7 @@ class ZeroOrderEngine:
         noise: compile the generator: `auto` does from about a million trainable elements on.
         forward: `fan_out` takes all candidates in one pass; `sequential` takes one pass each; `auto` fans out where
             it can, which is wherever modules keep the rows of a batch in order.
-        max_rows: most rows of one pass of `fan_out`; None = all candidates together.
+        max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
 
     Raises:
         ValueError: if nothing is trainable, or `fan_out` is asked for and not possible.

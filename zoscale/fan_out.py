@@ -9,7 +9,7 @@ from zoscale.estimators import Candidate
 from zoscale.fan import Fan, Rows
 from zoscale.forward import Losses, local_batches, reduce_losses
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
+from zoscale.models import AnswerModel, tokens_per_pass
 from zoscale.objectives import Objective
 from zoscale.shared_rows import SharedRows
 
@@ -21,7 +21,7 @@ class FanOutForward:
         model: answers for micro-batches.
         mesh: the ranks that share the micro-batches.
         fan: gives each candidate its weights.
-        max_rows: rows of one pass; more are cut by candidates. None = no limit.
+        max_rows: rows of one pass; more are cut by candidates. None = as `tokens_per_pass` says.
     """
 
     def __init__(self, model: AnswerModel, mesh: Mesh, fan: Fan, *, max_rows: int | None = None) -> None:
@@ -29,6 +29,7 @@ class FanOutForward:
         self.mesh = mesh
         self.fan = fan
         self.max_rows = max_rows
+        self.max_tokens = tokens_per_pass(model.model)
         self.shared = SharedRows(model.model)
 
     @torch.no_grad()
@@ -48,8 +49,9 @@ class FanOutForward:
         return reduce_losses(self.mesh.gather_items(table, len(batches)).tolist(), local[:own])
 
     def _chunks(self, num_candidates: int, batch: MicroBatch) -> Iterator[slice]:
-        rows = len(batch.input_ids)
-        size = num_candidates if self.max_rows is None else max(1, self.max_rows // rows)
+        rows, tokens = batch.input_ids.shape
+        limit = self.max_tokens // tokens if self.max_rows is None else self.max_rows
+        size = max(1, limit // rows)
         for first in range(0, num_candidates, size):
             yield slice(first, min(first + size, num_candidates))
 

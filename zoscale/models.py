@@ -11,7 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig, check_adapter
-from zoscale.shards import order_gathers_after_writes
+from zoscale.shards import order_gathers_after_writes, true_numel
+
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+_INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
+_LIVE_WIDTHS, _LIVE_INNER = (
+    8,
+    2,
+)  # activations of a block that live at once: residual, norm, q, k, v, output; inner twice
 
 
 class AnswerModel:
@@ -111,6 +118,19 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
     total = sum(param.numel() for param in model.parameters())
     blocks = [sum(p.numel() for p in module.parameters()) for module in model.modules() if is_block(model, module)]
     return ModelSize(total, max(blocks, default=total), total - sum(blocks))
+
+
+def tokens_per_pass(model: nn.Module) -> int:
+    """Tokens of one forward whose activations stay small beside the weights: an eighth of them, or 1 GiB.
+
+    A function of the model alone, so that every rank and every machine cuts a batch alike.
+    """
+    config, weights = getattr(model, "config", None), list(model.parameters())
+    total = sum(true_numel(weight) for weight in weights)
+    hidden = next((size for name in _WIDTHS if (size := getattr(config, name, None))), 1024)
+    inner = next((size for name in _INNER_WIDTHS if (size := getattr(config, name, None))), 4 * hidden)
+    per_token = _LIVE_WIDTHS * hidden + _LIVE_INNER * inner
+    return int(max(total // 8, 2**30 // weights[0].element_size()) // per_token)
 
 
 def is_block(model: nn.Module, module: nn.Module) -> bool:
