@@ -14,6 +14,9 @@ CHUNK = 2**20
 """Elements handled at once: bounds the temporaries of perturbing and updating (a few fp32 buffers of this size)."""
 
 
+_NOBODY = -1  # no module of DeepSpeed's has this number
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """One trainable tensor of the whole model.
@@ -212,15 +215,20 @@ def gathered(param: nn.Parameter) -> AbstractContextManager[Any]:
 
 @contextmanager
 def not_gathered(shards: Sequence[ShardedParam]) -> Iterator[None]:
-    """Within, ZeRO-3 does not gather these tensors for the modules that own them: nobody reads them there."""
+    """Within, ZeRO-3 neither gathers nor releases these tensors for the modules that own them: nobody reads them there.
+
+    To ZeRO-3 they look gathered, and in use by a module that does not exist.
+    """
     params = [cast(Any, shard.param) for shard in shards if hasattr(shard.param, "ds_status")]
     params = [param for param in params if param.ds_status.name == "NOT_AVAILABLE"]
     for param in params:
         param.ds_status = type(param.ds_status).AVAILABLE
+        param.ds_active_sub_modules.add(_NOBODY)
     try:
         yield
     finally:
         for param in params:
+            param.ds_active_sub_modules.discard(_NOBODY)
             param.ds_status = type(param.ds_status).NOT_AVAILABLE
 
 
