@@ -218,16 +218,16 @@ class DenseTrainer:
 
     named_params: InitVar[Weights]
     loss: Callable[[Weights], float]  # gets fresh tensors of `dtype`
-    optimizer: Optimizer
-    probe: Probe
+    optimizer: Any  # an Optimizer, or whatever has its `name`, `lr` and `update`
+    probe: Any  # a Probe, or whatever has its `direction`
     seed: int = 0
     tau: float = 1e-3
     num_directions: int = 1
-    estimator: str = "two_point"  # losses f+_0, f-_0, f+_1, ...; or "one_sided": f(x), f_0, f_1, ...
+    estimator: str = "two_point"  # losses f+_0, f-_0, f+_1, ...; or "one_sided" and "fzoo": f(x), f_0, f_1, ...
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self, named_params: Weights) -> None:
-        assert self.estimator in ("two_point", "one_sided"), f"unknown estimator {self.estimator!r}"
+        assert self.estimator in ("two_point", "one_sided", "fzoo"), f"unknown estimator {self.estimator!r}"
         self.params = {n: named_params[n].detach().cpu().float().clone() for n in sorted(named_params)}
         self.memory = {name: np.zeros(tuple(p.shape), np.float32) for name, p in self.params.items()}
 
@@ -250,12 +250,29 @@ class DenseTrainer:
         else:
             losses = [self.loss_at(zs[0], 0.0)] + [self.loss_at(z, self.tau) for z in zs]
             rhos = [(f - losses[0]) / self.tau for f in losses[1:]]
+        if self.estimator == "fzoo":  # 2506.09034: divided by the standard deviation of the perturbed losses
+            rhos = [rho / float(np.std(losses[1:], ddof=1)) for rho in rhos]
+        if self.optimizer.name == "zo_sgd_conservative":
+            losses, rhos = self.look_around(zs, losses, rhos)
         if all(math.isfinite(rho) for rho in rhos):
             for name, p in self.params.items():
                 own, m = [z[name] for z in zs], self.memory[name]
                 x, self.memory[name] = self.optimizer.update(name, p.numpy(), m, own, rhos)
                 self.params[name] = torch.from_numpy(x)
         return losses, rhos
+
+    def look_around(
+        self, zs: list[dict[str, Array]], losses: list[float], rhos: list[float]
+    ) -> tuple[list[float], list[float]]:
+        """ZO-SGD-Cons (2402.11592): f(x), f(x - lr g), f(x + lr g) follow; the best decides the sign of rho, or 0."""
+        step = {name: np.zeros(tuple(p.shape), np.float32) for name, p in self.params.items()}
+        for z, rho in zip(zs, rhos, strict=True):
+            step = {name: np.asarray(total + np.float32(rho) * z[name]) for name, total in step.items()}
+        q, lr = np.float32(len(zs)), np.float32(self.optimizer.lr)
+        step = {name: np.asarray(total / q * lr) for name, total in step.items()}
+        tried = [self.loss_at(step, sign) for sign in (0.0, -1.0, 1.0)]
+        sign = (0.0, 1.0, -1.0)[int(np.argmin(tried))]
+        return losses + tried, [sign * rho for rho in rhos]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
+from reference_methods import oracle_probe
 from torch import nn
 
 from zoscale.noise import Noise
@@ -20,9 +20,12 @@ from zoscale.probes import (
     Direction,
     Entry,
     JaguarProbe,
+    Layers,
+    Orthogonal,
     Probe,
     Row,
     Signs,
+    Subspace,
     Tensors,
     pieces,
 )
@@ -36,7 +39,12 @@ SUPPORTED = sorted(name for name, probe in PROBES.items() if issubclass(probe, J
 
 
 def specs_of(shapes: Iterable[tuple[int, ...]] = SHAPES) -> list[TensorSpec]:
-    return [TensorSpec(i, f"t{i}", shape) for i, shape in enumerate(shapes)]
+    return [TensorSpec(i, name_of(i), shape) for i, shape in enumerate(shapes)]
+
+
+def name_of(number: int) -> str:
+    """Names of a model: an embedding, then two tensors in each layer."""
+    return f"model.layers.{number // 2}.weight_{number}" if number else "model.embed"
 
 
 def whole(spec: TensorSpec) -> ShardedParam:
@@ -72,17 +80,20 @@ def dense(probe: Probe, shapes: Iterable[tuple[int, ...]], step: int, k: int, se
     return [z.view(spec.shape) for z, spec in zip(flat, specs, strict=True)]
 
 
-def variants(name: str) -> list[tuple[Probe, ref.Probe]]:
-    """A probe of the table in both signs modes and with uneven shares, each with the oracle's counterpart."""
-    probe, found = PROBES[name], [(PROBES[name](), ref.Probe(name, fraction=0.25))]
-    if name == "block":
-        found.append((Block(rows=0.34, columns=0.7), ref.Probe(name, rows=0.34, cols=0.7)))
-        found.append((Block(rows=1.0, columns=0.01), ref.Probe(name, rows=1.0, cols=0.01)))
-    if name == "tensors":
-        found.append((Tensors(share=0.5), ref.Probe(name, fraction=0.5)))
-    if issubclass(probe, JaguarProbe):
-        found.append((probe(signs="ones"), ref.Probe(name, fraction=0.25, signs="ones")))
-    return found
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "block": [{"rows": 0.34, "columns": 0.7}, {"rows": 1.0, "columns": 0.01}],
+    "tensors": [{"share": 0.5}],
+    "orthogonal": [{"rank": 2}],
+    "subspace": [{"rank": 3, "resample_every": 2}],
+    "layers": [{"share": 0.5, "inner": {"name": "block", "rows": 0.34}}],
+}
+
+
+def variants(name: str) -> list[tuple[Probe, Any]]:
+    """A probe of the table with its defaults, other options and signs, each with the oracle's counterpart."""
+    options = [{}, *OPTIONS.get(name, []), *([{"signs": "ones"}] if name in SUPPORTED else [])]
+    names = [name_of(i) for i in range(len(SHAPES))]
+    return [(PROBES[name](**given), oracle_probe(name, names, **given)) for given in options]
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -92,8 +103,9 @@ def test_equals_the_oracle(name: str) -> None:
         for step, k in [(0, 0), (1, 0), (0, 1), (12345, 7)]:
             expected = oracle.direction(SHAPES, SEED, step, k)
             for z, want in zip(dense(probe, SHAPES, step, k), expected, strict=True):
-                if name == "gaussian":
-                    np.testing.assert_allclose(z.numpy(), want, rtol=1e-6, atol=1e-6)
+                if not probe.is_elementwise or name in ("gaussian", "layers"):
+                    tolerance = 1e-6 if probe.is_elementwise else 2e-5
+                    np.testing.assert_allclose(z.numpy(), want, rtol=tolerance, atol=tolerance)
                 else:
                     assert np.array_equal(z.numpy(), want), (oracle, step, k)
 
@@ -138,7 +150,7 @@ def test_directions_differ_and_are_reproducible(name: str) -> None:
     assert torch.equal(again, draws[1, 1, 0])
     tensors = [[z for z in dense(probe, shapes, step, 0) if bool(z.any())] for step in range(3)]
     for found in tensors:
-        if name not in ("coordinate", "tensors", "row", "entry"):
+        if name not in ("coordinate", "tensors", "row", "entry", "layers"):
             assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
 
 
@@ -257,3 +269,78 @@ def test_segment_arithmetic() -> None:
 def test_refused_shares(probe: type[Probe], option: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"expected {option} in \(0, 1\], got"):
         probe(**{option: value})
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_direction_says_which_tensors_it_leaves_alone(name: str) -> None:
+    """A forward may skip the layers before the first tensor that is touched."""
+    specs = specs_of()
+    for probe, _ in variants(name):
+        for step in range(4):
+            direction = probe.draw(Noise(SEED), specs, step, 0)
+            for spec, z in zip(specs, densified(direction, [whole(spec) for spec in specs]), strict=True):
+                assert direction.touches(spec) == bool(z.any())
+
+
+def test_orthogonal_directions_have_orthonormal_factors() -> None:
+    for rank, (full, low) in {None: (5, 8), 3: (3, 3)}.items():
+        zs = dense(Orthogonal(rank=rank), [(5, 9), (30, 8), (7,)], 2, 1)
+        for z, expected in zip(zs[:2], (full, low), strict=True):
+            values = torch.linalg.svdvals(z)
+            torch.testing.assert_close(values[:expected], torch.ones(expected), atol=1e-5, rtol=0)
+            assert float(values[expected:].abs().sum()) < 1e-5
+        torch.testing.assert_close(torch.linalg.vector_norm(zs[2]), torch.tensor(1.0))
+
+
+def test_subspace_is_kept_for_some_steps() -> None:
+    """One basis for all directions of a window of steps, another in the next."""
+    draws = {
+        (step, k): dense(Subspace(rank=2, resample_every=3), [(9, 8)], step, k)[0]
+        for step in range(5)
+        for k in range(2)
+    }
+    ranks = {
+        window: int(torch.linalg.matrix_rank(torch.cat([draws[step, k] for step in window for k in range(2)], dim=1)))
+        for window in ((0, 1, 2), (3, 4), (2, 3))
+    }
+    assert ranks == {(0, 1, 2): 2, (3, 4): 2, (2, 3): 4}
+    assert torch.linalg.matrix_rank(torch.cat([draws[0, 0], draws[0, 1]])) == 4, "Psi is every direction's own"
+
+
+def test_layers_takes_whole_layers_and_everything_outside() -> None:
+    """LeZO: the asked share of the layers, the same for all directions of a step, another at the next."""
+    specs = [TensorSpec(i, name, (3, 4)) for i, name in enumerate([
+        "base.h.0.a", "base.h.0.experts.1.b", "base.h.1.a", "base.h.1.b", "base.h.10.a", "base.h.2.a", "lm_head", "wte",
+    ])]  # fmt: skip
+    seen = set()
+    for step in range(12):
+        active = []
+        for k in range(2):
+            direction = Layers(share=0.5).draw(Noise(1), specs, step, k)
+            active.append([spec.name for spec in specs if direction.touches(spec)])
+        assert active[0] == active[1]
+        layers = {".".join(name.split(".")[:3]) for name in active[0] if ".h." in name}
+        assert len(layers) == 2 and {"lm_head", "wte"} <= set(active[0])
+        assert active[0] == [s.name for s in specs if ".h." not in s.name or ".".join(s.name.split(".")[:3]) in layers]
+        seen.add(frozenset(layers))
+    assert len(seen) > 2
+    outside = Layers(share=0.1).draw(Noise(1), [TensorSpec(0, "wte", (2, 2))], 0, 0)
+    assert outside.touches(TensorSpec(0, "wte", (2, 2))), "without layers everything is active"
+
+
+@pytest.mark.parametrize(
+    ("probe", "options", "match"),
+    [
+        (Layers, {"share": 0.0}, r"share in \(0, 1\]"),
+        (Layers, {"inner": {"name": "gausian"}}, "gaussian"),
+        (Layers, {"inner": {"name": "block", "row": 0.5}}, "rows"),
+        (Layers, {"inner": {"name": "block", "rows": "x"}}, "inner.rows to be float"),
+        (Layers, {"inner": {"name": "layers"}}, "inner.name to be one of"),
+        (Subspace, {"rank": 0}, "rank >= 1"),
+        (Subspace, {"resample_every": 0}, "resample_every >= 1"),
+        (Orthogonal, {"rank": -1}, "rank >= 1"),
+    ],
+)
+def test_refused_options(probe: Any, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        probe(**options)

@@ -11,6 +11,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from processes import torchrun
+from reference_methods import Method, oracle_probe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,21 @@ BLOCK = {"probe": "block", "probe_args": {"rows": 0.3, "columns": 0.4}}
 SIGN = {"optimizer": "jaguar_sign_sgd", "optimizer_args": {"lr": 1e-3, "beta": 0.9, "weight_decay": 0.01}}
 MUON = {"optimizer": "jaguar_muon", "optimizer_args": {"lr": 1e-2, "beta": 0.9, "sign_lr_scale": 0.1}}
 SGD = {"optimizer": "zo_sgd", "optimizer_args": {"lr": 2e-2, "weight_decay": 0.1}}
+METHODS: dict[str, dict[str, Any]] = {
+    "momentum": {"optimizer": "zo_sgd_momentum", "optimizer_args": {"lr": 1e-3, "momentum": 0.8, "weight_decay": 0.1}},
+    "adam": {"optimizer": "zo_adam", "optimizer_args": {"lr": 1e-3, "second_moment": "max"}},
+    "sign_rho": {"optimizer": "zo_sign_rho", "optimizer_args": {"lr": 1e-3}},
+    "conservative": {"optimizer": "zo_sgd_conservative", "optimizer_args": {"lr": 2e-2}},
+    "fzoo": {"optimizer": "fzoo", "optimizer_args": {"lr": 1e-5}, "estimator": "fzoo"},
+    "power": {
+        "optimizer": "zo_muon",
+        "optimizer_args": {"lr": 1e-2, "beta": 0.5, "iteration": "power", "power_rank": 2},
+    },
+    "orthogonal": {"optimizer": "zo_muon_orthogonal", "optimizer_args": {"lr": 1e-1}},
+    "subspace": {"optimizer": "zo_muon_subspace", "optimizer_args": {"lr": 1e-2}, "estimator": "one_sided"},
+}
+SUBSPACE = {"probe": "subspace", "probe_args": {"rank": 2, "resample_every": 2}}
+LAYERS = {"probe": "layers", "probe_args": {"share": 0.5, "inner": {"name": "rademacher"}}}
 TWO = {"estimator_args": {"tau": 1e-2, "num_directions": 1}}
 FOUR = {"estimator_args": {"tau": 1e-2, "num_directions": 4}}
 ONE_SIDED = {"estimator": "one_sided", "estimator_args": {"tau": 1e-2, "num_directions": 2}}
@@ -43,10 +59,19 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
     "muon_full": FULL | MUON | BLOCK | TWO,
     "muon_lora_q4": LORA | MUON | BLOCK | FOUR,
     "sgd_full": FULL | SGD | {"probe": "gaussian"} | TWO,
+    "momentum_full": FULL | METHODS["momentum"] | {"probe": "gaussian"} | TWO,
+    "adam_lora": LORA | METHODS["adam"] | {"probe": "gaussian"} | TWO,
+    "sign_rho_full_layers": FULL | METHODS["sign_rho"] | LAYERS | TWO,
+    "conservative_lora": LORA | METHODS["conservative"] | BLOCK | TWO,
+    "fzoo_lora": LORA | METHODS["fzoo"] | {"probe": "rademacher"} | FOUR,
+    "power_muon_lora": LORA | METHODS["power"] | {"probe": "gaussian"} | FOUR,
+    "orthogonal_lora": LORA | METHODS["orthogonal"] | {"probe": "orthogonal"} | TWO,
+    "subspace_full": FULL | METHODS["subspace"] | SUBSPACE | FOUR,
     "sgd_lora_q4": LORA | SGD | {"probe": "gaussian"} | FOUR,
 }  # fmt: skip
 FAN_OUT = {
-    f"fan_{name}": TRAJECTORIES[name] | {"forward": "fan_out"} for name in ("sgd_lora_q4", "sign_llama", "muon_lora_q4")
+    f"fan_{name}": TRAJECTORIES[name] | {"forward": "fan_out"}
+    for name in ("sgd_lora_q4", "sign_llama", "muon_lora_q4", "conservative_lora", "orthogonal_lora")
 }
 ZERO_VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "sign_full_640": ("sign_full", {"stage3_param_persistence_threshold": 640}, (2, 3)),
@@ -122,20 +147,11 @@ def dense(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[list[Any],
     if scenario["lora"]:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer_args = dict(scenario["optimizer_args"])
-    sign_scale = optimizer_args.pop("sign_lr_scale", 1.0)
-    vectors = tuple(name for name, p in trained.items() if p.dim() < 2)
     trainer = ref.DenseTrainer(
         {name: tiny.values(name, tuple(p.shape)) for name, p in trained.items()},
         lambda weights: plain_loss(model, trained, weights, trainer_batch[0]),
-        ref.Optimizer(
-            scenario["optimizer"],
-            sign_names=("*embed*", "*lm_head*"),
-            sign_lr_scale=sign_scale,
-            no_decay=vectors if scenario["optimizer"] == "zo_sgd" else (),
-            **optimizer_args,
-        ),
-        probe_of(scenario),
+        rule_of(scenario, tuple(name for name, p in trained.items() if p.dim() < 2)),
+        oracle_probe(scenario["probe"], sorted(trained), **scenario.get("probe_args", {})),
         seed=7,
         tau=scenario["estimator_args"]["tau"],
         num_directions=scenario["estimator_args"]["num_directions"],
@@ -151,11 +167,15 @@ def dense(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[list[Any],
     return losses, rhos, trainer.params
 
 
-def probe_of(scenario: dict[str, Any]) -> ref.Probe:
-    arguments = dict(scenario.get("probe_args", {}))
-    names = {"rows": "rows", "columns": "cols", "share": "fraction"}
-    options = {names[key]: value for key, value in arguments.items() if key in names}
-    return ref.Probe(scenario["probe"], signs="ones" if arguments.get("signs") == "ones" else "random", **options)
+def rule_of(scenario: dict[str, Any], vectors: tuple[str, ...]) -> Any:
+    """The oracle's update rule."""
+    name, given = scenario["optimizer"], dict(scenario["optimizer_args"])
+    shared = {"sign_names": ("*embed*", "*lm_head*"), "sign_lr_scale": given.pop("sign_lr_scale", 0.1)}
+    if "jaguar" in name or name == "zo_sgd":
+        return ref.Optimizer(name, no_decay=vectors if name == "zo_sgd" else (), **shared, **given)
+    if "iteration" in given:
+        shared["polynomial"] = given.pop("iteration")
+    return Method(name, no_decay=vectors, amsgrad=given.pop("second_moment", "last") == "max", **shared, **given)
 
 
 @torch.no_grad()
@@ -225,6 +245,16 @@ def test_fan_out_equals_the_oracle_and_itself_at_any_world_size(job: Any, oracle
     assert report["losses"] == first[1]["losses"], f"{first[0]} and {world} ranks"
     if "muon" not in name:
         assert_same_bits(weights, first[2])
+
+
+@pytest.mark.parametrize("name", [name for name in TRAJECTORIES if "muon" not in name])
+def test_a_trajectory_has_the_same_bits_at_any_world_size(job: Any, name: str) -> None:
+    """Whatever the rule multiplies to matrices, unless it gathers them (Muon)."""
+    world, out = job
+    report, weights = outcome(out, name)
+    first = FIRST_WORLD.setdefault(name, (world, report, weights))
+    assert report == first[1], f"{first[0]} and {world} ranks"
+    assert_same_bits(weights, first[2])
 
 
 FIRST_WORLD: dict[str, Any] = {}

@@ -63,8 +63,8 @@ def plan(config: RunConfig) -> Plan:
 def _check_methods(config: RunConfig) -> Task:
     try:
         task: Task = build(config.task, TASKS)
-        build(config.probe, PROBES)
-        build(config.estimator, ESTIMATORS)
+        probe, estimator = build(config.probe, PROBES), build(config.estimator, ESTIMATORS)
+        OPTIMIZERS[config.optimizer.name].check_company(probe, estimator)
         for shape in ((1, 1), (1,)):
             example = ShardedParam(nn.Parameter(torch.zeros(shape)), TensorSpec(0, "example", shape))
             build(config.optimizer, OPTIMIZERS, [example])

@@ -1,14 +1,15 @@
 """`ZeroOrderEngine`: model, mesh, forward and optimizer behind one call, `step(batch)`."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from zoscale.batch import MicroBatch
-from zoscale.estimators import Estimator, GradientEstimate, TwoPoint
+from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate
 from zoscale.fan import Fan
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import Forward, Losses, SequentialForward
@@ -18,7 +19,7 @@ from zoscale.models import AnswerModel, is_block
 from zoscale.noise import Noise
 from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
-from zoscale.probes import Block, Direction, Probe
+from zoscale.probes import PROBES, Direction, Probe
 from zoscale.shards import Master, ShardedParam, shard_parameters
 from zoscale.weight_fan import WeightFan, find_units
 
@@ -67,8 +68,8 @@ class ZeroOrderEngine:
         accelerator: from `zoscale.start`: the model is sharded by ZeRO-3 over all ranks, or whole on each
             (`Runtime(shard_size=1)`); None = this process alone.
         optimizer: makes the update rule from this rank's shards and the mesh; a class with its defaults will do.
-        probe: what directions look like.
-        estimator: which points are evaluated.
+        probe: what directions look like; None = what goes with the optimizer.
+        estimator: which points are evaluated; likewise.
         objective: the loss of a micro-batch.
         seed: of all directions.
         master: keep the truth of trainable slices in fp32 (4 bytes per local element), or none.
@@ -78,7 +79,8 @@ class ZeroOrderEngine:
         max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
 
     Raises:
-        ValueError: if nothing is trainable, or `fan_out` is asked for and not possible.
+        ValueError: if nothing is trainable, `fan_out` is asked for and not possible, or the optimizer needs another
+            probe or estimator.
     """
 
     def __init__(
@@ -108,14 +110,15 @@ class ZeroOrderEngine:
             self.mesh = Mesh(accelerator.device, shard_size=1)
         self.shards = shard_parameters(model, master=master)
         self.specs = [shard.spec for shard in self.shards]
-        self.probe = probe or Block()
-        self.estimator = estimator or TwoPoint()
+        self.optimizer = optimizer(self.shards, self.mesh)
+        self.probe = probe or PROBES[self.optimizer.goes_with.probe]()
+        self.estimator = estimator or ESTIMATORS[self.optimizer.goes_with.estimator]()
+        self.optimizer.check_company(self.probe, self.estimator)
         self.objective = objective
         compiled = noise == "compiled" or (noise == "auto" and self.num_trainable >= _COMPILE_ABOVE)
         self.noise = Noise(seed, compiled=compiled)
         self.answers = AnswerModel(module, model)
         self.forward = self._choose_forward(forward, max_rows)
-        self.optimizer = optimizer(self.shards, self.mesh)
         self.num_steps = 0
 
     def _choose_forward(self, name: ForwardName, max_rows: int | None) -> Forward:
@@ -141,6 +144,11 @@ class ZeroOrderEngine:
         """Trainable elements of the whole model."""
         return sum(spec.numel for spec in self.specs)
 
+    @property
+    def num_losses(self) -> int:
+        """Forward evaluations of the batch per step (K), those of the optimizer's trials included."""
+        return self.estimator.num_candidates + self.optimizer.num_trials
+
     def step(self, batch: Batch) -> StepResult:
         """One step on a batch: the same call with the same micro-batches on every rank.
 
@@ -148,15 +156,26 @@ class ZeroOrderEngine:
             batch: micro-batches, shared out to the ranks whole; or Hugging Face tensors (`input_ids`, `labels`,
                 optionally `attention_mask`), one micro-batch each.
         """
-        directions = self.directions(self.num_steps)
-        losses = self.losses(micro_batches(batch), directions)
+        directions, batches = self.directions(self.num_steps), micro_batches(batch)
+        losses = self.losses(batches, directions)
         estimate = self.estimator.estimate(directions, losses.values)
+        if self.optimizer.num_trials:
+            estimate, losses = self._try(batches, estimate, losses)
         lrs = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
         if estimate.is_finite:
             self.optimizer.step(estimate)
         result = StepResult(self.num_steps, estimate, losses, lrs, skipped=not estimate.is_finite)
         self.num_steps += 1
         return result
+
+    def _try(
+        self, batches: Sequence[MicroBatch], estimate: GradientEstimate, losses: Losses
+    ) -> tuple[GradientEstimate, Losses]:
+        """The second round: what the optimizer makes of the estimate once it knows the losses of its trials."""
+        if not estimate.is_finite:
+            return estimate, replace(losses, values=losses.values + (math.nan,) * self.optimizer.num_trials)
+        trials = self.forward.losses(batches, self.optimizer.trials(estimate), self.objective)
+        return self.optimizer.decide(estimate, trials.values), losses.followed_by(trials)
 
     def directions(self, step: int) -> list[Direction]:
         """The q directions of a step."""

@@ -7,7 +7,7 @@ into numbers only slice by slice, on the shard that asks.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -154,4 +154,28 @@ class OneSided(Estimator):
         return GradientEstimate(tuple(directions), rhos, base)
 
 
-ESTIMATORS: dict[str, type[Estimator]] = {"two_point": TwoPoint, "one_sided": OneSided}
+class FZOO(OneSided):
+    """rho_k = (f(x + tau z_k) - f(x)) / (tau sigma), sigma the standard deviation of the q losses f(x + tau z_k).
+
+    One-sided differences normalised by the losses' spread (FZOO, arXiv 2506.09034): sigma is about tau times the norm
+    of the gradient, so the step is that of normalised descent at lr / tau. Losses that are all equal skip the step.
+
+    Args:
+        tau: smoothing radius > 0, in units of the weights.
+        num_directions: q >= 2 directions per step (the paper's N).
+    """
+
+    def __init__(self, *, tau: float = 1e-3, num_directions: int = 8) -> None:
+        super().__init__(tau=tau, num_directions=num_directions)
+        if num_directions < 2:
+            raise ValueError(f"expected num_directions >= 2, whose losses have a spread, got {num_directions}")
+
+    def estimate(self, directions: Sequence[Direction], losses: Sequence[float]) -> GradientEstimate:
+        plain = super().estimate(directions, losses)
+        perturbed = losses[1:]
+        mean = sum(perturbed) / len(perturbed)
+        sigma = math.sqrt(sum((loss - mean) * (loss - mean) for loss in perturbed) / (len(perturbed) - 1)) or math.nan
+        return replace(plain, projected_grads=tuple(rho / sigma for rho in plain.projected_grads))
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {"two_point": TwoPoint, "one_sided": OneSided, "fzoo": FZOO}

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 
@@ -31,6 +31,15 @@ class Losses:
     count: float
     local_tokens: int
     local_samples: int
+
+    def followed_by(self, other: Self) -> Self:
+        """These losses and then others on the same batch."""
+        return replace(
+            self,
+            values=self.values + other.values,
+            local_tokens=self.local_tokens + other.local_tokens,
+            local_samples=self.local_samples + other.local_samples,
+        )
 
 
 class Forward(Protocol):

@@ -34,6 +34,8 @@ class Domain(IntEnum):
     SUPPORT = 1
     SUPPORT_COLUMNS = 2
     DATA = 3
+    FACTOR = 4
+    LAYERS = 5
 
 
 class Key(NamedTuple):

@@ -28,7 +28,7 @@ def header_of(config: RunConfig, engine: ZeroOrderEngine, data: str) -> Header:
         model=fingerprint.of_model(engine.model, engine.mesh, trainable=False),
         trainable=fingerprint.of_model(engine.model, engine.mesh, trainable=True),
         data=data,
-        num_losses=engine.estimator.num_candidates,
+        num_losses=engine.num_losses,
         num_directions=engine.estimator.num_directions,
         num_groups=len(engine.optimizer.param_groups),
     )

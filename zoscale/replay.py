@@ -23,8 +23,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import read_model_config
 from zoscale.recovery import replay
 
-_ROUNDING = 1e-5  # rules that multiply matrices (Muon) depend on the machine's matrix product
-_EXACT = ("zo_sgd", "jaguar_sign_sgd")
+_ROUNDING = 1e-5  # methods that multiply matrices (Muon) depend on the machine's matrix product
 
 
 def replay_command(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +52,7 @@ def replay_command(argv: Sequence[str] | None = None) -> int:
     if arguments.out:
         save_trained(engine, arguments.out)
         print(f"weights: {arguments.out}")
-    return _verify(engine, journal.header, saved) if step == saved_step else 0
+    return _verify(engine, saved) if step == saved_step else 0
 
 
 def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
@@ -77,7 +76,7 @@ def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
             f"a header of configuration {header.config_hash}", config.hash, "use the version that wrote it"
         )
     engine = build_engine(config, read_model_config(config.model), None)
-    counts = (engine.estimator.num_candidates, engine.estimator.num_directions, len(engine.optimizer.param_groups))
+    counts = (engine.num_losses, engine.estimator.num_directions, len(engine.optimizer.param_groups))
     if counts != (header.num_losses, header.num_directions, header.num_groups):
         got = f"{(header.num_losses, header.num_directions, header.num_groups)}"
         raise ConfigError(f"{counts} losses, directions and groups in the journal's header", got, "it is damaged")
@@ -109,7 +108,7 @@ def _wanted(until: int | None, saved: int | None, recorded: int) -> int:
     return until
 
 
-def _verify(engine: ZeroOrderEngine, header: Header, saved: Path) -> int:
+def _verify(engine: ZeroOrderEngine, saved: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         save_trained(engine, folder)
         ours, theirs = _tensors(Path(folder)), _tensors(saved)
@@ -118,7 +117,7 @@ def _verify(engine: ZeroOrderEngine, header: Header, saved: Path) -> int:
         return 1
     gaps = {name: _gap(ours[name], theirs[name]) for name in ours}
     worst = max(gaps, key=lambda name: gaps[name])
-    allowed = 0.0 if header.config["optimizer"]["name"] in _EXACT else _ROUNDING
+    allowed = 0.0 if engine.optimizer.is_elementwise and engine.probe.is_elementwise else _ROUNDING
     if gaps[worst] <= allowed:
         print(f"{saved}: {'the same bits' if gaps[worst] == 0 else f'the same to {gaps[worst]:.1e}'}")
         return 0

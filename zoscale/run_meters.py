@@ -19,7 +19,7 @@ class RunMeters:
 
     def __init__(self, engine: ZeroOrderEngine) -> None:
         self.mesh = engine.mesh
-        self.num_candidates = engine.estimator.num_candidates
+        self.num_losses = engine.num_losses
         self.memory = MemoryMeter(engine.mesh.device)
         self.throughput = ThroughputMeter()
         self.comm = CommMeter()
@@ -50,7 +50,7 @@ class RunMeters:
         """Add one step."""
         self._steps += 1
         losses = result.losses
-        self.throughput.count(tokens=losses.local_tokens, samples=losses.local_samples, forwards=self.num_candidates)
+        self.throughput.count(tokens=losses.local_tokens, samples=losses.local_samples, forwards=self.num_losses)
 
     def take(self) -> dict[str, float]:
         """Rates since the last call and memory, by rank as `rank_<r>/...`. A collective; all ranks get the same."""

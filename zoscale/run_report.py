@@ -36,7 +36,7 @@ def describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan, directory: 
         f"{len(splits.validation)} validation"
     )
     method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
-    log(f"method: {method}, {engine.estimator.num_candidates} forwards per step, {config.train.steps} steps")
+    log(f"method: {method}, {engine.num_losses} forwards per step, {config.train.steps} steps")
 
 
 def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: RunDirectory, compare: str) -> None:

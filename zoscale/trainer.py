@@ -180,9 +180,9 @@ class Trainer:
 
     def _metrics(self, record: Record) -> dict[str, float]:
         """What the journal knows of a step."""
-        rhos = record.projected_grads
+        rhos, own = record.projected_grads, record.losses[: self.engine.estimator.num_candidates]
         return {
-            "train/loss": self.engine.estimator.estimate((), record.losses).loss,
+            "train/loss": self.engine.estimator.estimate((), own).loss,
             "train/lr": record.lrs[0],
             "train/skipped_steps": float(self._skips.total),
             "train/projected_grad_abs_mean": sum(map(abs, rhos)) / len(rhos),
@@ -251,7 +251,7 @@ class Trainer:
             "steps": steps,
             "resumed_at_step": first or None,
             "skipped_steps": self._skips.total,
-            "forwards": steps * self.engine.estimator.num_candidates,
+            "forwards": steps * self.engine.num_losses,
             "final_train_loss": self._metrics(records[-1])["train/loss"] if records else None,
             "seconds": seconds,
             **self.meters.summary(),

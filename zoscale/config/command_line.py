@@ -79,12 +79,22 @@ def help_text(schema: Schema, usage: str) -> str:
         if cls is not Method:
             blocks.append(_block(f"{key}: {_summary(cls)}", f"{key}.", cls, fields_of(cls).values()))
             continue
-        default = schema.defaults.get(key, "none, it must be set")
+        default = schema.defaults.get(key, "none, it must be set") + _goes_with(schema, key)
         blocks.append(f"{key}.name: {', '.join(schema.tables[key])} (default: {default})\n")
         for name, method in schema.tables[key].items():
             arguments = fields_of(method, keyword_only=True).values()
             blocks.append(_block(f"{key}.name={name}: {_summary(method)}", f"{key}.", method, arguments))
     return "\n".join(blocks)
+
+
+def _goes_with(schema: Schema, section: str) -> str:
+    """The defaults of a section that methods of other sections bring along."""
+    found: dict[str, list[str]] = {}
+    for other, table in schema.tables.items():
+        for name, cls in table.items():
+            if (default := getattr(getattr(cls, "goes_with", None), section, None)) is not None:
+                found.setdefault(default, []).append(f"{other}.name={name}")
+    return "".join(f"; {default} with {', '.join(names)}" for default, names in found.items())
 
 
 def _summary(cls: type) -> str:

@@ -44,7 +44,10 @@ class Given:
 
 @dataclass(frozen=True)
 class Schema:
-    """A root dataclass, and for its method sections their tables (name -> class) and default names."""
+    """A root dataclass, and for its method sections their tables (name -> class) and default names.
+
+    A class may have `goes_with`, whose attributes are the default names of other sections where it is chosen.
+    """
 
     root: type
     tables: Tables
@@ -73,7 +76,7 @@ class Schema:
 
     def _method(self, section: str, given: Given) -> Method:
         tree = dict(_mapping(section, given, f"{section}.name=..."))
-        name = self._method_name(section, tree.pop("name", self.defaults.get(section, MISSING)), given)
+        name = self._method_name(section, tree.pop("name", self.default_name(section, given)), given)
         fields = fields_of(self.tables[section][name], keyword_only=True)
         for arg in tree:
             if arg not in fields:
@@ -81,6 +84,14 @@ class Schema:
         fields = self._known(section + ".", tree, fields, given)
         args = {arg: _value(f"{section}.{arg}", spec, tree, given) for arg, spec in fields.items()}
         return Method(name, args)
+
+    def default_name(self, section: str, given: Given) -> Any:
+        """The name that a method section takes if none is given, `MISSING` if there is none."""
+        for other in self.tables:
+            chosen = self.tables[other].get(_given_name(other, given) or self.defaults.get(other, ""))
+            if (name := getattr(getattr(chosen, "goes_with", None), section, None)) is not None:
+                return name
+        return self.defaults.get(section, MISSING)
 
     def _refuse_argument_of_another(self, section: str, name: str, arg: str, given: Given) -> None:
         methods = self.tables[section].items()
@@ -122,15 +133,19 @@ class Schema:
             below: dict[str, Field] = {}
             if spec.hint is Method:
                 yield f"{key}.name"
-                tree = Text.as_mapping(given.values.get(key))
-                name = tree.get("name") if isinstance(tree, dict) else None
-                cls = self.tables[key].get(name if isinstance(name, str) else self.defaults.get(key, ""))
+                cls = self.tables[key].get(_given_name(key, given) or self.default_name(key, given))
                 below = fields_of(cls, keyword_only=True) if cls else {}
             elif is_section(spec.hint):
                 below = fields_of(spec.hint)
             else:
                 yield key
             yield from (f"{key}.{name}" for name in below)
+
+
+def _given_name(section: str, given: Given) -> str | None:
+    tree = Text.as_mapping(given.values.get(section))
+    name = tree.get("name") if isinstance(tree, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _mapping(key: str, given: Given, example: str) -> Mapping[str, Any]:

@@ -4,18 +4,25 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zoscale.estimators import GradientEstimate
+from zoscale.estimators import ESTIMATORS, Candidate, Estimator, GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.probes import Piece
+from zoscale.probes import PROBES, Piece, Probe
 from zoscale.shards import ShardedParam, TensorSpec
 
 _ANY = TensorSpec(0, "", (1, 1))
 _GROUP_KEYS = ("pattern", "max_ndim", "lr_scale")
+
+
+class Company(NamedTuple):
+    """The rows of the tables of probes and estimators that a method goes with."""
+
+    probe: str
+    estimator: str
 
 
 class ZeroOrderOptimizer(torch.optim.Optimizer):
@@ -34,6 +41,15 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         defaults: options of the rule; `lr` and `weight_decay` (decoupled) among them.
         groups: as above.
     """
+
+    goes_with: ClassVar[Company] = Company("gaussian", "two_point")
+    """What is taken where nothing else is chosen."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What of it cannot be chosen otherwise: `probe`, `estimator`."""
+    is_elementwise: ClassVar[bool] = True
+    """Whether the update needs no matrix product: it has the same bits at any sharding then."""
+    num_trials: ClassVar[int] = 0
+    """Points that `trials` gives."""
 
     def __init__(
         self,
@@ -62,6 +78,31 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         lr, weight_decay = options["lr"], options["weight_decay"]
         if not (0 <= lr < math.inf and 0 <= weight_decay < math.inf):
             raise ValueError(f"expected lr >= 0 and weight_decay >= 0, both finite, got {lr} and {weight_decay}")
+
+    @classmethod
+    def check_company(cls, probe: Probe, estimator: Estimator) -> None:
+        """Refuse a probe or an estimator that the rule cannot work with.
+
+        Raises:
+            ValueError: what was expected.
+        """
+        name, estimator_name = cls.goes_with
+        if "probe" in cls.needs and not isinstance(probe, PROBES[name]):
+            raise ValueError(f"expected the probe {name} with {cls.__name__}, got {type(probe).__name__}")
+        if "estimator" in cls.needs and not isinstance(estimator, ESTIMATORS[estimator_name]):
+            got = type(estimator).__name__
+            raise ValueError(f"expected the estimator {estimator_name} with {cls.__name__}, got {got}")
+
+    def trials(self, estimate: GradientEstimate) -> list[Candidate]:
+        """`num_trials` points to evaluate on the same batch before the step; their losses go to `decide`."""
+        return []
+
+    def decide(self, estimate: GradientEstimate, losses: Sequence[float]) -> GradientEstimate:
+        """The estimate to step along, given the losses of the trials.
+
+        Only its projected gradients may differ: they are what the journal keeps.
+        """
+        return estimate
 
     def rule(self, spec: TensorSpec) -> str:
         """Name of the rule for a tensor; tensors of different rules never share a group."""
@@ -96,6 +137,14 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         if group["weight_decay"]:
             update = update + x * group["weight_decay"]
         target.copy_(x - update * group["lr"])
+
+    def buffer(self, shard: ShardedParam, name: str = "momentum") -> Tensor:
+        """State of a shard, zero at first: float32 of its local length."""
+        state = self.state[shard.truth]
+        if name not in state:
+            state[name] = torch.zeros_like(shard.truth, dtype=torch.float32)
+        buffer: Tensor = state[name]
+        return buffer
 
     def _split(
         self, shards: Sequence[ShardedParam], defaults: dict[str, Any], groups: list[Mapping[str, Any]]

@@ -1,22 +1,21 @@
 """JAGUAR SignSGD and JAGUAR Muon (arXiv 2506.04430): descent along a memory of partial derivatives."""
 
-import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.optim.base import ZeroOrderOptimizer
+from zoscale.optim.base import Company, ZeroOrderOptimizer
+from zoscale.optim.checks import check_beta
 from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
+from zoscale.optim.spectral import SpectralOptimizer
 from zoscale.probes import Piece, pieces
-from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.shards import ShardedParam
 
 State = MutableMapping[Tensor, Any]
-
-_EMBEDDING_OR_HEAD = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|head|score)(\.|$)")
 
 
 class JaguarSignSGD(ZeroOrderOptimizer):
@@ -33,6 +32,8 @@ class JaguarSignSGD(ZeroOrderOptimizer):
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
+    goes_with = Company("block", "two_point")
+
     def __init__(
         self,
         shards: Sequence[ShardedParam],
@@ -48,14 +49,14 @@ class JaguarSignSGD(ZeroOrderOptimizer):
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
-        _check_beta(options["beta"])
+        check_beta(options["beta"])
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for piece, memory in _remember(self.state, shards, estimate, group["beta"]):
             self.descend(piece, memory.sign(), group)
 
 
-class JaguarMuon(ZeroOrderOptimizer):
+class JaguarMuon(SpectralOptimizer):
     """JAGUAR's memory, orthogonalised: X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 2).
 
     Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, gathered once. Tensors of
@@ -66,10 +67,14 @@ class JaguarMuon(ZeroOrderOptimizer):
         beta: weight of the old memory, in [0, 1).
         weight_decay: decoupled weight decay >= 0.
         scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
-        iteration: Newton-Schulz polynomial: `quintic` (5 iterations) or the paper's `cubic` (10).
+        iteration: how to orthogonalise: Newton-Schulz with the `quintic` polynomial (5 iterations) or the paper's
+            `cubic` (10); or `power`, the dominant singular directions only (arXiv 2605.09034).
+        power_rank: singular directions that `power` keeps.
         sign_lr_scale: lr factor of the tensors under the sign rule.
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
+
+    goes_with = Company("block", "two_point")
 
     def __init__(
         self,
@@ -81,6 +86,7 @@ class JaguarMuon(ZeroOrderOptimizer):
         weight_decay: float = 0.0,
         scale: Scale = "none",
         iteration: Iteration = "quintic",
+        power_rank: int = 16,
         sign_lr_scale: float = 0.1,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
@@ -91,23 +97,22 @@ class JaguarMuon(ZeroOrderOptimizer):
             "weight_decay": weight_decay,
             "scale": scale,
             "iteration": iteration,
+            "power_rank": power_rank,
         }
         super().__init__(shards, mesh, defaults, groups)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
-        _check_beta(options["beta"])
-        _check_choice("scale", options["scale"], get_args(Scale))
-        _check_choice("iteration", options["iteration"], get_args(Iteration))
+        check_beta(options["beta"])
 
-    def rule(self, spec: TensorSpec) -> str:
-        return "sign" if len(spec.shape) != 2 or _EMBEDDING_OR_HEAD.search(spec.name) else "muon"
-
-    def rule_options(self, rule: str) -> dict[str, Any]:
-        return {"lr_scale": self._sign_lr_scale} if rule == "sign" else {}
+    def remember(
+        self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        """Bring the memory up to date; yields each piece with it."""
+        return _remember(self.state, shards, estimate, beta)
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        for piece, memory in _remember(self.state, shards, estimate, group["beta"]):
+        for piece, memory in self.remember(shards, estimate, group["beta"]):
             if group["rule"] == "sign":
                 self.descend(piece, memory.sign(), group)
         if group["rule"] == "muon":
@@ -118,7 +123,7 @@ class JaguarMuon(ZeroOrderOptimizer):
         spec = shard.spec
         momentum = _momentum(self.state, shard)
         whole = self.mesh.gather_flat(momentum, spec.numel).view(spec.rows, spec.columns)
-        direction = orthogonalize(whole, iteration=group["iteration"])
+        direction = orthogonalize(whole, iteration=group["iteration"], power_rank=group["power_rank"])
         factor = update_scale(spec.rows, spec.columns, group["scale"])
         return direction.reshape(-1)[shard.offset : shard.offset + len(shard)] * factor
 
@@ -140,13 +145,3 @@ def _remember(
             memory = _momentum(states, piece.shard)[piece.start : piece.stop]
             memory.copy_(torch.where(visited, memory * beta + gradient * (1 - beta), memory))
             yield piece, memory
-
-
-def _check_beta(beta: float) -> None:
-    if not 0 <= beta < 1:
-        raise ValueError(f"expected beta in [0, 1), got {beta}; it weighs the old memory, 0.9 is the default")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"expected {name} to be one of {', '.join(choices)}, got {value!r}")

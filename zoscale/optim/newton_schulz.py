@@ -1,4 +1,4 @@
-"""Orthogonalisation of a matrix by Newton-Schulz iteration: A = U S V^T to about U V^T."""
+"""Orthogonalisation of a matrix: A = U S V^T to about U V^T, by Newton-Schulz iteration or of its dominant part."""
 
 import math
 from typing import Literal
@@ -6,7 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Iteration = Literal["quintic", "cubic"]
+from zoscale.optim.power_iteration import partially_orthogonalize
+
+Iteration = Literal["quintic", "cubic", "power"]
 Scale = Literal["none", "spectral", "rms"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -14,20 +16,26 @@ _CUBIC = (1.5, -0.5, 0.0)
 _EPS = 1e-7
 
 
-def orthogonalize(matrix: Tensor, *, iteration: Iteration = "quintic", num_iterations: int | None = None) -> Tensor:
+def orthogonalize(
+    matrix: Tensor, *, iteration: Iteration = "quintic", num_iterations: int | None = None, power_rank: int = 16
+) -> Tensor:
     """The nearly orthonormal factor of a matrix; a zero matrix gives zero.
 
     Quintic (Muon, K. Jordan 2024; 5 iterations): singular values above 0.01 of the Frobenius norm land in [0.68, 1.13].
-    Cubic (arXiv 2506.04430; 10 iterations): slower, converges to 1.
+    Cubic (arXiv 2506.04430; 10 iterations): slower, converges to 1. Power (arXiv 2605.09034): the dominant singular
+    directions only, see `partially_orthogonalize`.
 
     Args:
         matrix: [m, n], floating point.
-        iteration: the polynomial.
-        num_iterations: None = the published number.
+        iteration: the polynomial, or `power`.
+        num_iterations: of the polynomial; None = the published number.
+        power_rank: singular directions that `power` keeps.
 
     Returns:
         [m, n] of the same dtype.
     """
+    if iteration == "power":
+        return partially_orthogonalize(matrix, rank=power_rank)
     a, b, c = _QUINTIC if iteration == "quintic" else _CUBIC
     default = 5 if iteration == "quintic" else 10
     tall = matrix.shape[0] > matrix.shape[1]

@@ -1,16 +1,19 @@
-"""ZO-SGD: stochastic gradient descent on the estimate (MeZO)."""
+"""Descent on the estimate itself: ZO-SGD, with momentum, and FZOO."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zoscale.estimators import GradientEstimate
+from torch import Tensor
+
 from zoscale.mesh import Mesh
-from zoscale.optim.base import ZeroOrderOptimizer
-from zoscale.probes import pieces
-from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.optim.base import Company
+from zoscale.optim.checks import check_beta
+from zoscale.optim.elementwise import ElementwiseOptimizer
+from zoscale.probes import Piece
+from zoscale.shards import ShardedParam
 
 
-class ZOSGD(ZeroOrderOptimizer):
+class ZOSGD(ElementwiseOptimizer):
     """x <- x - lr (g + weight_decay x), g = (1/q) sum_k rho_k z_k (MeZO, arXiv 2305.17333, Algorithm 1).
 
     Without state. Vectors (biases, LayerNorm) are not decayed.
@@ -32,13 +35,51 @@ class ZOSGD(ZeroOrderOptimizer):
     ) -> None:
         super().__init__(shards, mesh, {"lr": lr, "weight_decay": weight_decay}, groups)
 
-    def rule(self, spec: TensorSpec) -> str:
-        return "matrix" if spec.is_matrix else "vector"
+    def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+        return gradient
 
-    def rule_options(self, rule: str) -> dict[str, Any]:
-        return {"weight_decay": 0.0} if rule == "vector" else {}
 
-    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        for batch in pieces(shards):
-            for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
-                self.descend(piece, gradient, group)
+class FZOO(ZOSGD):
+    """x <- x - lr (g / sigma + weight_decay x): ZO-SGD normalised by the losses' spread (FZOO, arXiv 2506.09034).
+
+    The division by sigma, the standard deviation of the losses, is in the projected gradients of the estimator `fzoo`.
+
+    Args:
+        lr: learning rate >= 0.
+        weight_decay: decoupled weight decay >= 0.
+        groups: overrides by name, see `ZeroOrderOptimizer`.
+    """
+
+    goes_with = Company("rademacher", "fzoo")
+    needs = frozenset({"estimator"})
+
+
+class ZOSGDMomentum(ElementwiseOptimizer):
+    """v <- momentum v + g; x <- x - lr (v + weight_decay x) (Acc-ZOM in ZO-Bench, arXiv 2402.11592).
+
+    Args:
+        lr: learning rate >= 0.
+        momentum: weight of the old v, in [0, 1).
+        weight_decay: decoupled weight decay >= 0.
+        groups: overrides by name, see `ZeroOrderOptimizer`.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[ShardedParam],
+        mesh: Mesh | None = None,
+        *,
+        lr: float = 1e-6,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(shards, mesh, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, groups)
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        super().check(options)
+        check_beta(options["momentum"], "momentum")
+
+    def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+        velocity = self.buffer(piece.shard)[piece.start : piece.stop]
+        return velocity.copy_(velocity * group["momentum"] + gradient)

@@ -1,104 +1,20 @@
-"""Probes: what a direction z looks like and where it lives.
+"""JAGUAR's probes: signs on a random support: one coordinate, an entry, a row, a block, whole tensors."""
 
-A probe draws one `Direction` per (step, k); the direction gives z on any slice of any tensor without ever holding z
-whole. Values and supports are pure functions of (seed; step, k, tensor id, element): see `noise.py`.
-"""
-
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from zoscale.noise import Domain, Key, Noise, Range
-from zoscale.shards import CHUNK, Segment, ShardedParam, TensorSpec
+from zoscale.noise import Domain, Key, Noise
+from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
+from zoscale.shards import Segment, TensorSpec
 
 Signs = Literal["rademacher", "ones"]
 
 _DENSE_ABOVE = 1 / 16  # a support with a larger share is cheaper as a dense segment than as an index
-
-
-class Piece(NamedTuple):
-    """Elements [start, stop) of a shard's local slice."""
-
-    shard: ShardedParam
-    start: int
-    stop: int
-
-    @property
-    def range(self) -> Range:
-        """The same elements in the whole tensor."""
-        offset = self.shard.offset
-        return Range(self.shard.spec.id, offset + self.start, offset + self.stop)
-
-
-def pieces(shards: Iterable[ShardedParam], limit: int = CHUNK) -> Iterator[list[Piece]]:
-    """All elements of the local slices, in groups of at most `limit` elements.
-
-    One group is drawn in one pass of the generator: many small tensors share it, a large one is cut.
-    """
-    group: list[Piece] = []
-    size = 0
-    for shard in shards:
-        for start in range(0, len(shard), limit):
-            piece = Piece(shard, start, min(start + limit, len(shard)))
-            if size + piece.stop - piece.start > limit and group:
-                yield group
-                group, size = [], 0
-            group.append(piece)
-            size += piece.stop - piece.start
-    if group:
-        yield group
-
-
-class Direction(ABC):
-    """z of one (step, k): regenerated piece by piece, at most a few row and column numbers are kept."""
-
-    def __init__(self, noise: Noise, step: int, k: int) -> None:
-        self.noise = noise
-        self.key = Key(step, k)
-
-    @abstractmethod
-    def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
-        """z on each piece, float32 on the shards' device; None where it is zero. The pieces share a device."""
-
-    def touches(self, spec: TensorSpec) -> bool:
-        """Whether z may be other than zero on a tensor; known without drawing it."""
-        return True
-
-
-class Probe(ABC):
-    """Draws directions for a list of tensors."""
-
-    @abstractmethod
-    def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> Direction:
-        """The k-th direction of a step over all trainable tensors (`specs` sorted by id)."""
-
-
-class _Dense(Direction):
-    def __init__(self, noise: Noise, step: int, k: int, distribution: Literal["normal", "rademacher"]) -> None:
-        super().__init__(noise, step, k)
-        self._draw = noise.normal if distribution == "normal" else noise.rademacher
-
-    def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
-        values = self._draw(self.key, [piece.range for piece in group], group[0].shard.truth.device)
-        return [Segment(value) for value in values]
-
-
-class Gaussian(Probe):
-    """z ~ N(0, I) on every trainable element (MeZO, arXiv 2305.17333)."""
-
-    def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> Direction:
-        return _Dense(noise, step, k, "normal")
-
-
-class Rademacher(Probe):
-    """z = +1 or -1 on every trainable element."""
-
-    def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> Direction:
-        return _Dense(noise, step, k, "rademacher")
 
 
 @dataclass(frozen=True)
@@ -121,7 +37,7 @@ class _Support:
         return flat[torch.searchsorted(flat, first) : torch.searchsorted(flat, last)] - first
 
 
-class JaguarDirection(Direction):
+class JaguarDirection(DrawnDirection):
     """Signs on a support of rows x columns per tensor; a tensor without a support is not perturbed.
 
     Args:
@@ -134,9 +50,6 @@ class JaguarDirection(Direction):
         self.supports = supports
         self.signs = signs
 
-    def touches(self, spec: TensorSpec) -> bool:
-        return spec.id in self.supports
-
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         device = group[0].shard.truth.device
         found: dict[Piece, Tensor | None] = {}
@@ -148,6 +61,9 @@ class JaguarDirection(Direction):
                     found[piece] = None if index is None else index.to(device, non_blocking=True)
         signs = dict(zip(found, self._signs(found, device), strict=True))
         return [_dense_or_sparse(piece, found[piece], signs[piece]) if piece in found else None for piece in group]
+
+    def touches(self, spec: TensorSpec) -> bool:
+        return spec.id in self.supports
 
     def _signs(self, found: Mapping[Piece, Tensor | None], device: torch.device) -> list[Tensor]:
         every = [torch.arange(p.stop - p.start, device=device) if i is None else i for p, i in found.items()]
@@ -248,13 +164,13 @@ class Block(JaguarProbe):
 
     def __init__(self, *, rows: float = 0.1, columns: float = 0.1, signs: Signs = "rademacher") -> None:
         super().__init__(signs=signs)
-        self.rows = _share("rows", rows)
-        self.columns = _share("columns", columns)
+        self.rows = check_share("rows", rows)
+        self.columns = check_share("columns", columns)
 
     def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
         matrices = [spec for spec in specs if spec.is_matrix]
-        rows = [(spec.id, spec.rows, _portion(self.rows, spec.rows)) for spec in matrices]
-        columns = [(spec.id, spec.columns, _portion(self.columns, spec.columns)) for spec in specs]
+        rows = [(spec.id, spec.rows, portion(self.rows, spec.rows)) for spec in matrices]
+        columns = [(spec.id, spec.columns, portion(self.columns, spec.columns)) for spec in specs]
         drawn_rows = noise.choices(Key(step, k, Domain.SUPPORT), rows) if rows else []
         chosen_rows = dict(zip((spec.id for spec in matrices), drawn_rows, strict=True))
         drawn_columns = noise.choices(Key(step, k, Domain.SUPPORT_COLUMNS), columns)
@@ -274,30 +190,25 @@ class Tensors(JaguarProbe):
 
     def __init__(self, *, share: float = 0.25, signs: Signs = "rademacher") -> None:
         super().__init__(signs=signs)
-        self.share = _share("share", share)
+        self.share = check_share("share", share)
 
     def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
-        count = _portion(self.share, len(specs))
+        count = portion(self.share, len(specs))
         (chosen,) = noise.choices(Key(step, k, Domain.SUPPORT), [(0, len(specs), count)])
         return {specs[index].id: _Support(None, None) for index in chosen.tolist()}
 
 
-def _share(name: str, value: float) -> float:
+def check_share(name: str, value: float) -> float:
+    """The value, if it is a share.
+
+    Raises:
+        ValueError: if it is not in (0, 1].
+    """
     if not 0 < value <= 1:
         raise ValueError(f"expected {name} in (0, 1], got {value}")
     return value
 
 
-def _portion(share: float, n: int) -> int:
+def portion(share: float, n: int) -> int:
+    """That share of n, at least 1."""
     return max(1, int(share * n))
-
-
-PROBES: dict[str, type[Probe]] = {
-    "gaussian": Gaussian,
-    "rademacher": Rademacher,
-    "coordinate": Coordinate,
-    "entry": Entry,
-    "row": Row,
-    "block": Block,
-    "tensors": Tensors,
-}

@@ -1,0 +1,38 @@
+"""Partial orthogonalisation by power iteration: A = U S V^T to U_k V_k^T of its k largest singular values."""
+
+import torch
+from torch import Tensor
+
+from zoscale.noise import Key, Noise, Range
+
+_SWEEPS = 3
+_NOISE = 1e-5  # singular values below this share of the largest are the rounding of the arithmetic
+_EPS = 1e-7
+
+
+def partially_orthogonalize(matrix: Tensor, *, rank: int, num_sweeps: int = _SWEEPS) -> Tensor:
+    """U V^T over the dominant singular directions; a zero matrix gives zero.
+
+    ZO-MOPI (arXiv 2605.09034): V <- QR(A^T (A V)), U = A V with normalised columns. Full orthogonalisation lifts the
+    noise of an estimate to the size of its signal; this leaves the small directions out. The paper keeps V from step
+    to step and sweeps once; here V starts from the same Gaussian each time and is swept `num_sweeps` times, so there
+    is nothing to store, shard or restore.
+
+    Args:
+        matrix: [m, n], float32.
+        rank: number k of singular directions; of a smaller matrix, all.
+        num_sweeps: products with A^T A.
+
+    Returns:
+        [m, n], of rank k at most, its non-zero singular values about 1.
+    """
+    k = min(rank, *matrix.shape)
+    (start,) = Noise(0).normal(Key(0), [Range(0, 0, matrix.shape[1] * k)], matrix.device)
+    v = start.view(-1, k)
+    a = matrix / (torch.linalg.matrix_norm(matrix) + _EPS)
+    for _ in range(num_sweeps):
+        v = torch.linalg.qr(a.mT @ (a @ v)).Q
+    u = a @ v
+    norms = torch.linalg.vector_norm(u, dim=0)
+    u = torch.where(norms > _NOISE * norms.max(), u / norms.clamp(min=_EPS**2), 0.0)
+    return u @ v.mT

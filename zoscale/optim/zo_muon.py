@@ -1,0 +1,126 @@
+"""ZO-Muon: orthogonalised descent on dense estimates, in the whole space or in a random subspace."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoscale.estimators import GradientEstimate
+from zoscale.mesh import Mesh
+from zoscale.optim.base import Company
+from zoscale.optim.jaguar import JaguarMuon
+from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
+from zoscale.optim.spectral import SpectralOptimizer
+from zoscale.probes import Piece, SubspaceDirection, pieces, product_slice
+from zoscale.shards import ShardedParam
+
+
+class ZOMuon(JaguarMuon):
+    """m <- beta m + (1 - beta) g; X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 3).
+
+    JAGUAR Muon whose memory fades everywhere, not on visited coordinates only; without memory (beta = 0) by default,
+    where of a single direction only sign(rho) O(z) is left.
+
+    Args:
+        lr: learning rate >= 0 of the matrices.
+        beta: weight of the old memory, in [0, 1).
+        weight_decay: decoupled weight decay >= 0.
+        scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
+        iteration: how to orthogonalise, see `jaguar_muon`.
+        power_rank: singular directions that `power` keeps.
+        sign_lr_scale: lr factor of the tensors under the sign rule.
+        groups: overrides by name, see `ZeroOrderOptimizer`.
+    """
+
+    goes_with = Company("gaussian", "two_point")
+
+    def __init__(
+        self,
+        shards: Sequence[ShardedParam],
+        mesh: Mesh | None = None,
+        *,
+        lr: float = 1e-2,
+        beta: float = 0.0,
+        weight_decay: float = 0.0,
+        scale: Scale = "none",
+        iteration: Iteration = "quintic",
+        power_rank: int = 16,
+        sign_lr_scale: float = 0.1,
+        groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(
+            shards, mesh, lr=lr, beta=beta, weight_decay=weight_decay, scale=scale, iteration=iteration,
+            power_rank=power_rank, sign_lr_scale=sign_lr_scale, groups=groups,
+        )  # fmt: skip
+
+    def remember(
+        self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        for batch in pieces(shards):
+            for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
+                memory = self.buffer(piece.shard)[piece.start : piece.stop]
+                yield piece, memory.copy_(memory * beta + gradient * (1 - beta))
+
+
+class ZOMuonSubspace(SpectralOptimizer):
+    """X <- X - lr (scale P O((1/q) sum_k rho_k Psi_k) + weight_decay X), z_k = P Psi_k (ZO-Muon, arXiv 2602.17155).
+
+    The estimate is orthogonalised in the subspace [r, n] and lifted back. Every rank draws P and Psi for itself, so the
+    matrices cross no network, and there is no state. Tensors that Muon leaves out take the sign rule.
+
+    Args:
+        lr: learning rate >= 0 of the matrices.
+        weight_decay: decoupled weight decay >= 0.
+        scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
+        iteration: how to orthogonalise, see `jaguar_muon`.
+        power_rank: singular directions that `power` keeps.
+        sign_lr_scale: lr factor of the tensors under the sign rule.
+        groups: overrides by name, see `ZeroOrderOptimizer`.
+    """
+
+    goes_with = Company("subspace", "one_sided")
+    needs = frozenset({"probe"})
+
+    def __init__(
+        self,
+        shards: Sequence[ShardedParam],
+        mesh: Mesh | None = None,
+        *,
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        scale: Scale = "none",
+        iteration: Iteration = "quintic",
+        power_rank: int = 16,
+        sign_lr_scale: float = 0.1,
+        groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self._sign_lr_scale = sign_lr_scale
+        defaults = {"lr": lr, "weight_decay": weight_decay, "scale": scale, "iteration": iteration}
+        super().__init__(shards, mesh, {**defaults, "power_rank": power_rank}, groups)
+
+    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
+        for shard in shards if group["rule"] == "muon" else ():
+            if len(shard):
+                basis, direction = self._orthogonalized(shard, estimate, group)
+                for (piece,) in pieces([shard]):
+                    lifted = product_slice(basis, direction, piece.range.start, piece.range.stop)
+                    self.descend(piece, lifted, group)
+        for batch in pieces(shards if group["rule"] == "sign" else ()):
+            for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
+                self.descend(piece, gradient.sign(), group)
+
+    def _orthogonalized(
+        self, shard: ShardedParam, estimate: GradientEstimate, group: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """P [m, r] and scale O(...) [r, n] of a whole matrix, the same bits on every rank."""
+        spec, device = shard.spec, shard.truth.device
+        total = torch.zeros((), device=device)
+        for direction, rho in zip(estimate.directions, estimate.projected_grads, strict=True):
+            assert isinstance(direction, SubspaceDirection), "the probe is checked before the run"
+            ((basis, psi),) = direction.draw_factors([spec], device)
+            total = total + psi * rho
+        found = orthogonalize(
+            total / len(estimate.directions), iteration=group["iteration"], power_rank=group["power_rank"]
+        )
+        return basis, found * update_scale(spec.rows, spec.columns, group["scale"])

@@ -1,0 +1,39 @@
+"""Probes: what a direction z looks like and where it lives.
+
+A probe draws one `Direction` per (step, k); the direction gives z on any slice of any tensor without ever holding z
+whole. Values and supports are pure functions of (seed; step, k, tensor id, element): see `noise.py`. Adding one: a
+class with `draw`, and a row in the table of `layers.py`.
+"""
+
+from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe, pieces
+from zoscale.probes.dense import Gaussian, Rademacher
+from zoscale.probes.factored import FactoredDirection, Orthogonal, Subspace, SubspaceDirection, product_slice
+from zoscale.probes.jaguar import Block, Coordinate, Entry, JaguarDirection, JaguarProbe, Row, Signs, Tensors
+from zoscale.probes.layers import PROBES_OF_ALL_LAYERS, Layers
+
+PROBES: dict[str, type[Probe]] = {**PROBES_OF_ALL_LAYERS, "layers": Layers}
+
+__all__ = [
+    "PROBES",
+    "Block",
+    "Coordinate",
+    "Direction",
+    "DrawnDirection",
+    "Entry",
+    "FactoredDirection",
+    "Gaussian",
+    "JaguarDirection",
+    "JaguarProbe",
+    "Layers",
+    "Orthogonal",
+    "Piece",
+    "Probe",
+    "Rademacher",
+    "Row",
+    "Signs",
+    "Subspace",
+    "SubspaceDirection",
+    "Tensors",
+    "pieces",
+    "product_slice",
+]

@@ -1,0 +1,72 @@
+"""`Direction` and `Probe`: z of one (step, k) on any slice of any tensor, without ever holding z whole."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from zoscale.noise import Key, Noise, Range
+from zoscale.shards import CHUNK, Segment, ShardedParam, TensorSpec
+
+
+class Piece(NamedTuple):
+    """Elements [start, stop) of a shard's local slice."""
+
+    shard: ShardedParam
+    start: int
+    stop: int
+
+    @property
+    def range(self) -> Range:
+        """The same elements in the whole tensor."""
+        offset = self.shard.offset
+        return Range(self.shard.spec.id, offset + self.start, offset + self.stop)
+
+
+def pieces(shards: Iterable[ShardedParam], limit: int = CHUNK) -> Iterator[list[Piece]]:
+    """All elements of the local slices, in groups of at most `limit` elements.
+
+    One group is drawn in one pass of the generator: many small tensors share it, a large one is cut.
+    """
+    group: list[Piece] = []
+    size = 0
+    for shard in shards:
+        for start in range(0, len(shard), limit):
+            piece = Piece(shard, start, min(start + limit, len(shard)))
+            if size + piece.stop - piece.start > limit and group:
+                yield group
+                group, size = [], 0
+            group.append(piece)
+            size += piece.stop - piece.start
+    if group:
+        yield group
+
+
+class Direction(ABC):
+    """z of one (step, k): made piece by piece, wherever it is asked for."""
+
+    @abstractmethod
+    def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
+        """z on each piece, float32 on the shards' device; None where it is zero. The pieces share a device."""
+
+    def touches(self, spec: TensorSpec) -> bool:
+        """Whether z may be other than zero on a tensor; known without drawing it."""
+        return True
+
+
+class DrawnDirection(Direction):
+    """z regenerated from the noise of (step, k)."""
+
+    def __init__(self, noise: Noise, step: int, k: int) -> None:
+        self.noise = noise
+        self.key = Key(step, k)
+
+
+class Probe(ABC):
+    """Draws directions for a list of tensors."""
+
+    is_elementwise: bool = True
+    """Whether z needs no matrix product: its bits depend on no number of threads then."""
+
+    @abstractmethod
+    def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> Direction:
+        """The k-th direction of a step over all trainable tensors (`specs` sorted by id)."""
