@@ -546,6 +546,37 @@ def test_flatten_has_a_scalar_for_every_dotted_key() -> None:
     assert all(value is None or isinstance(value, str | int | float | bool) for value in flat.values())
 
 
+def test_a_class_brings_the_defaults_of_other_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    """`goes_with` holds where nothing is named, whatever the order of the sections, also for what may be set."""
+
+    class Company:
+        probe = "wide"
+
+    class Wide:
+        """Wide directions."""
+
+        def __init__(self, *, width: int = 3) -> None: ...
+
+    class Friend(Sgd):
+        goes_with = Company
+
+    tables = {
+        **TABLES,
+        "probe": {**TABLES["probe"], "wide": Wide},
+        "optimizer": {**TABLES["optimizer"], "friend": Friend},
+    }
+    chosen = [MODEL, "optimizer.name=friend", "optimizer.lr=1.0"]
+    assert parse(chosen, tables, DEFAULTS).probe == Method("wide", {"width": 3})
+    assert parse([*chosen, "probe.width=5"], tables, DEFAULTS).probe == Method("wide", {"width": 5})
+    assert parse([*chosen, "probe.name=gaussian"], tables, DEFAULTS).probe.name == "gaussian"
+    assert parse([MODEL], tables, DEFAULTS).probe.name == "gaussian"
+    with pytest.raises(ConfigError, match=r"probe\.width"):
+        parse([*chosen, "probe.widht=5"], tables, DEFAULTS)
+    with pytest.raises(SystemExit):
+        parse(["--help"], tables, DEFAULTS)
+    assert "gaussian, wide (default: gaussian; wide with optimizer.name=friend)" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------ help
 
 

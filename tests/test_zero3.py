@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "momentum": {"optimizer": "zo_sgd_momentum", "optimizer_args": {"lr": 1e-3, "momentum": 0.8, "weight_decay": 0.1}},
     "adam": {"optimizer": "zo_adam", "optimizer_args": {"lr": 1e-3, "second_moment": "max"}},
     "sign_rho": {"optimizer": "zo_sign_rho", "optimizer_args": {"lr": 1e-3}},
-    "conservative": {"optimizer": "zo_sgd_conservative", "optimizer_args": {"lr": 2e-2}},
+    "conservative": {"optimizer": "zo_sgd_conservative", "optimizer_args": {"lr": 1e-1}},
     "fzoo": {"optimizer": "fzoo", "optimizer_args": {"lr": 1e-5}, "estimator": "fzoo"},
     "power": {
         "optimizer": "zo_muon",

@@ -47,7 +47,7 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         ConfigError: what is wrong, and what to do.
     """
-    task = _check_methods(config)
+    task = check_methods(config)
     check_model_config(config.model, config.adapter)
     if config.model.dtype == "float16" and not torch.cuda.is_available():
         raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
@@ -60,7 +60,12 @@ def plan(config: RunConfig) -> Plan:
     return Plan(task, encoder, splits, data, architecture, size, deepspeed)
 
 
-def _check_methods(config: RunConfig) -> Task:
+def check_methods(config: RunConfig) -> Task:
+    """Refuse methods whose options are impossible, or that do not go together; returns the task.
+
+    Raises:
+        ConfigError: what was expected.
+    """
     try:
         task: Task = build(config.task, TASKS)
         probe, estimator = build(config.probe, PROBES), build(config.estimator, ESTIMATORS)
