@@ -79,15 +79,14 @@ class LayersProbe:
 
 
 def power_iteration(matrix: Array, rank: int, num_sweeps: int = 3) -> Array:
-    """U V^T: V <- QR(A^T A V) from a fixed Gaussian, U = A V, its columns normalised or left out."""
+    """U V^T: V <- QR(A^T A V) from a fixed Gaussian, U the polar factor of A V; null directions are left out."""
     a = matrix.astype(np.float64)
     k = min(rank, *a.shape)
     v = Stream(0, 0, 0, 0).normal(np.arange(a.shape[1] * k)).reshape(-1, k).astype(np.float64)
     for _ in range(num_sweeps):
         v = np.linalg.qr(a.T @ (a @ v))[0]
-    norms = np.linalg.norm(a @ v, axis=0)
-    u = np.divide(a @ v, norms, out=np.zeros((len(a), k)), where=norms > 1e-5 * norms.max())
-    return np.asarray(u @ v.T, Float)
+    u, s, wt = np.linalg.svd(a @ v, full_matrices=False)
+    return np.asarray((u * (s > 1e-5 * s.max())) @ wt @ v.T, Float)
 
 
 @dataclass(frozen=True)

@@ -306,13 +306,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     server = JobServer(tmp_path_factory.mktemp("jobs"))
     recipe = (ROOT / "launch/recipes/quickstart.yaml").read_text().splitlines()
     own = server.folder / "own.yaml"  # without the methods, which each run chooses
-    own.write_text("\n".join(line for line in recipe if not line.startswith(("probe:", "optimizer:"))))
+    own.write_text("\n".join(line for line in recipe if not line.startswith(("probe:", "estimator:", "optimizer:"))))
     short = [str(own) if word.endswith("quickstart.yaml") else word for word in SHORT]
     length = [f"train.steps={STEPS}", "checkpoint.every=3", "checkpoint.keep=3"]
     found: dict[str, Path] = {}
     for name, options in RUNS.items():
         out = server.folder / name
-        server.run(2, *short, f"optimizer.name={name}", *options, *length, f"output_dir={out}")
+        server.run(2, *short, f"optimizer.name={name}", *options, *length, "estimator.tau=1e-2", f"output_dir={out}")
         found[name] = run_dir_of(out) or out
     yield found
     server.close()

@@ -12,6 +12,7 @@ from processes import ROOT, run, torchrun
 from zoscale.config import parse
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import ModelSize
+from zoscale.optim import OPTIMIZERS
 from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
 
 README = (ROOT / "README.md").read_text()
@@ -51,9 +52,19 @@ def test_readme_names_only_what_is_there() -> None:
         assert (ROOT / path).exists(), path
     for module in re.findall(r"`([a-z_]+\.py)`", README):
         assert (ROOT / "zoscale" / module).exists(), module
-    for section, names in {"probes": TABLES["probe"], "optimizers": TABLES["optimizer"]}.items():
+    for section, names in {"probes": TABLES["probe"], "estimators": TABLES["estimator"]}.items():
         row = next(line for line in README.splitlines() if line.startswith(f"| {section} "))
         assert set(names) <= set(re.findall(r"`(\w+)`", row)), "the support matrix is complete"
+
+
+def test_readme_lists_every_method_with_its_company() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| (\S+), (\S+) \|", README, re.MULTILINE)
+    listed = {name: (probe, estimator) for name, probe, estimator in rows}
+    assert set(listed) == set(OPTIMIZERS)
+    for name, optimizer in OPTIMIZERS.items():
+        for shown, section in zip(listed[name], ("probe", "estimator"), strict=True):
+            needed = section in optimizer.needs
+            assert shown == f"{'**' * needed}`{getattr(optimizer.goes_with, section)}`{'**' * needed}", name
 
 
 def test_library_example_trains_and_saves(tmp_path: Path) -> None:

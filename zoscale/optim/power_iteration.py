@@ -13,10 +13,11 @@ _EPS = 1e-7
 def partially_orthogonalize(matrix: Tensor, *, rank: int, num_sweeps: int = _SWEEPS) -> Tensor:
     """U V^T over the dominant singular directions; a zero matrix gives zero.
 
-    ZO-MOPI (arXiv 2605.09034): V <- QR(A^T (A V)), U = A V with normalised columns. Full orthogonalisation lifts the
-    noise of an estimate to the size of its signal; this leaves the small directions out. The paper keeps V from step
-    to step and sweeps once; here V starts from the same Gaussian each time and is swept `num_sweeps` times, so there
-    is nothing to store, shard or restore.
+    ZO-MOPI (arXiv 2605.09034): V <- QR(A^T (A V)), U from A V. Full orthogonalisation lifts the noise of an estimate to
+    the size of its signal; this leaves the small directions out. The paper keeps V from step to step, sweeps once and
+    normalises the columns of A V. Here V starts from the same Gaussian each time and is swept `num_sweeps` times, so
+    there is nothing to store, shard or restore; U is the polar factor of A V, which is the same once V has converged
+    and needs V's span alone before.
 
     Args:
         matrix: [m, n], float32.
@@ -32,7 +33,6 @@ def partially_orthogonalize(matrix: Tensor, *, rank: int, num_sweeps: int = _SWE
     a = matrix / (torch.linalg.matrix_norm(matrix) + _EPS)
     for _ in range(num_sweeps):
         v = torch.linalg.qr(a.mT @ (a @ v)).Q
-    u = a @ v
-    norms = torch.linalg.vector_norm(u, dim=0)
-    u = torch.where(norms > _NOISE * norms.max(), u / norms.clamp(min=_EPS**2), 0.0)
-    return u @ v.mT
+    left, values, right = torch.linalg.svd(a @ v, full_matrices=False)
+    kept = values > _NOISE * values.max()
+    return (left * kept) @ right @ v.mT
