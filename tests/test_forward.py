@@ -233,7 +233,6 @@ class FailsMidway(Direction):
     """Good for all pieces but the last, whose segment cannot be written: the weights are perturbed in part."""
 
     def __init__(self, inner: Direction) -> None:
-        super().__init__(inner.noise, inner.key.step, inner.key.direction)
         self.inner = inner
 
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
@@ -520,6 +519,7 @@ def trajectory(
         yield engine, trainer, engine.step(batches()), trainer.step(step)
 
 
+DIFFERENCES = ["two_point", "one_sided"]
 SIGN_PROBES: dict[str, tuple[Probe, ref.Probe]] = {
     "block": (Block(rows=0.5, columns=0.5), ref.Probe("block", rows=0.5, cols=0.5)),
     "row": (PROBES["row"](), ref.Probe("row")),
@@ -539,7 +539,7 @@ def assert_same_bits(engine: ZeroOrderEngine, trainer: ref.DenseTrainer) -> None
 
 
 @pytest.mark.parametrize("name", SIGN_PROBES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", DIFFERENCES)
 @pytest.mark.parametrize("q", [1, 4])
 def test_jaguar_sign_sgd_is_the_oracles_trajectory_bit_for_bit(name: str, estimator: str, q: int) -> None:
     """Pitfalls 4, 5, 11, 22: losses, projected gradients, weights and memory of every step."""
@@ -573,7 +573,7 @@ def test_jaguar_sign_sgd_on_lora_and_in_bf16(kind: Kind, dtype: torch.dtype) -> 
         assert_same_bits(engine, trainer)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", DIFFERENCES)
 @pytest.mark.parametrize("q", [1, 4])
 @pytest.mark.parametrize("rule", ["zo_sgd", "jaguar_muon"])
 def test_zo_sgd_and_jaguar_muon_follow_the_oracle(rule: str, estimator: str, q: int) -> None:

@@ -14,7 +14,7 @@ LAYERS = [
     {"optim", "methods"},
     {"models", "data"},
     {"forward", "evaluate", "runtime"},
-    {"fan", "scratch"},
+    {"fan", "scratch", "tangent"},
     {"lora_fan", "weight_fan", "shared_rows"},
     {"fan_out"},
     {"engine", "evaluation_log"},

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_forward
 import test_optim
 import torch
 from jobs import SHORT, JobServer, run_dir_of
@@ -16,17 +17,19 @@ from processes import ROOT
 from reference_methods import Method, oracle_probe
 from safetensors.torch import load_file
 from test_optim import SHAPES, fixed_estimate, quadratic, shards_of, start_values, take_step, values_of
-from test_probes import slice_of
+from test_probes import densified, slice_of
 from torch import Tensor
 
 from zoscale import checkpoint
 from zoscale.assembly import check_methods
 from zoscale.config import ConfigError, parse
-from zoscale.estimators import FZOO, GradientEstimate, TwoPoint
+from zoscale.engine import ZeroOrderEngine
+from zoscale.estimators import ForwardGrad, GradientEstimate, NormalizedOneSided, TwoPoint
 from zoscale.export import save_trained
 from zoscale.forward import perturbed
 from zoscale.journal import Journal
 from zoscale.methods import DEFAULTS, TABLES
+from zoscale.objectives import classification
 from zoscale.optim import OPTIMIZERS, ElementwiseOptimizer, ZOSGDConservative
 from zoscale.optim.newton_schulz import orthogonalize
 from zoscale.optim.power_iteration import partially_orthogonalize
@@ -126,7 +129,7 @@ def test_slices_take_the_steps_of_the_whole(name: str, world_size: int) -> None:
 def test_fzoo_divides_by_the_standard_deviation_of_the_losses() -> None:
     losses = [1.0, 1.5, 0.75, 2.0]
     directions: Any = ["z"] * 3
-    estimator = FZOO(tau=0.5, num_directions=3)
+    estimator = NormalizedOneSided(tau=0.5, num_directions=3)
     estimate = estimator.estimate(directions, losses)
     expected = (np.array(losses[1:]) - 1.0) / 0.5 / np.std(losses[1:], ddof=1)
     np.testing.assert_allclose(estimate.projected_grads, expected, rtol=1e-12)
@@ -138,7 +141,33 @@ def test_fzoo_divides_by_the_standard_deviation_of_the_losses() -> None:
 @pytest.mark.parametrize("losses", [[1.0, 2.0, 2.0], [1.0, math.inf, 2.0], [math.nan, 1.0, 2.0]])
 def test_fzoo_skips_a_step_without_a_spread(losses: list[float]) -> None:
     directions: Any = ["z", "z"]
-    assert not FZOO(num_directions=2).estimate(directions, losses).is_finite
+    assert not NormalizedOneSided(num_directions=2).estimate(directions, losses).is_finite
+
+
+# --- Forward gradients. ---
+
+
+@pytest.mark.parametrize("kind", ["opt", "opt-lora", "llama", "gpt2"])
+def test_forward_gradients_are_the_derivatives_that_backpropagation_gives(kind: Any) -> None:
+    """To rounding; the loss is f(x); weights stay as they are."""
+    estimator = ForwardGrad(num_directions=2)
+    engine = ZeroOrderEngine(
+        test_forward.tiny(kind), optimizer=OPTIMIZERS["zo_sgd"], estimator=estimator, objective=classification
+    )
+    before = [shard.live.clone() for shard in engine.shards]
+    directions, batches = engine.directions(0), test_forward.batches()
+    losses = engine.losses(batches, directions).values
+    sums = [classification(engine.answers.answer_logprobs(batch), batch) for batch in batches]
+    loss = sum(total for total, _ in sums) / sum(count for _, count in sums)
+    loss.backward()
+    assert losses[0] == pytest.approx(float(loss), rel=1e-6)
+    for direction, found in zip(directions, losses[1:], strict=True):
+        expected = 0.0
+        for shard, z in zip(engine.shards, densified(direction, engine.shards), strict=True):
+            expected += float((shard.param.grad.view(-1).double() * z).sum())
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert all(torch.equal(a, shard.live) for a, shard in zip(before, engine.shards, strict=True))
+    assert not engine.step(batches).skipped
 
 
 # --- The conservative rule's second round. ---
@@ -228,6 +257,7 @@ def test_a_method_brings_its_probe_and_estimator(name: str) -> None:
         (["optimizer.name=zo_muon_orthogonal", "probe.name=layers"], "expected the probe orthogonal"),
         (["optimizer.name=fzoo", "estimator.name=one_sided"], "expected the estimator fzoo with FZOO"),
         (["estimator.name=fzoo", "estimator.num_directions=1"], "num_directions >= 2"),
+        (["estimator.name=forward_grad"], "whole model on every rank for estimator forward_grad"),
         (["optimizer.name=zo_adam", "optimizer.beta2=1.0"], "expected beta2 in"),
         (["optimizer.name=zo_adam", "optimizer.eps=0.0"], "eps > 0"),
         (["optimizer.name=zo_sgd_momentum", "optimizer.momentum=-0.1"], "expected momentum in"),
@@ -294,6 +324,7 @@ RUNS: dict[str, list[str]] = {
     "zo_sgd_momentum": ["optimizer.lr=1e-3", "probe.name=layers", "probe.share=0.5", "probe.inner.name=rademacher"],
     "zo_sgd_conservative": ["optimizer.lr=1e-2"],
     "fzoo": ["optimizer.lr=1e-6", "estimator.num_directions=3"],
+    "zo_sgd": ["optimizer.lr=1e-3", "estimator.name=forward_grad", "mesh.shard_size=1"],
     "zo_muon": ["optimizer.beta=0.5", "optimizer.iteration=power"],
     "zo_muon_orthogonal": ["optimizer.lr=1e-1"],
     "zo_muon_subspace": ["probe.rank=2", "probe.resample_every=2", "estimator.num_directions=3"],
@@ -312,7 +343,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     found: dict[str, Path] = {}
     for name, options in RUNS.items():
         out = server.folder / name
-        server.run(2, *short, f"optimizer.name={name}", *options, *length, "estimator.tau=1e-2", f"output_dir={out}")
+        tau = [] if "estimator.name=forward_grad" in options else ["estimator.tau=1e-2"]
+        server.run(2, *short, f"optimizer.name={name}", *tau, *options, *length, f"output_dir={out}")
         found[name] = run_dir_of(out) or out
     yield found
     server.close()

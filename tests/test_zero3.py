@@ -61,12 +61,12 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
     "sgd_full": FULL | SGD | {"probe": "gaussian"} | TWO,
     "momentum_full": FULL | METHODS["momentum"] | {"probe": "gaussian"} | TWO,
     "adam_lora": LORA | METHODS["adam"] | {"probe": "gaussian"} | TWO,
-    "sign_rho_full_layers": FULL | METHODS["sign_rho"] | LAYERS | TWO,
+    "sign_rho_full_layers": FULL | METHODS["sign_rho"] | LAYERS | TWO | {"forward": "fan_out"},
     "conservative_lora": LORA | METHODS["conservative"] | BLOCK | TWO,
     "fzoo_lora": LORA | METHODS["fzoo"] | {"probe": "rademacher"} | FOUR,
     "power_muon_lora": LORA | METHODS["power"] | {"probe": "gaussian"} | FOUR,
     "orthogonal_lora": LORA | METHODS["orthogonal"] | {"probe": "orthogonal"} | TWO,
-    "subspace_full": FULL | METHODS["subspace"] | SUBSPACE | FOUR,
+    "subspace_full": FULL | METHODS["subspace"] | SUBSPACE | FOUR | {"forward": "fan_out"},
     "sgd_lora_q4": LORA | SGD | {"probe": "gaussian"} | FOUR,
 }  # fmt: skip
 FAN_OUT = {

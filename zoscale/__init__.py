@@ -5,27 +5,76 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoscale.engine import StepResult, ZeroOrderEngine
-    from zoscale.estimators import OneSided, TwoPoint
+    from zoscale.estimators import NormalizedOneSided, OneSided, TwoPoint
     from zoscale.export import save_trained
     from zoscale.models import count_parameters
-    from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD
-    from zoscale.probes import Block, Coordinate, Entry, Gaussian, Rademacher, Row, Tensors
+    from zoscale.optim import (
+        FZOO,
+        ZOSGD,
+        JaguarMuon,
+        JaguarSignSGD,
+        ZOAdam,
+        ZOMuon,
+        ZOMuonOrthogonal,
+        ZOMuonSubspace,
+        ZOSGDConservative,
+        ZOSGDMomentum,
+        ZOSignRho,
+        ZOSignSGD,
+    )
+    from zoscale.probes import (
+        Block,
+        Coordinate,
+        Entry,
+        Gaussian,
+        Layers,
+        Orthogonal,
+        Rademacher,
+        Row,
+        Subspace,
+        Tensors,
+    )
     from zoscale.runtime import Runtime, start, stop
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "engine": ("StepResult", "ZeroOrderEngine"),
-    "estimators": ("OneSided", "TwoPoint"),
+    "estimators": ("NormalizedOneSided", "OneSided", "TwoPoint"),
     "export": ("save_trained",),
     "models": ("count_parameters",),
-    "optim": ("ZOSGD", "JaguarMuon", "JaguarSignSGD"),
-    "probes": ("Block", "Coordinate", "Entry", "Gaussian", "Rademacher", "Row", "Tensors"),
+    "optim": (
+        "FZOO",
+        "ZOSGD",
+        "JaguarMuon",
+        "JaguarSignSGD",
+        "ZOAdam",
+        "ZOMuon",
+        "ZOMuonOrthogonal",
+        "ZOMuonSubspace",
+        "ZOSGDConservative",
+        "ZOSGDMomentum",
+        "ZOSignRho",
+        "ZOSignSGD",
+    ),
+    "probes": (
+        "Block",
+        "Coordinate",
+        "Entry",
+        "Gaussian",
+        "Layers",
+        "Orthogonal",
+        "Rademacher",
+        "Row",
+        "Subspace",
+        "Tensors",
+    ),
     "runtime": ("Runtime", "start", "stop"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "FZOO",
     "ZOSGD",
     "Block",
     "Coordinate",
@@ -33,13 +82,25 @@ __all__ = [
     "Gaussian",
     "JaguarMuon",
     "JaguarSignSGD",
+    "Layers",
+    "NormalizedOneSided",
     "OneSided",
+    "Orthogonal",
     "Rademacher",
     "Row",
     "Runtime",
     "StepResult",
+    "Subspace",
     "Tensors",
     "TwoPoint",
+    "ZOAdam",
+    "ZOMuon",
+    "ZOMuonOrthogonal",
+    "ZOMuonSubspace",
+    "ZOSGDConservative",
+    "ZOSGDMomentum",
+    "ZOSignRho",
+    "ZOSignSGD",
     "ZeroOrderEngine",
     "count_parameters",
     "save_trained",

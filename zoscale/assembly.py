@@ -77,6 +77,10 @@ def check_methods(config: RunConfig) -> Task:
         raise
     except ValueError as error:
         raise ConfigError("options that the method takes", str(error), "correct the configuration") from error
+    if estimator.takes_derivatives and config.mesh.shard_size != 1:
+        got = f"mesh.shard_size={'null' if config.mesh.shard_size is None else config.mesh.shard_size}"
+        remedy = "set mesh.shard_size=1: ZeRO-3 gathers weights without their tangents"
+        raise ConfigError(f"the whole model on every rank for estimator {config.estimator.name}", got, remedy)
     if config.objective not in task.objectives:
         wanted = f"objective {' or '.join(task.objectives)} for task {config.task.name}"
         raise ConfigError(wanted, config.objective, "set objective")

@@ -21,6 +21,7 @@ from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.probes import PROBES, Direction, Probe
 from zoscale.shards import Master, ShardedParam, shard_parameters
+from zoscale.tangent import TangentForward
 from zoscale.weight_fan import WeightFan, find_units
 
 OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ZeroOrderOptimizer]
@@ -79,8 +80,8 @@ class ZeroOrderEngine:
         max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
 
     Raises:
-        ValueError: if nothing is trainable, `fan_out` is asked for and not possible, or the optimizer needs another
-            probe or estimator.
+        ValueError: if nothing is trainable, `fan_out` is asked for and not possible, the optimizer needs another
+            probe or estimator, or the estimator the whole model.
     """
 
     def __init__(
@@ -122,6 +123,8 @@ class ZeroOrderEngine:
         self.num_steps = 0
 
     def _choose_forward(self, name: ForwardName, max_rows: int | None) -> Forward:
+        if self.estimator.takes_derivatives:
+            return self._tangent_forward(name)
         fan = None if name == "sequential" else self._choose_fan()
         if fan is not None:
             return FanOutForward(self.answers, self.mesh, fan, max_rows=max_rows)
@@ -131,6 +134,16 @@ class ZeroOrderEngine:
                 "weight outside such a module: use auto or sequential"
             )
         return SequentialForward(self.answers, self.shards, self.mesh)
+
+    def _tangent_forward(self, name: ForwardName) -> Forward:
+        if self.answers.module is not self.model:
+            raise ValueError(
+                "expected the whole model on every rank (mesh.shard_size=1) for forward gradients, got ZeRO-3, which "
+                "gathers weights without their tangents"
+            )
+        if name == "fan_out":
+            raise ValueError("expected the forward auto or sequential for forward gradients, got fan_out")
+        return TangentForward(self.answers, self.shards, self.mesh)
 
     def _choose_fan(self) -> Fan | None:
         pairs = find_lora_pairs(self.model, self.specs)

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,15 +19,20 @@ from zoscale.shards import Segment
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point x + radius * z.
+    """A point x + radius * z, whose loss is asked for.
 
     Args:
         direction: z; None = the point x itself.
-        radius: signed smoothing radius (the paper's tau).
+        radius: signed smoothing radius (the paper's tau); 0 with a direction asks for the derivative along it instead.
     """
 
     direction: Direction | None
     radius: float = 0.0
+
+    @property
+    def is_derivative(self) -> bool:
+        """Whether not a loss but its derivative is asked for."""
+        return self.direction is not None and self.radius == 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,9 @@ class Estimator(ABC):
         tau: smoothing radius > 0, in units of the weights.
         num_directions: q >= 1 directions per step.
     """
+
+    takes_derivatives: ClassVar[bool] = False
+    """Whether candidates are derivatives: only a forward on the whole model gives them."""
 
     def __init__(self, *, tau: float = 1e-3, num_directions: int = 1) -> None:
         if not (tau > 0 and math.isfinite(tau)):
@@ -154,7 +163,7 @@ class OneSided(Estimator):
         return GradientEstimate(tuple(directions), rhos, base)
 
 
-class FZOO(OneSided):
+class NormalizedOneSided(OneSided):
     """rho_k = (f(x + tau z_k) - f(x)) / (tau sigma), sigma the standard deviation of the q losses f(x + tau z_k).
 
     One-sided differences normalised by the losses' spread (FZOO, arXiv 2506.09034): sigma is about tau times the norm
@@ -173,9 +182,40 @@ class FZOO(OneSided):
     def estimate(self, directions: Sequence[Direction], losses: Sequence[float]) -> GradientEstimate:
         plain = super().estimate(directions, losses)
         perturbed = losses[1:]
-        mean = sum(perturbed) / len(perturbed)
-        sigma = math.sqrt(sum((loss - mean) * (loss - mean) for loss in perturbed) / (len(perturbed) - 1)) or math.nan
-        return replace(plain, projected_grads=tuple(rho / sigma for rho in plain.projected_grads))
+        mean = sum(perturbed) / self.num_directions
+        sigma = math.sqrt(sum((loss - mean) * (loss - mean) for loss in perturbed) / (self.num_directions - 1))
+        return replace(plain, projected_grads=tuple(rho / (sigma or math.nan) for rho in plain.projected_grads))
 
 
-ESTIMATORS: dict[str, type[Estimator]] = {"two_point": TwoPoint, "one_sided": OneSided, "fzoo": FZOO}
+class ForwardGrad(Estimator):
+    """rho_k = <grad f(x), z_k> by forward-mode differentiation (Baydin et al., arXiv 2202.08587): exact, without tau.
+
+    Needs the whole model on every rank (`mesh.shard_size=1`): ZeRO-3 gathers weights without their tangents. Twice the
+    memory of a forward, for the tangents of weights and activations.
+
+    Args:
+        num_directions: q >= 1 directions per step.
+    """
+
+    takes_derivatives = True
+
+    def __init__(self, *, num_directions: int = 1) -> None:
+        super().__init__(num_directions=num_directions)
+
+    @property
+    def num_candidates(self) -> int:
+        return 1 + self.num_directions
+
+    def candidates(self, directions: Sequence[Direction]) -> list[Candidate]:
+        return [Candidate(None), *(Candidate(z) for z in directions)]
+
+    def estimate(self, directions: Sequence[Direction], losses: Sequence[float]) -> GradientEstimate:
+        return GradientEstimate(tuple(directions), tuple(losses[1:]), losses[0])
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "two_point": TwoPoint,
+    "one_sided": OneSided,
+    "fzoo": NormalizedOneSided,
+    "forward_grad": ForwardGrad,
+}
