@@ -20,19 +20,20 @@ def partially_orthogonalize(matrix: Tensor, *, rank: int, num_sweeps: int = _SWE
     and needs V's span alone before.
 
     Args:
-        matrix: [m, n], float32.
+        matrix: [m, n], floating point; the arithmetic is float32.
         rank: number k of singular directions; of a smaller matrix, all.
         num_sweeps: products with A^T A.
 
     Returns:
-        [m, n], of rank k at most, its non-zero singular values about 1.
+        [m, n] of the same dtype, of rank k at most, its non-zero singular values about 1.
     """
     k = min(rank, *matrix.shape)
     (start,) = Noise(0).normal(Key(0), [Range(0, 0, matrix.shape[1] * k)], matrix.device)
     v = start.view(-1, k)
-    a = matrix / (torch.linalg.matrix_norm(matrix) + _EPS)
+    a = matrix.float()
+    a = a / (torch.linalg.matrix_norm(a) + _EPS)
     for _ in range(num_sweeps):
         v = torch.linalg.qr(a.mT @ (a @ v)).Q
     left, values, right = torch.linalg.svd(a @ v, full_matrices=False)
     kept = values > _NOISE * values.max()
-    return (left * kept) @ right @ v.mT
+    return ((left * kept) @ right @ v.mT).to(matrix.dtype)
