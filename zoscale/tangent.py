@@ -65,8 +65,9 @@ class TangentForward:
             for piece, segment in zip(group, direction.segments(group), strict=True):
                 if segment is not None:
                     segment.add_to(tangents[id(piece.shard)][piece.start : piece.stop], 1.0)
+        make_dual: Any = forward_ad.make_dual  # untyped
         duals = {
-            shard.spec.name: forward_ad.make_dual(
+            shard.spec.name: make_dual(
                 shard.live.view(shard.spec.shape), tangents[id(shard)].view(shard.spec.shape).to(shard.live.dtype)
             )
             for shard in self.shards
@@ -76,7 +77,8 @@ class TangentForward:
 
 
 def _tangent(loss: Tensor) -> Tensor:
-    tangent = forward_ad.unpack_dual(loss).tangent
+    unpack_dual: Any = forward_ad.unpack_dual  # untyped
+    tangent: Tensor | None = unpack_dual(loss).tangent
     if tangent is None:
         raise ValueError("expected an objective with a derivative for forward gradients, got one without")
     return tangent

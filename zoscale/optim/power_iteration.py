@@ -36,4 +36,5 @@ def partially_orthogonalize(matrix: Tensor, *, rank: int, num_sweeps: int = _SWE
         v = torch.linalg.qr(a.mT @ (a @ v)).Q
     left, values, right = torch.linalg.svd(a @ v, full_matrices=False)
     kept = values > _NOISE * values.max()
-    return ((left * kept) @ right @ v.mT).to(matrix.dtype)
+    found: Tensor = (left * kept) @ right @ v.mT
+    return found.to(matrix.dtype)

@@ -72,5 +72,6 @@ class ZOAdam(ElementwiseOptimizer):
         v.copy_(v * beta2 + gradient * gradient * (1 - beta2))
         if group["second_moment"] == "max":
             v = torch.maximum(v, largest := self.buffer(shard, "largest_second_moment")[where], out=largest)
-        root: Tensor = (v / (1 - beta2**step)).sqrt()
-        return m / (1 - beta1**step) / (root + group["eps"])
+        root = (v / (1 - beta2**step)).sqrt()
+        direction: Tensor = m / (1 - beta1**step) / (root + group["eps"])
+        return direction
