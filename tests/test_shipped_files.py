@@ -51,7 +51,8 @@ def test_readme_names_only_what_is_there() -> None:
         assert (ROOT / path).exists(), path
     for module in re.findall(r"`([a-z_]+\.py)`", README):
         assert (ROOT / "zoscale" / module).exists(), module
-    for section, names in {"probes": TABLES["probe"], "optimizers": TABLES["optimizer"]}.items():
+    tables = {"probes": TABLES["probe"], "optimizers": TABLES["optimizer"], "tasks": TABLES["task"]}
+    for section, names in tables.items():
         row = next(line for line in README.splitlines() if line.startswith(f"| {section} "))
         assert set(names) <= set(re.findall(r"`(\w+)`", row)), "the support matrix is complete"
 
