@@ -294,9 +294,9 @@ def test_evaluation_counts_every_example_once(words: PreTrainedTokenizerFast) ->
     right = [max(range(len(m)), key=m.__getitem__) == e.gold for m, e in zip(means, examples, strict=True)]
     losses = [-float(torch.tensor(m).log_softmax(0)[e.gold]) for m, e in zip(means, examples, strict=True)]
     tokens = [naive(model, words, example)[example.gold] for example in examples]
-    assert result.count == 7 and result.accuracy == pytest.approx(sum(right) / 7) and 0 < sum(right) < 7
-    assert result.loss == pytest.approx(sum(losses) / 7, abs=1e-5)
-    assert result.lm_loss == pytest.approx(-sum(map(sum, tokens)) / sum(map(len, tokens)), abs=1e-5)
+    assert result.count == 7 and result.metrics["accuracy"] == pytest.approx(sum(right) / 7) and 0 < sum(right) < 7
+    assert result.metrics["loss"] == pytest.approx(sum(losses) / 7, abs=1e-5)
+    assert result.metrics["lm_loss"] == pytest.approx(-sum(map(sum, tokens)) / sum(map(len, tokens)), abs=1e-5)
     with pytest.raises(ValueError, match="at least one micro-batch"):
         evaluate(AnswerModel(model, model), [], Mesh())
 

@@ -7,13 +7,14 @@ PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
     {"config", "philox", "stillness"},
-    {"noise", "batch", "mlflow_store", "provenance", "run_directory", "journal", "watchdog"},
+    {"noise", "batch", "metrics", "adapters", "mlflow_store", "provenance", "run_directory", "journal", "watchdog"},
     {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report"},
     {"probes", "tracking", "meters", "fingerprint", "agreement", "preemption"},
     {"estimators", "tasks"},
     {"optim", "methods"},
     {"models", "data"},
-    {"forward", "evaluate", "runtime"},
+    {"generation", "runtime"},
+    {"forward", "evaluate"},
     {"fan", "scratch", "tangent"},
     {"lora_fan", "weight_fan", "shared_rows"},
     {"fan_out"},

@@ -52,7 +52,8 @@ def test_readme_names_only_what_is_there() -> None:
         assert (ROOT / path).exists(), path
     for module in re.findall(r"`([a-z_]+\.py)`", README):
         assert (ROOT / "zoscale" / module).exists(), module
-    for section, names in {"probes": TABLES["probe"], "estimators": TABLES["estimator"]}.items():
+    tables = {"probes": TABLES["probe"], "estimators": TABLES["estimator"], "tasks": TABLES["task"]}
+    for section, names in tables.items():
         row = next(line for line in README.splitlines() if line.startswith(f"| {section} "))
         assert set(names) <= set(re.findall(r"`(\w+)`", row)), "the support matrix is complete"
 

@@ -6,22 +6,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from zoscale import runtime
+from zoscale.adapters import check_scheme
 from zoscale.config import ConfigError, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS
+from zoscale.metrics import METRICS, score
 from zoscale.models import (
     ModelSize,
     add_adapter,
-    check_model_config,
     count_parameters,
     load_model,
     load_tokenizer,
     read_model_config,
 )
-from zoscale.objectives import OBJECTIVES
+from zoscale.objectives import OBJECTIVES, ChosenLoss, GeneratedLoss, Objective, language_modeling
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
 from zoscale.shards import ShardedParam, TensorSpec
@@ -33,6 +35,7 @@ class Plan:
     """All of a run that can be known, and refused, before any process group starts."""
 
     task: Task
+    objective: Objective
     encoder: Encoder
     splits: Splits
     data: str
@@ -48,7 +51,11 @@ def plan(config: RunConfig) -> Plan:
         ConfigError: what is wrong, and what to do.
     """
     task = check_methods(config)
-    check_model_config(config.model, config.adapter)
+    check_scheme(config.adapter, config.trainable)
+    objective = find_objective(config.objective, task)
+    if isinstance(objective, GeneratedLoss) and config.forward.name == "fan_out":
+        got = f"fan_out with objective {config.objective}, for which text is generated"
+        raise ConfigError("forward.name auto or sequential", got, "set forward.name")
     if config.model.dtype == "float16" and not torch.cuda.is_available():
         raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
     deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
@@ -57,7 +64,7 @@ def plan(config: RunConfig) -> Plan:
     splits = Splits.of(task, config.data, config.seed)
     data = encoder.fingerprint(splits)
     size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
-    return Plan(task, encoder, splits, data, architecture, size, deepspeed)
+    return Plan(task, objective, encoder, splits, data, architecture, size, deepspeed)
 
 
 def check_methods(config: RunConfig) -> Task:
@@ -81,34 +88,57 @@ def check_methods(config: RunConfig) -> Task:
         got = f"mesh.shard_size={'null' if config.mesh.shard_size is None else config.mesh.shard_size}"
         remedy = "set mesh.shard_size=1: ZeRO-3 gathers weights without their tangents"
         raise ConfigError(f"the whole model on every rank for estimator {config.estimator.name}", got, remedy)
-    if config.objective not in task.objectives:
-        wanted = f"objective {' or '.join(task.objectives)} for task {config.task.name}"
-        raise ConfigError(wanted, config.objective, "set objective")
     return task
 
 
-def build_engine(config: RunConfig, architecture: Any, accelerator: Accelerator | None) -> ZeroOrderEngine:
+def find_objective(name: str, task: Task) -> Objective:
+    """The training objective of a name: one of `OBJECTIVES`, or 1 - the score that `metrics.score` knows.
+
+    Raises:
+        ConfigError: if there is none, or it makes no sense for the task.
+    """
+    if name in task.objectives:
+        return OBJECTIVES[name]
+    chooses = "classification" in task.objectives
+    scores = (*METRICS, "module:function") if chooses or task.generates else ()
+    if name in OBJECTIVES or not scores or not (name in METRICS or ":" in name):
+        wanted = " or ".join((*task.objectives, *scores))
+        raise ConfigError(f"objective {wanted} for this task", name, "set objective")
+    return GeneratedLoss(score(name)) if task.generates else ChosenLoss(score(name))
+
+
+def build_engine(
+    config: RunConfig,
+    architecture: Any,
+    accelerator: Accelerator | None,
+    *,
+    objective: Objective = language_modeling,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> ZeroOrderEngine:
     """The engine of a run at step 0; without an accelerator, whole in this process.
 
     Args:
         config: of the run.
         architecture: from `read_model_config`.
         accelerator: from `runtime.start`.
+        objective: the loss of a micro-batch; of no matter where no losses are taken.
+        tokenizer: of the model, where answers are generated.
     """
     _seed(config.seed)
-    model = add_adapter(load_model(config.model, architecture), config.adapter)
+    model = add_adapter(load_model(config.model, architecture), config.adapter, config.trainable)
     return ZeroOrderEngine(
         model,
         accelerator=accelerator,
         optimizer=lambda shards, mesh: build(config.optimizer, OPTIMIZERS, shards, mesh),
         probe=build(config.probe, PROBES),
         estimator=build(config.estimator, ESTIMATORS),
-        objective=OBJECTIVES[config.objective],
+        objective=objective,
         seed=config.seed,
         master=config.master,
         noise=config.runtime.noise,
         forward=config.forward.name,
         max_rows=config.forward.max_rows,
+        tokenizer=tokenizer,
     )
 
 

@@ -27,6 +27,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Question:
+    """The texts of one example, for scores that are taken of texts.
+
+    Args:
+        labels: what each option stands for.
+        accepted: the answers that are right.
+        prompt: token ids from which an answer is generated; empty where the options are scored.
+        max_new_tokens: most tokens to generate.
+    """
+
+    labels: tuple[str, ...]
+    accepted: tuple[str, ...]
+    prompt: tuple[int, ...] = ()
+    max_new_tokens: int = 0
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Rows of fixed content and shape. All tensors are int64 unless said otherwise.
 
@@ -40,6 +57,8 @@ class MicroBatch:
         option_example: [S], the example of each option, 0 .. num_examples - 1, ascending.
         option_is_gold: bool [S], whether it is the right option.
         num_examples: examples in the micro-batch.
+        num_tokens: real tokens.
+        questions: of each example; empty where the texts are not known.
     """
 
     input_ids: Tensor
@@ -53,15 +72,23 @@ class MicroBatch:
     option_is_gold: Tensor
     num_examples: int
     num_tokens: int
+    questions: tuple[Question, ...] = ()
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row], gold: Sequence[Sequence[bool]], pad_token: int) -> "MicroBatch":
+    def from_rows(
+        cls,
+        rows: Sequence[Row],
+        gold: Sequence[Sequence[bool]],
+        pad_token: int,
+        questions: Sequence[Question] = (),
+    ) -> "MicroBatch":
         """Pad rows to the longest.
 
         Args:
             rows: any number of rows per example; an option's tokens may lie in one row only.
             gold: per example, per option: whether it is right.
             pad_token: token id for padding (masked).
+            questions: of each example.
         """
         longest = max(len(row.tokens) for row in rows)
         first_option = [0]
@@ -89,6 +116,7 @@ class MicroBatch:
             torch.tensor([flag for options in gold for flag in options]),
             len(gold),
             sum(len(row.tokens) for row in rows),
+            tuple(questions),
         )
 
     @classmethod

@@ -1,22 +1,25 @@
 """Deterministic batches: which examples a step takes, and how they become micro-batches."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from zoscale.batch import MicroBatch, Row
+from zoscale.batch import MicroBatch, Question, Row
 from zoscale.config import ConfigError, DataConfig
 from zoscale.noise import Domain, Key, Noise
-from zoscale.tasks import Example, Task
+from zoscale.tasks import Example, Task, demonstrate
 
 _SPLIT, _ORDER = 0, 1  # step words of the draws in Domain.DATA
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples of a run; `dev` is held out of train and chooses the step, `validation` is only reported."""
+    """Examples of a run; `dev` is held out of train and chooses the step, `validation` is only reported.
+
+    Demonstrations are held out of both, and stand before every prompt.
+    """
 
     train: list[Example]
     dev: list[Example]
@@ -31,20 +34,24 @@ class Splits:
         """
         everything = task.examples("train")
         order = Noise(seed).permutation(Key(0, _SPLIT, Domain.DATA), len(everything)).tolist()
-        wanted = len(everything) if config.num_train is None else config.num_train
-        num_dev = max(0, len(everything) - wanted) if config.num_dev is None else config.num_dev
-        num_train = config.num_train if config.num_train is not None else len(everything) - num_dev
-        if num_train < 1 or num_train + num_dev > len(everything):
+        free = len(everything) - config.num_demonstrations
+        wanted = free if config.num_train is None else config.num_train
+        num_dev = max(0, free - wanted) if config.num_dev is None else config.num_dev
+        num_train = config.num_train if config.num_train is not None else free - num_dev
+        if num_train < 1 or num_train + num_dev > free:
+            also = f" and data.num_demonstrations={config.num_demonstrations}" if config.num_demonstrations else ""
             raise ConfigError(
                 f"at most {len(everything)} examples in the training split",
-                f"data.num_train={config.num_train} and data.num_dev={config.num_dev}",
+                f"data.num_train={config.num_train} and data.num_dev={config.num_dev}{also}",
                 "lower them, or null for all",
             )
         chosen = [everything[i] for i in order[: num_train + num_dev]]
+        shots = [everything[i] for i in order[num_train + num_dev :][: config.num_demonstrations]]
         validation = task.examples("validation")
         if config.num_validation is not None and config.num_validation > len(validation):
             raise ConfigError(f"data.num_validation up to {len(validation)}", str(config.num_validation), "lower it")
-        return cls(chosen[:num_train], chosen[num_train:], validation[: config.num_validation])
+        splits = chosen[:num_train], chosen[num_train:], validation[: config.num_validation]
+        return cls(*([demonstrate(example, shots) for example in split] for split in splits))
 
 
 class Encoder:
@@ -77,7 +84,10 @@ class Encoder:
         """
         digest = hashlib.sha256()
         for split in (splits.train, splits.dev, splits.validation):
-            rows = [(self._rows(example, example.options, 0), example.gold) for example in split]
+            rows = [
+                (self._rows(example, example.options, 0), example.gold, self._question(example, range(0)))
+                for example in split
+            ]
             digest.update(repr(rows).encode())
         return digest.hexdigest()[:16]
 
@@ -85,11 +95,28 @@ class Encoder:
         """One micro-batch of examples, with all their options or only the right one."""
         rows: list[Row] = []
         gold: list[list[bool]] = []
+        questions: list[Question] = []
         for number, example in enumerate(examples):
             options = [example.gold] if gold_only else list(range(len(example.options)))
             gold.append([option == example.gold for option in options])
             rows += self._rows(example, [example.options[option] for option in options], number)
-        return MicroBatch.from_rows(rows, gold, self._pad)
+            questions.append(self._question(example, options))
+        return MicroBatch.from_rows(rows, gold, self._pad, questions)
+
+    def _question(self, example: Example, options: Iterable[int]) -> Question:
+        """The example's texts; a prompt to generate from is cut so that the answer fits behind it."""
+        question = Question(tuple(example.labels[option] for option in options), example.accepted)
+        if example.max_new_tokens == 0:
+            return question
+        room = self.max_length - example.max_new_tokens + 1
+        if room < 2:
+            got = f"{self.max_length} and an answer of {example.max_new_tokens} tokens"
+            raise ConfigError("data.max_length above the tokens to generate", got, "raise it")
+        tokens: list[int] = self.tokenizer(example.prompt)["input_ids"]
+        if len(tokens) > room:
+            self._truncated.add(tuple(tokens))
+            tokens = tokens[:1] + tokens[1 - room :]
+        return replace(question, prompt=tuple(tokens), max_new_tokens=example.max_new_tokens)
 
     def _rows(self, example: Example, options: Sequence[str], number: int) -> list[Row]:
         answers: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}

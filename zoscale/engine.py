@@ -7,17 +7,19 @@ from typing import Any, Literal
 
 from accelerate import Accelerator, DistributedType
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from zoscale.batch import MicroBatch
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate
 from zoscale.fan import Fan
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import Forward, Losses, SequentialForward
+from zoscale.generation import Generator
 from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel, is_block
 from zoscale.noise import Noise
-from zoscale.objectives import Objective, language_modeling
+from zoscale.objectives import GeneratedLoss, Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.probes import PROBES, Direction, Probe
 from zoscale.shards import Master, ShardedParam, shard_parameters
@@ -71,17 +73,18 @@ class ZeroOrderEngine:
         optimizer: makes the update rule from this rank's shards and the mesh; a class with its defaults will do.
         probe: what directions look like; None = what goes with the optimizer.
         estimator: which points are evaluated; likewise.
-        objective: the loss of a micro-batch.
+        objective: the loss of a micro-batch; one that is no `GeneratedLoss` may be replaced later.
         seed: of all directions.
         master: keep the truth of trainable slices in fp32 (4 bytes per local element), or none.
         noise: compile the generator: `auto` does from about a million trainable elements on.
         forward: `fan_out` takes all candidates in one pass; `sequential` takes one pass each; `auto` fans out where
             it can, which is wherever modules keep the rows of a batch in order.
         max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
+        tokenizer: of the model; needed where answers are generated.
 
     Raises:
         ValueError: if nothing is trainable, `fan_out` is asked for and not possible, the optimizer needs another
-            probe or estimator, or the estimator the whole model.
+            probe or estimator, the estimator the whole model, or the objective a tokenizer.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class ZeroOrderEngine:
         noise: NoiseBackend = "auto",
         forward: ForwardName = "auto",
         max_rows: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.model = model
         module = model
@@ -119,12 +123,19 @@ class ZeroOrderEngine:
         compiled = noise == "compiled" or (noise == "auto" and self.num_trainable >= _COMPILE_ABOVE)
         self.noise = Noise(seed, compiled=compiled)
         self.answers = AnswerModel(module, model)
+        self.generator = Generator(self.answers, tokenizer, self.mesh) if tokenizer is not None else None
         self.forward = self._choose_forward(forward, max_rows)
         self.num_steps = 0
 
     def _choose_forward(self, name: ForwardName, max_rows: int | None) -> Forward:
         if self.estimator.takes_derivatives:
             return self._tangent_forward(name)
+        if isinstance(self.objective, GeneratedLoss):
+            if self.generator is None or name == "fan_out":
+                raise ValueError(
+                    "expected a tokenizer and the forward sequential or auto for an objective that generates"
+                )
+            return SequentialForward(self.answers, self.shards, self.mesh, answer=self.generator.texts)
         fan = None if name == "sequential" else self._choose_fan()
         if fan is not None:
             return FanOutForward(self.answers, self.mesh, fan, max_rows=max_rows)

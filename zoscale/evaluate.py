@@ -1,15 +1,20 @@
 """Metrics of a model on examples, shared out to the ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from zoscale.batch import MicroBatch
+from zoscale.generation import Generator
 from zoscale.mesh import Mesh
+from zoscale.metrics import score
 from zoscale.models import AnswerModel
-from zoscale.objectives import classification, language_modeling, predictions
+from zoscale.objectives import Objective, chosen_texts, classification, language_modeling, score_sum
+
+_LOSSES: Mapping[str, Objective] = {"loss": classification, "lm_loss": language_modeling}
 
 
 @dataclass(frozen=True)
@@ -18,25 +23,40 @@ class Evaluation:
 
     Args:
         count: examples scored: all of them.
-        accuracy: share of examples whose right option scores highest.
-        loss: cross-entropy over the options, per example.
-        lm_loss: cross-entropy of the right option's tokens, per token.
+        metrics: by name. `loss` is the cross-entropy over the options, per example; `lm_loss` that of the right
+            option's tokens, per token; any other is the mean of `metrics.score(name)` over the examples.
     """
 
     count: int
-    accuracy: float
-    loss: float
-    lm_loss: float
+    metrics: dict[str, float]
 
     @property
     def is_finite(self) -> bool:
-        """Whether the losses are numbers; the accuracy always is one, of whatever weights."""
-        return math.isfinite(self.loss) and math.isfinite(self.lm_loss)
+        """Whether all metrics are numbers; losses of broken weights are not."""
+        return all(map(math.isfinite, self.metrics.values()))
+
+    def flat(self) -> dict[str, float]:
+        """The count and the metrics in one mapping."""
+        return {"count": self.count, **self.metrics}
 
 
 @torch.no_grad()
-def evaluate(model: AnswerModel, batches: Sequence[MicroBatch], mesh: Mesh) -> Evaluation:
+def evaluate(
+    model: AnswerModel,
+    batches: Sequence[MicroBatch],
+    mesh: Mesh,
+    metrics: Sequence[str] = ("accuracy", "loss", "lm_loss"),
+    *,
+    generator: Generator | None = None,
+) -> Evaluation:
     """Score every example once. A collective: all ranks call it with the same batches.
+
+    Args:
+        model: answers for micro-batches.
+        batches: the examples with all their options.
+        mesh: the ranks.
+        metrics: `loss`, `lm_loss`, or a name that `metrics.score` knows.
+        generator: writes the answers that are scored; None = the best option is scored.
 
     Raises:
         ValueError: without examples.
@@ -45,19 +65,21 @@ def evaluate(model: AnswerModel, batches: Sequence[MicroBatch], mesh: Mesh) -> E
         raise ValueError("expected at least one micro-batch to evaluate, got none")
     mine, turns = mesh.share(len(batches))
     mine += [mesh.rank % len(batches)] * (turns - len(mine))
-    table = torch.zeros(5, turns, dtype=torch.float64, device=mesh.device)
+    table = torch.zeros(2 * len(metrics), turns, dtype=torch.float64, device=mesh.device)
     for turn, item in enumerate(mine):
-        batch = batches[item].to(mesh.device)
-        logprobs = model.answer_logprobs(batch)
-        table[0, turn] = (predictions(logprobs, batch) == _gold(batch)).sum()
-        table[1, turn], table[2, turn] = classification(logprobs, batch)
-        table[3, turn], table[4, turn] = language_modeling(logprobs, batch)
-    correct, loss, count, lm_loss, tokens = (sum(row) for row in mesh.gather_items(table, len(batches)).tolist())
-    return Evaluation(int(count), correct / count, loss / count, lm_loss / tokens)
+        table[:, turn] = torch.stack(_sums(model, batches[item].to(mesh.device), metrics, generator))
+    sums = [sum(row) for row in mesh.gather_items(table, len(batches)).tolist()]
+    means = (total / count for total, count in zip(sums[::2], sums[1::2], strict=True))
+    return Evaluation(sum(batch.num_examples for batch in batches), dict(zip(metrics, means, strict=True)))
 
 
-def _gold(batch: MicroBatch) -> torch.Tensor:
-    """The number of the right option within its example: int64 [num_examples]."""
-    places = batch.option_is_gold.nonzero(as_tuple=True)[0]
-    first = torch.searchsorted(batch.option_example, torch.arange(batch.num_examples, device=places.device))
-    return places - first
+def _sums(model: AnswerModel, batch: MicroBatch, metrics: Sequence[str], generator: Generator | None) -> list[Tensor]:
+    """Sum and count of each metric."""
+    logprobs = model.answer_logprobs(batch)
+    texts: list[str] = []
+    if not _LOSSES.keys() >= set(metrics):
+        texts = chosen_texts(logprobs, batch) if generator is None else generator.texts(batch)
+    pairs = [
+        _LOSSES[name](logprobs, batch) if name in _LOSSES else score_sum(score(name), texts, batch) for name in metrics
+    ]
+    return [value for pair in pairs for value in pair]

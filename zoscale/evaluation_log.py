@@ -2,29 +2,42 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from zoscale.config import ConfigError
 from zoscale.evaluate import Evaluation
 from zoscale.mesh import Mesh
 
 
+def _counted(result: dict[str, float]) -> dict[str, float]:
+    if not float(result.get("count", 0.5)).is_integer():
+        raise ValueError("a result needs a count of examples")
+    return result
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One evaluation.
+    """One evaluation, as it stands on a line of the file.
 
     Args:
         name: of the split, as in the metrics.
         step: steps taken before it.
-        result: its metrics.
+        result: `count`, the number of examples, and the metrics by name.
     """
 
     name: str
     step: int
-    result: Evaluation
+    result: Annotated[dict[str, float], AfterValidator(_counted)]
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """The result."""
+        metrics = {name: value for name, value in self.result.items() if name != "count"}
+        return Evaluation(int(self.result["count"]), metrics)
 
 
 _ENTRY: TypeAdapter[Entry] = TypeAdapter(Entry)
@@ -45,7 +58,7 @@ class EvaluationLog:
         self.path = path
         self.mesh = mesh
         entries = mesh.on_main(lambda: _read(path))
-        self._known = {(entry.name, entry.step): entry.result for entry in entries}
+        self._known = {(entry.name, entry.step): entry.evaluation for entry in entries}
 
     def get(self, name: str, step: int) -> Evaluation | None:
         """The evaluation of that name at that step, if it was taken."""
@@ -64,7 +77,8 @@ class EvaluationLog:
         self._known[name, step] = result
         if self.mesh.is_main:
             with self.path.open("ab") as file:
-                file.write(json.dumps(asdict(Entry(name, step, result))).encode() + b"\n")
+                row = {"name": name, "step": step, "result": result.flat()}
+                file.write(json.dumps(row).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -1,10 +1,13 @@
 """Writing what was trained as ordinary Hugging Face folders."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zoscale.config import ConfigError
@@ -27,10 +30,22 @@ def save_trained(engine: ZeroOrderEngine, folder: Path | str) -> None:
     if engine.mesh.is_main:
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
-            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+            if is_adapter and model.active_peft_config.is_prompt_learning:
+                _save_virtual_tokens(model, state, Path(folder))
+            else:
+                model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         except SafetensorError as error:  # a full disk comes as this
             raise OSError(f"{folder} could not be written: {error}") from error
     engine.mesh.barrier()
+
+
+def _save_virtual_tokens(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """Write them as PEFT does, which would call the sharded embedding for it, a collective, on rank 0 alone."""
+    ((name, values),) = state.items()
+    if not name.endswith("embedding.weight"):
+        raise ValueError(f"expected the embedding of the virtual tokens as the only trainable tensor, got {name}")
+    save_file({"prompt_embeddings": values.contiguous()}, folder / SAFETENSORS_WEIGHTS_NAME)
+    replace(model.active_peft_config, inference_mode=True).save_pretrained(str(folder))
 
 
 def write_origin(engine: ZeroOrderEngine, folder: Path, config_hash: str) -> None:

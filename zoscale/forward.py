@@ -1,9 +1,9 @@
 """Losses of K candidate points on one batch, forward only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -56,12 +56,21 @@ class SequentialForward:
         model: answers for micro-batches.
         shards: this rank's slices of the trainable tensors.
         mesh: the ranks that share the micro-batches.
+        answer: what the objective reads of a micro-batch; None = the log-probabilities of its answer tokens.
     """
 
-    def __init__(self, model: AnswerModel, shards: Sequence[ShardedParam], mesh: Mesh) -> None:
+    def __init__(
+        self,
+        model: AnswerModel,
+        shards: Sequence[ShardedParam],
+        mesh: Mesh,
+        *,
+        answer: Callable[[MicroBatch], Any] | None = None,
+    ) -> None:
         self.model = model
         self.shards = shards
         self.mesh = mesh
+        self.answer = answer or model.answer_logprobs
 
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
@@ -71,7 +80,7 @@ class SequentialForward:
         for number, candidate in enumerate(candidates):
             with perturbed(self.shards, candidate):
                 for turn, batch in enumerate(local):
-                    table[number, turn], table[-1, turn] = objective(self.model.answer_logprobs(batch), batch)
+                    table[number, turn], table[-1, turn] = objective(self.answer(batch), batch)
         return reduce_losses(self.mesh.gather_items(table, len(batches)).tolist(), local[:own])
 
 

@@ -1,17 +1,18 @@
 """Hugging Face causal language models, built directly sharded, with the head on answer positions only."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from zoscale.adapters import choose_trainable, peft_config
 from zoscale.batch import MicroBatch
-from zoscale.config import ConfigError, ModelConfig, check_adapter
-from zoscale.shards import order_gathers_after_writes, true_numel
+from zoscale.config import ConfigError, ModelConfig
+from zoscale.shards import order_gathers_after_writes, true_numel, vectors_gathered
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
@@ -54,7 +55,8 @@ def _answer_positions(head: nn.Module, batch: MicroBatch) -> Iterator[None]:
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
-        return (hidden[batch.position_row, batch.position_column].unsqueeze(0), *args[1:])
+        num_virtual = hidden.shape[1] - batch.input_ids.shape[1]  # prompt tuning puts tokens before the others
+        return (hidden[batch.position_row, batch.position_column + num_virtual].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
@@ -96,18 +98,6 @@ def read_model_config(config: ModelConfig) -> Any:
         raise ConfigError(
             "a Hugging Face id, a local folder or a known model_type", wanted, _first_line(error)
         ) from error
-
-
-def check_model_config(config: ModelConfig, adapter: Mapping[str, Any] | None) -> None:
-    """What can be refused without building anything.
-
-    Raises:
-        ConfigError: for unknown adapter options, or an architecture that cannot be found.
-    """
-    from peft import LoraConfig
-
-    check_adapter(adapter, [field.name for field in fields(LoraConfig)])
-    read_model_config(config)
 
 
 def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> ModelSize:
@@ -191,24 +181,29 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None) -> nn.Module:
-    """Freeze the base and add LoRA matrices; without an adapter every parameter is trained.
+def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, trainable: str | None = None) -> nn.Module:
+    """Freeze the base and add what is trained; without an adapter the base's own weights are trained.
 
     Args:
-        adapter: fields of `peft.LoraConfig`.
+        model: the base.
+        adapter: `peft_type` (left out: lora) and fields of its configuration in PEFT.
+        trainable: without an adapter, pattern of the names of the weights to train; None = all.
 
     Raises:
-        ConfigError: for unknown fields, or targets that the model does not have.
+        ConfigError: for unknown fields, or targets or names that the model does not have.
     """
     if adapter is None:
-        return model.requires_grad_(True)
-    from peft import LoraConfig, get_peft_model
+        choose_trainable(model, trainable)
+        return model
+    from peft import get_peft_model
 
+    copies_norms = adapter.get("peft_type") == "ln_tuning"  # which needs them whole
     try:
-        return cast(nn.Module, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **dict(adapter))))
+        with vectors_gathered(model) if copies_norms else nullcontext():
+            return cast(nn.Module, get_peft_model(model, peft_config(adapter)))
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(
-            f"LoRA options that fit {type(model).__name__}", _first_line(error), "correct adapter"
+            f"adapter options that fit {type(model).__name__}", _first_line(error), "correct adapter"
         ) from error
 
 

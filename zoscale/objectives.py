@@ -1,20 +1,23 @@
-"""Objectives: from the log-probabilities of the answer tokens to the loss of a micro-batch."""
+"""Objectives: from the model's answers to the loss of a micro-batch, differentiable or not."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from zoscale.batch import MicroBatch
+from zoscale.metrics import Score
 
 
 class Objective(Protocol):
     """Loss sum and count of a micro-batch, so that micro-batches reduce to one mean."""
 
-    def __call__(self, logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def __call__(self, answers: Any, batch: MicroBatch, /) -> tuple[Tensor, Tensor]:
         """
         Args:
-            logprobs: float32 [A], log-probability of each answer token.
+            answers: float32 [A], log-probability of each answer token; for `GeneratedLoss` the generated texts.
             batch: what the answers belong to.
 
         Returns:
@@ -53,6 +56,56 @@ def language_modeling(logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tens
     """Cross-entropy of the right option's tokens, per token."""
     chosen = batch.option_is_gold[batch.answer_option]
     return -torch.where(chosen, logprobs.double(), 0.0).sum(), chosen.sum().double()
+
+
+def chosen_texts(logprobs: Tensor, batch: MicroBatch) -> list[str]:
+    """What the best option of each example stands for.
+
+    Raises:
+        ValueError: if the micro-batch does not carry its texts.
+    """
+    if len(batch.questions) != batch.num_examples:
+        raise ValueError("expected a micro-batch with the texts of its examples, got one of tokens: use an Encoder")
+    chosen = predictions(logprobs, batch).tolist()
+    return [question.labels[option] for question, option in zip(batch.questions, chosen, strict=True)]
+
+
+def score_sum(score: Score, texts: Sequence[str], batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Sum of the scores of one text per example, and the number of examples: float64 scalars on the batch's device."""
+    total = sum(score(text, question.accepted) for text, question in zip(texts, batch.questions, strict=True))
+    sums = torch.tensor([total, len(texts)], dtype=torch.float64, device=batch.input_ids.device)
+    return sums[0], sums[1]
+
+
+@dataclass(frozen=True)
+class ChosenLoss:
+    """1 - score of the option that is chosen, per example. Piecewise constant: it has no gradient.
+
+    Args:
+        score: of a text.
+    """
+
+    score: Score
+
+    def __call__(self, logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        total, count = score_sum(self.score, chosen_texts(logprobs, batch), batch)
+        loss = torch.where(logprobs.isnan().any(), torch.nan, count - total)  # nothing was chosen: skip the step
+        return loss, count
+
+
+@dataclass(frozen=True)
+class GeneratedLoss:
+    """1 - score of the text that is generated, per example. Piecewise constant: it has no gradient.
+
+    Args:
+        score: of a text.
+    """
+
+    score: Score
+
+    def __call__(self, texts: Sequence[str], batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        total, count = score_sum(self.score, texts, batch)
+        return count - total, count
 
 
 OBJECTIVES: dict[str, Objective] = {"classification": classification, "lm": language_modeling}

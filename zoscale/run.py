@@ -50,7 +50,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     directory = _enter(config, mesh)
     summary = mesh.on_main(directory.read_summary)
     if summary is None:
-        engine = build_engine(config, made.architecture, accelerator)
+        engine = build_engine(
+            config, made.architecture, accelerator, objective=made.objective, tokenizer=made.encoder.tokenizer
+        )
         describe(config, engine, made, directory)
         summary = _watched(config, made, engine, directory)
     else:
@@ -89,7 +91,7 @@ def _watched(config: RunConfig, made: Plan, engine: ZeroOrderEngine, directory: 
     watchdog = Watchdog(
         rank=mesh.rank, world_size=mesh.world_size, stall_seconds=limits.stall_seconds, slow_seconds=slow_seconds
     )
-    engine.answers.module.register_forward_pre_hook(lambda *_: watchdog.beat())
+    engine.answers.head.register_forward_pre_hook(lambda *_: watchdog.beat())  # each forward calls it, generating too
     with watchdog:
         log = say(mesh)
         ledger = Ledger(directory, config, engine, header_of(config, engine, made.data), log, watchdog.move)

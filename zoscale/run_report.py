@@ -7,7 +7,9 @@ from tqdm import tqdm
 from zoscale.assembly import Plan
 from zoscale.config import RunConfig
 from zoscale.engine import ZeroOrderEngine
+from zoscale.forward import SequentialForward
 from zoscale.mesh import Mesh
+from zoscale.objectives import GeneratedLoss
 from zoscale.recovery import Log
 from zoscale.run_directory import RunDirectory
 from zoscale.shards import local_bytes
@@ -37,6 +39,14 @@ def describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan, directory: 
     )
     method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
     log(f"method: {method}, {engine.num_losses} forwards per step, {config.train.steps} steps")
+    if config.forward.name == "auto" and isinstance(engine.forward, SequentialForward):
+        generates = isinstance(engine.objective, GeneratedLoss)
+        reason = (
+            f"objective {config.objective} reads texts that are generated"
+            if generates
+            else "what is trained cannot be fanned out"
+        )
+        log(f"forward: sequential, because {reason}")
 
 
 def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: RunDirectory, compare: str) -> None:

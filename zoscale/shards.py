@@ -1,7 +1,7 @@
 """`ShardedParam`: this rank's live slice of one trainable tensor. The only reader of DeepSpeed's `ds_*` attributes."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -232,6 +232,16 @@ def not_gathered(shards: Sequence[ShardedParam]) -> Iterator[None]:
             param.ds_status = type(param.ds_status).NOT_AVAILABLE
 
 
+@contextmanager
+def vectors_gathered(model: nn.Module) -> Iterator[None]:
+    """Within, the model's vectors (norms, biases) are whole on every rank, to be read only. A collective."""
+    with ExitStack() as stack:
+        for param in model.parameters():
+            if len(getattr(param, "ds_shape", param.shape)) == 1:
+                stack.enter_context(gathered(param))
+        yield
+
+
 def order_gathers_after_writes(module: nn.Module) -> None:
     """Make ZeRO-3's gather stream wait for the stream that wrote the shards; before every forward. A no-op on the CPU.
 
@@ -240,6 +250,27 @@ def order_gathers_after_writes(module: nn.Module) -> None:
     zero = getattr(module, "optimizer", None)
     if zero is not None and torch.cuda.is_available():
         cast(Any, zero)._DeepSpeedZeRoOffload__allgather_stream.wait_stream(torch.cuda.current_stream())
+
+
+@contextmanager
+def direct_calls(module: nn.Module, inner: nn.Module) -> Iterator[None]:
+    """Within, `inner` may be called by itself and not through the sharded `module` that holds it, as generation does.
+
+    ZeRO-3 begins a pass where its outermost module is called. Without that, what it has gathered ahead stays in flight
+    at the end, and the next pass may read weights of before an edit. A collective; a no-op for a model that is whole.
+    """
+    zero: Any = getattr(module, "optimizer", None)
+    if zero is None:
+        yield
+        return
+    begin = zero.get_param_coordinator().reset_step
+    handle = None if inner is zero.module else inner.register_forward_pre_hook(lambda *_: begin(), prepend=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+    begin()
 
 
 def _local_slice(param: nn.Parameter, spec: TensorSpec) -> tuple[int, Tensor]:

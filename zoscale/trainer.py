@@ -17,6 +17,7 @@ from zoscale.evaluate import Evaluation, evaluate
 from zoscale.fingerprint import check_replicas
 from zoscale.journal import Record
 from zoscale.ledger import Ledger
+from zoscale.objectives import OBJECTIVES
 from zoscale.preemption import Preempted, stop_on_signals
 from zoscale.recovery import Log
 from zoscale.run_meters import RunMeters
@@ -97,6 +98,8 @@ class Trainer:
         gold_only = config.objective == "lm"
         self.batches = TrainBatches(splits.train, encoder, config.data, config.seed, gold_only=gold_only)
         size = config.train.eval_micro_batch_size
+        extra = () if config.objective in OBJECTIVES or config.objective in task.metrics else (config.objective,)
+        self.metrics = (*task.metrics, *extra)
         self.dev = evaluation_batches(splits.dev, encoder, size)
         self.validation = evaluation_batches(splits.validation, encoder, size)
         self.meters = RunMeters(engine)
@@ -132,7 +135,8 @@ class Trainer:
                 bar.set_postfix_str(f"loss {result.loss:.4f}", refresh=False)
                 bar.update()
                 self._after(step + 1)
-        final = self._evaluate("validation/final", self.validation, self.config.train.steps)
+        steps = self.config.train.steps
+        final = self._evaluate("validation/final", self.validation, steps) if steps else before
         best = self._restore_best(final)
         return self._summary(before, final, best, first, time.monotonic() - started)
 
@@ -204,11 +208,11 @@ class Trainer:
             if step == 0 < self.engine.num_steps:
                 got = "a file without it"
                 raise ConfigError(f"{name} of step 0 in {self.ledger.evaluations.path}", got, "restore the file")
-            result = evaluate(self.engine.answers, batches, self.engine.mesh)
+            generator = self.engine.generator if self.task.generates else None
+            result = evaluate(self.engine.answers, batches, self.engine.mesh, self.metrics, generator=generator)
             self.ledger.add_evaluation(name, step, result)
-        numbers = {metric: getattr(result, metric) for metric in self.task.metrics}
-        self.tracker.log(step, {f"{name}/{metric}": value for metric, value in numbers.items()})
-        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in numbers.items())
+        self.tracker.log(step, {f"{name}/{metric}": value for metric, value in result.metrics.items()})
+        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in result.metrics.items())
         self.log(f"step {step}: {name} {shown} ({result.count} examples)")
         return result
 
@@ -229,7 +233,7 @@ class Trainer:
         if not (a.is_finite and b.is_finite):
             return a.is_finite
         name = self.task.select_by
-        new, old = getattr(a, name), getattr(b, name)
+        new, old = a.metrics[name], b.metrics[name]
         return bool(new < old) if name.endswith("loss") else bool(new > old)
 
     def _restore_best(self, final: Evaluation) -> Evaluation:
@@ -246,8 +250,8 @@ class Trainer:
     ) -> dict[str, Any]:
         steps, score, records = self.config.train.steps, self._best_score, self.ledger.records
         return {
-            "validation": {"before": vars(before), "final": vars(final), "chosen": vars(best)},
-            "dev": {"best_step": score.step, **vars(score.dev)} if score else None,
+            "validation": {"before": before.flat(), "final": final.flat(), "chosen": best.flat()},
+            "dev": {"best_step": score.step, **score.dev.flat()} if score else None,
             "steps": steps,
             "resumed_at_step": first or None,
             "skipped_steps": self._skips.total,

@@ -35,7 +35,13 @@ from zoscale.config.sections import (
 from zoscale.config.strict_yaml import ConfigError, did_you_mean, dump_yaml, plain, show
 
 T = TypeVar("T")
-DEFAULT_ADAPTER = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+DEFAULT_ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]},
+    "prefix_tuning": {"num_virtual_tokens": 5, "init_weights": "zero"},
+    "prompt_tuning": {"num_virtual_tokens": 10, "prompt_tuning_init": "SAMPLE_VOCAB"},
+    "ia3": {},
+    "ln_tuning": {},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +55,15 @@ class RunConfig:
         resume: auto continues the run of the same configuration if there is one, never refuses to; or the folder of
             a run, or of one of its checkpoints, to continue.
         overwrite: Delete the folder of an earlier run with the same configuration and start again.
-        adapter: Fields of peft.LoraConfig, over the default ones; null is full fine-tuning.
+        adapter: What is trained beside the frozen model: peft_type (lora, prefix_tuning, prompt_tuning, ia3 or
+            ln_tuning; left out, lora) and fields of its configuration in PEFT, over the default ones of this package
+            (lora: r 8, lora_alpha 16, on q_proj and v_proj); null trains the model's own weights.
+        trainable: Regular expression, searched in names of the model's own weights: those that are trained if adapter
+            is null; null is all of them.
         master: Type of the master copy of the trainable weights, which updates go to; none keeps no copy.
-        objective: What is minimized: the loss of the answer among the candidates, or of the text's tokens.
+        objective: What is minimized: classification, the loss of the answer among the candidates; lm, that of its
+            tokens; or 1 - a score of the chosen or generated text: accuracy, f1, exact_match, or module:function, any
+            function (answer, accepted answers) -> number.
     """
 
     name: str = "run"
@@ -60,9 +72,10 @@ class RunConfig:
     resume: str = "auto"
     overwrite: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
-    adapter: dict[str, Any] | None = field(default_factory=DEFAULT_ADAPTER.copy)
+    adapter: dict[str, Any] | None = field(default_factory=dict)
+    trainable: str | None = None
     master: Literal["fp32", "none"] = "fp32"
-    objective: Literal["classification", "lm"] = "classification"
+    objective: str = "classification"
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -78,7 +91,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.adapter is not None:  # so that a partial adapter means the same in Python and in YAML
-            object.__setattr__(self, "adapter", plain({**DEFAULT_ADAPTER, **self.adapter}, "adapter"))
+            defaults = DEFAULT_ADAPTERS.get(str(self.adapter.get("peft_type", "lora")), {})
+            object.__setattr__(self, "adapter", plain({**defaults, **self.adapter}, "adapter"))
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], tables: Tables, defaults: Mapping[str, str]) -> Self:
@@ -107,7 +121,8 @@ class RunConfig:
 
         Left out, because they change where results go, how long one waits or who computes, not what is computed:
         name, output_dir, resume, overwrite, mesh, checkpoint, tracking and of runtime all but deepspeed and noise. Of
-        a model, tokenizer or DeepSpeed file the path counts, not its content. Equal numbers count alike: 1 is 1.0.
+        a model, tokenizer or DeepSpeed file the path counts, not its content; of a function its name. Equal numbers
+        count alike: 1 is 1.0.
         """
         text = json.dumps(_canonical(self.identity()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -217,18 +232,19 @@ def build(method: Method, table: Mapping[str, Callable[..., T]], *positional: An
 # ------------------------------------------------------------ checking
 
 
-def check_adapter(adapter: Mapping[str, Any] | None, allowed: Iterable[str]) -> None:
-    """Raise `ConfigError` if `adapter` has a key that is not `allowed` (the fields of peft.LoraConfig)."""
+def check_adapter(adapter: Mapping[str, Any] | None, allowed: Iterable[str], library: str = "peft.LoraConfig") -> None:
+    """Raise `ConfigError` if `adapter` has a key that is not `allowed` (the fields of the class of the library)."""
     known = [f"adapter.{key}" for key in allowed]
     for key in adapter or {}:
         if f"adapter.{key}" not in known:
-            remedy = did_you_mean(f"adapter.{key}", known, "see the fields of peft.LoraConfig")
-            raise ConfigError("a field of peft.LoraConfig", f"adapter.{key}", remedy)
+            remedy = did_you_mean(f"adapter.{key}", known, f"see the fields of {library}")
+            raise ConfigError(f"a field of {library}", f"adapter.{key}", remedy)
 
 
 _MINIMUM = {
     "seed": 0, "data.batch_size": 1, "data.micro_batch_size": 1, "data.num_train": 1, "data.num_dev": 0,
-    "data.num_validation": 1, "data.max_length": 1, "train.steps": 0, "train.eval_every": 0,
+    "data.num_validation": 1, "data.num_demonstrations": 0, "data.max_length": 1,
+    "train.steps": 0, "train.eval_every": 0,
     "train.log_every": 1, "train.eval_micro_batch_size": 1, "train.max_skipped_in_row": 0,
     "schedule.warmup_steps": 0, "runtime.threads": 1, "checkpoint.every": 0, "checkpoint.keep": 1,
     "checkpoint.journal_sync_every": 1, "mesh.shard_size": 1, "forward.max_rows": 1, "mesh.check_every": 1,
@@ -246,6 +262,9 @@ def validate(config: RunConfig) -> None:
     if (model.id is None) == (model.config is None):
         got = "neither" if model.id is None else f"both (model.id={show(model.id)})"
         raise ConfigError("exactly one of model.id and model.config", got, "set one, and the other to null")
+    if config.adapter is not None and config.trainable is not None:
+        got = f"trainable={show(config.trainable)} and an adapter"
+        raise ConfigError("trainable to name weights of a model without an adapter", got, "set adapter=null")
     if data.batch_size % data.micro_batch_size:
         got = f"data.batch_size={data.batch_size} and data.micro_batch_size={data.micro_batch_size}"
         raise ConfigError("a micro-batch size that divides the batch size", got, "change one of them")

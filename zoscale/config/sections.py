@@ -39,6 +39,8 @@ class DataConfig:
         num_train: Training examples; null is all.
         num_dev: Examples held out of the training set for choosing a checkpoint; null is all that are left.
         num_validation: Validation examples; null is all.
+        num_demonstrations: Training examples, held out of the others, that stand with their answers before every
+            prompt; for in-context learning.
         max_length: Longest prompt with its answer, in tokens.
     """
 
@@ -47,6 +49,7 @@ class DataConfig:
     num_train: int | None = 1000
     num_dev: int | None = 500
     num_validation: int | None = None
+    num_demonstrations: int = 0
     max_length: int = 512
 
 

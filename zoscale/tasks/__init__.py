@@ -1,9 +1,27 @@
 """Tasks by name. Adding one: a class with `example`, and a row in the table."""
 
-from zoscale.tasks.base import Example, Task
+from zoscale.tasks.base import Example, Task, demonstrate
 from zoscale.tasks.classification import SST2, Classification
 from zoscale.tasks.completion import Completion
+from zoscale.tasks.multiple_choice import COPA, ReCoRD, WinoGrande
+from zoscale.tasks.question_answering import DROP, SQuAD
+from zoscale.tasks.superglue import CB, RTE, WIC, WSC, BoolQ, MultiRC
 
-TASKS: dict[str, type[Task]] = {"sst2": SST2, "classification": Classification, "completion": Completion}
+TASKS: dict[str, type[Task]] = {
+    "sst2": SST2,
+    "rte": RTE,
+    "cb": CB,
+    "boolq": BoolQ,
+    "wsc": WSC,
+    "wic": WIC,
+    "multirc": MultiRC,
+    "copa": COPA,
+    "record": ReCoRD,
+    "winogrande": WinoGrande,
+    "squad": SQuAD,
+    "drop": DROP,
+    "classification": Classification,
+    "completion": Completion,
+}
 
-__all__ = ["SST2", "TASKS", "Classification", "Completion", "Example", "Task"]
+__all__ = ["SST2", "TASKS", "Classification", "Completion", "Example", "Task", "demonstrate"]

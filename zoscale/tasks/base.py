@@ -1,9 +1,9 @@
 """Tasks: where the examples come from, how they are put to the model and what counts as better."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from zoscale.config import ConfigError
 from zoscale.tasks.sources import Source
@@ -17,11 +17,21 @@ class Example:
         prompt: text before the answer.
         options: the possible continuations, each with its leading space if it has one.
         gold: number of the right option.
+        labels: what each option stands for, where a text is scored; left out: the options.
+        accepted: the answers that are right; left out: the right option's label.
+        max_new_tokens: most tokens of an answer that is generated; 0 = the options are scored.
     """
 
     prompt: str
     options: tuple[str, ...]
     gold: int = 0
+    labels: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", self.labels or self.options)
+        object.__setattr__(self, "accepted", self.accepted or (self.labels[self.gold],))
 
 
 class Task(ABC):
@@ -31,12 +41,14 @@ class Task(ABC):
         source: where the records lie.
     """
 
-    select_by: ClassVar[str] = "accuracy"
+    select_by: str = "accuracy"
     """The dev metric that chooses the best step; a name that ends in `loss` is minimised."""
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "loss", "lm_loss")
+    metrics: tuple[str, ...] = ("accuracy", "loss", "lm_loss")
     """The evaluation metrics that say something."""
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "lm")
-    """The training objectives that make sense."""
+    objectives: tuple[str, ...] = ("classification", "lm")
+    """The differentiable training objectives that make sense."""
+    generates: bool = False
+    """Whether answers are generated, not chosen among options."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -52,6 +64,23 @@ class Task(ABC):
     def examples(self, split: str) -> list[Example]:
         """All examples of a split, in the order of the source."""
         return [self.example(record) for record in self.source.records(split)]
+
+
+def demonstrate(example: Example, shots: Sequence[Example]) -> Example:
+    """The example after others with their right answers, a blank line between them."""
+    before = "".join(f"{shot.prompt}{shot.options[shot.gold]}".rstrip() + "\n\n" for shot in shots)
+    return replace(example, prompt=before + example.prompt)
+
+
+def field(record: Mapping[str, Any], name: str) -> Any:
+    """A field of a record.
+
+    Raises:
+        ConfigError: if the record lacks it.
+    """
+    if name not in record:
+        raise ConfigError(f"records with a field {name!r}", ", ".join(sorted(map(str, record))), "correct task.path")
+    return record[name]
 
 
 def render(template: str, record: Mapping[str, Any]) -> str:

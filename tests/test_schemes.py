@@ -1,0 +1,223 @@
+"""What can be trained: every scheme under real ZeRO-3 on two ranks, against the plain model in this process."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemes_worker
+import tiny
+import torch
+from peft import PeftModel
+from processes import ROOT, torchrun
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from zoscale.adapters import check_scheme, choose_trainable
+from zoscale.assembly import build_engine
+from zoscale.config import ConfigError, parse
+from zoscale.data import Encoder, TrainBatches
+from zoscale.fan_out import FanOutForward
+from zoscale.forward import SequentialForward
+from zoscale.generation import Generator
+from zoscale.mesh import Mesh
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models import AnswerModel, add_adapter
+
+MODEL = ROOT / "launch/tiny_opt/model"
+RTE = ["task.name=rte", f"task.path={ROOT}/tests/samples/rte"]
+CB = ["task.name=cb", f"task.path={ROOT}/tests/samples/cb"]
+RECORD = ["task.name=record", f"task.path={ROOT}/tests/samples/record", "objective=lm"]
+WRITTEN = [
+    "task.name=squad", f"task.path={ROOT}/tests/samples/squad", "task.max_new_tokens=4",
+    "objective=schemes_worker:letters", "estimator.tau=0.5",
+]  # fmt: skip
+SCHEMES: dict[str, list[str]] = {
+    "full": ["opt", *RTE, "adapter=null"],
+    "lora": ["opt", *WRITTEN],
+    "prefix": ["opt", *WRITTEN, "adapter.peft_type=prefix_tuning"],
+    "prefix_llama": ["llama", *RECORD, "adapter.peft_type=prefix_tuning"],
+    "prompt": ["opt", *RECORD, "adapter.peft_type=prompt_tuning"],
+    "prompt_llama": ["llama", *WRITTEN, "adapter.peft_type=prompt_tuning"],
+    "ia3": ["opt", *RTE, "adapter.peft_type=ia3"],
+    "ln_tuning": ["llama", *RTE, "adapter.peft_type=ln_tuning"],
+    "norms_and_biases": ["opt", *RTE, "adapter=null", "trainable=norm|bias"],
+    "head": ["llama", *CB, "adapter=null", "trainable=^lm_head", "objective=accuracy", "estimator.tau=1.0"],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The bundled OPT, whose embeddings are tied, and a random Llama of its vocabulary, whose are not."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    options = tiny.ARCHITECTURES["llama"] | {"vocab_size": AutoConfig.from_pretrained(MODEL).vocab_size}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return {"opt": MODEL, "llama": folder}
+
+
+@pytest.fixture(scope="module")
+def sharded(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All schemes in one job of two ranks."""
+    out = tmp_path_factory.mktemp("sharded")
+    scenarios = {name: [f"model.id={models[arch]}", *options] for name, (arch, *options) in SCHEMES.items()}
+    (out / "scenarios.json").write_text(json.dumps(scenarios))
+    worker = Path(__file__).parent / "schemes_worker.py"
+    torchrun(2, str(worker), str(out / "scenarios.json"), str(out), timeout=300)
+    return out
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_two_ranks_give_what_the_plain_model_gives(
+    name: str, sharded: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Losses, weights, generated texts and metrics, bit for bit; and what was saved loads without this package."""
+    arch, *options = SCHEMES[name]
+    torch.set_num_threads(1)
+    schemes_worker.play(*schemes_worker.prepare([f"model.id={models[arch]}", *options]), tmp_path, sharded=False)
+    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (sharded / name, tmp_path))
+    assert ours == theirs
+    assert len({tuple(losses) for losses in ours["losses"]}) > 1, "the steps differ"
+    weights, expected = (load_file(folder / "weights.safetensors") for folder in (sharded / name, tmp_path))
+    assert sorted(weights) == sorted(expected)
+    assert all(torch.equal(weights[tensor], expected[tensor]) for tensor in weights)
+    loaded = load(sharded / name / "trained", models[arch], weights)
+    assert lm_loss(loaded, options) == pytest.approx(ours["metrics"]["lm_loss"], abs=1e-4)
+    assert lm_loss(AutoModelForCausalLM.from_pretrained(models[arch]), options) != pytest.approx(
+        ours["metrics"]["lm_loss"], abs=1e-3
+    ), "something was trained"
+
+
+def load(folder: Path, base: Path, trained: dict[str, torch.Tensor]) -> Any:
+    """The saved model by PEFT or transformers alone."""
+    if not (folder / "adapter_config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        before = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
+        changed = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+        assert changed == set(trained), "these and no others were trained"
+        return model.eval()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()
+
+
+@torch.no_grad()
+def lm_loss(model: Any, options: list[str]) -> float:
+    """Cross-entropy of the right answers' tokens on the validation sample: one row at a time, by transformers' loss."""
+    config = parse(["model.id=x", *options], TABLES, DEFAULTS)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    total, count = 0.0, 0
+    for example in TABLES["task"][config.task.name](**config.task.args).examples("validation"):
+        start = len(tokenizer(example.prompt)["input_ids"])
+        ids = torch.tensor([tokenizer(example.prompt + example.options[example.gold])["input_ids"]])
+        labels = ids.clone()
+        labels[:, :start] = -100
+        total += float(model.eval()(input_ids=ids, labels=labels).loss) * (ids.shape[1] - start)
+        count += ids.shape[1] - start
+    return total / count
+
+
+def test_generation_trained_by_an_objective_of_the_users(sharded: Path) -> None:
+    """Sequential by itself, and the losses of the candidates differ."""
+    for name in ("lora", "prefix", "prompt_llama"):
+        report = json.loads((sharded / name / "report.json").read_text())
+        assert report["forward"] == "SequentialForward"
+        assert any(len(set(losses)) > 1 for losses in report["losses"]), name
+        assert len(report["texts"]) == 2 and set(report["metrics"]) == {"count", "f1", "exact_match", "lm_loss"}
+
+
+@pytest.mark.parametrize("name", ["prefix_llama", "prompt", "ia3", "ln_tuning", "norms_and_biases", "head"])
+def test_schemes_fan_out_where_they_can(name: str, models: dict[str, Path]) -> None:
+    """The losses of one pass for all candidates are those of one pass each; virtual tokens take one pass each."""
+    arch, *options = SCHEMES[name]
+    found = []
+    for forward in ("auto", "sequential"):
+        changes = [f"forward.name={forward}", "objective=lm", "estimator.tau=0.05"]
+        config, made = schemes_worker.prepare([f"model.id={models[arch]}", *options, *changes])
+        engine = build_engine(config, made.architecture, None, objective=made.objective)
+        batches = TrainBatches(made.splits.train, made.encoder, config.data, 0, gold_only=True)
+        found.append(engine.losses(batches.at(0), engine.directions(0)))
+        fans_out = forward == "auto" and not name.startswith("pr")
+        assert isinstance(engine.forward, FanOutForward if fans_out else SequentialForward)
+    assert found[0].values == pytest.approx(found[1].values, abs=2e-5)
+    assert len(set(found[1].values)) == 2, "the candidates differ"
+
+
+@pytest.mark.parametrize("arch", ["opt", "llama"])
+@pytest.mark.parametrize("name", ["lora", "prefix_tuning", "prompt_tuning", "ia3"])
+@torch.no_grad()
+def test_generation_of_every_scheme(name: str, arch: str, models: dict[str, Path]) -> None:
+    """Prompts of different lengths together, with padding and a cache, give what each gives alone without either."""
+    adapter = parse(["model.id=x", f"adapter.peft_type={name}"], TABLES, DEFAULTS).adapter
+    torch.manual_seed(0)
+    model: Any = add_adapter(AutoModelForCausalLM.from_pretrained(models[arch], dtype=torch.float32), adapter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(std=0.3)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    examples = TABLES["task"]["squad"](path=str(ROOT / "tests/samples/squad"), max_new_tokens=6).examples("train")
+    examples = [replace(examples[0], prompt="the film"), examples[1], replace(examples[2], prompt="It was a dull")]
+    batch = Encoder(tokenizer, 64).micro_batch(examples, gold_only=True)
+    generator = Generator(AnswerModel(model, model), tokenizer, Mesh())
+    alone = []
+    for question in batch.questions:
+        made: list[int] = []
+        for _ in range(6):
+            ids = torch.tensor([[*question.prompt, *made]])
+            logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            made.append(int(logits[0, -1].argmax()))
+        alone.append(generator._text(made))
+    assert generator.texts(batch) == alone
+    assert len(set(alone)) == 3
+
+
+@pytest.mark.parametrize(
+    ("adapter", "trainable", "message"),
+    [
+        ({"peft_type": "vera"}, None, "adapter.peft_type lora, prefix_tuning"),
+        ({"peft_type": "ia3", "r": 8}, None, "a field of peft.IA3Config, got adapter.r"),
+        ({"peft_type": "prefix_tuning", "prefix_projection": True}, None, "prefix_projection false"),
+        ({"inference_mode": True}, None, "inference_mode false"),
+        (None, "(", "a regular expression"),
+    ],
+)
+def test_schemes_that_cannot_be_trained_are_refused(
+    adapter: dict[str, Any] | None, trainable: str | None, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_scheme(adapter, trainable)
+    assert message in str(caught.value)
+
+
+def test_an_adapter_and_a_subset_of_the_weights_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="set adapter=null"):
+        parse(["model.id=x", "trainable=bias"], TABLES, DEFAULTS)
+
+
+def test_each_type_of_adapter_has_its_own_defaults() -> None:
+    def adapter(*options: str) -> Any:
+        return parse(["model.id=x", *options], TABLES, DEFAULTS).adapter
+
+    prefix = {"peft_type": "prefix_tuning", "num_virtual_tokens": 7, "init_weights": "zero"}
+    assert adapter("adapter.peft_type=prefix_tuning", "adapter.num_virtual_tokens=7") == prefix
+    assert adapter("adapter.peft_type=ia3") == {"peft_type": "ia3"}
+    assert adapter("adapter.peft_type=lora", "adapter.r=2") == adapter("adapter.r=2") | {"peft_type": "lora"}
+
+
+def test_names_of_weights_are_chosen_or_refused_with_a_reason() -> None:
+    """A tied head is refused by its second name; a pattern that finds nothing shows what names are like."""
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight, which is tied to model\.decoder\.embed_tokens\.weight"):
+        choose_trainable(model, "^lm_head")
+    with pytest.raises(ConfigError, match="they are like model"):
+        choose_trainable(model, "LayerNorm")
+    add_adapter(model, None, r"layers\.0\..*bias$|embed_tokens")
+    trained = [name for name, param in model.named_parameters() if param.requires_grad]
+    assert "model.decoder.embed_tokens.weight" in trained
+    assert all(name.endswith("bias") and ".layers.0." in name for name in trained if "embed" not in name)
+    choose_trainable(model, None)
+    assert all(param.requires_grad for param in model.parameters())

@@ -1,0 +1,327 @@
+"""Every task of the table on its small sample: prompts, options, scores, demonstrations, objectives, generation."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from zoscale.assembly import find_objective
+from zoscale.batch import MicroBatch
+from zoscale.config import ConfigError, DataConfig
+from zoscale.data import Encoder, Splits, evaluation_batches
+from zoscale.engine import ZeroOrderEngine
+from zoscale.evaluate import Evaluation, evaluate
+from zoscale.evaluation_log import EvaluationLog
+from zoscale.generation import Generator
+from zoscale.mesh import Mesh
+from zoscale.metrics import exact_match, f1, normalise, score
+from zoscale.models import AnswerModel
+from zoscale.objectives import ChosenLoss, GeneratedLoss
+from zoscale.tasks import TASKS, Completion, Task
+
+torch.set_num_threads(1)
+
+SAMPLES = ROOT / "tests/samples"
+MODEL = ROOT / "launch/tiny_opt/model"
+NAMED = [name for name in TASKS if name != "classification"]
+GENERATED = ("squad", "drop")
+
+# The first training record of each sample: prompt (as MeZO's appendix has it, arXiv 2305.17333), options, gold.
+FIRST: dict[str, tuple[str, tuple[str, ...], int]] = {
+    "sst2": ("a warm and funny story It was", (" terrible", " great"), 1),
+    "rte": (
+        'The ship left the harbour on Monday.\nDoes this mean that "The ship left on Monday." is true? Yes or No?\n',
+        ("Yes", "No"),
+        0,
+    ),
+    "cb": (
+        'Suppose Tom said that he had won. Can we infer that "Tom had won"? Yes, No, or Maybe?\n',
+        ("Yes", "No", "Maybe"),
+        2,
+    ),
+    "boolq": ("The moon is smaller than the earth. is the moon larger than the earth?\n", ("No", "Yes"), 0),
+    "wsc": (
+        "Mark told Pete many lies about himself.\n"
+        'In the previous sentence, does the pronoun "himself" refer to Mark? Yes or No?\n',
+        ("No", "Yes"),
+        1,
+    ),
+    "wic": (
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
+        "They sat on the bank.\nShe works at a bank.\n",
+        ("No", "Yes"),
+        0,
+    ),
+    "multirc": (
+        "Ben bought a red kite. It broke on Friday.\nQuestion: What broke?\n"
+        'I found this answer "The kite". Is that correct? Yes or No?\n',
+        ("No", "Yes"),
+        1,
+    ),
+    "copa": (
+        "The man broke his toe because",
+        (" he got a hole in his sock.", " he dropped a hammer on his foot."),
+        1,
+    ),
+    "record": (
+        "Lena Fox met Omar in Rome.\n- The two signed a treaty\n",
+        tuple(f"After the meeting {name} flew home to Cairo" for name in ("Lena Fox", "Omar", "Rome")),
+        1,
+    ),
+    "winogrande": ("Ian likes soup more than Dennis so", (" Ian ate two bowls.", " Dennis ate two bowls."), 0),
+    "squad": (
+        "Title: Rivers\nContext: The Elbe flows through Dresden.\n"
+        "Question: Which river flows through Dresden?\nAnswer:",
+        (" The Elbe\n",),
+        0,
+    ),
+    "drop": ("Passage: They scored 3 goals, then 2.\nQuestion: How many goals in all?\nAnswer:", (" 5\n",), 0),
+    "completion": ("the film was", (" good .",), 0),
+}
+
+
+def task_of(name: str, **options: Any) -> Task:
+    return TASKS[name](path=str(SAMPLES / name), **options)  # type: ignore[call-arg]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+def test_every_task_has_a_sample_and_a_known_prompt() -> None:
+    assert set(NAMED) == set(FIRST) == {path.name for path in SAMPLES.iterdir()}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_prompts_are_those_of_the_paper(name: str) -> None:
+    example = task_of(name).examples("train")[0]
+    assert (example.prompt, example.options, example.gold) == FIRST[name]
+    assert (example.max_new_tokens > 0) == (name in GENERATED)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_scores_are_those_of_the_options_one_by_one(name: str, tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Options of any number and length per record: mean log-probability per token, each row fed alone."""
+    task, encoder = task_of(name), Encoder(tokenizer, 512)
+    examples = task.examples("validation")
+    names = tuple(metric for metric in task.metrics if metric not in ("f1", "exact_match"))
+    found = evaluate(AnswerModel(model, model), evaluation_batches(examples, encoder, 2), Mesh(), names)
+    assert found.count == len(examples) and list(found.metrics) == list(names)
+    right, tokens, gold_logprob = 0, 0, 0.0
+    for example in examples:
+        logprobs = [naive(model, tokenizer, example.prompt, option) for option in example.options]
+        means = [sum(values) / len(values) for values in logprobs]
+        right += example.labels[means.index(max(means))] in example.accepted
+        tokens += len(logprobs[example.gold])
+        gold_logprob += sum(logprobs[example.gold])
+    assert found.metrics["lm_loss"] == pytest.approx(-gold_logprob / tokens, abs=1e-4)
+    if "accuracy" in found.metrics:
+        assert found.metrics["accuracy"] == right / len(examples)
+
+
+@torch.no_grad()
+def naive(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[float]:
+    """Log-probability of each token of the answer."""
+    before, full = tokenizer(prompt)["input_ids"], tokenizer(prompt + answer)["input_ids"]
+    start = next((i for i, (a, b) in enumerate(zip(before, full, strict=False)) if a != b), len(before))
+    logprobs = model(torch.tensor([full])).logits[0].log_softmax(-1)
+    return [float(logprobs[place - 1, full[place]]) for place in range(start, len(full))]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("rte", {"label": -1}, "'label' with one of the labels"),
+        ("copa", {"question": "why"}, "cause or effect"),
+        ("copa", {"premise": None, "label": 2}, "'label' that is 0 or 1"),
+        ("record", {"answers": ["Nobody"]}, "an answer among them"),
+        ("record", {"entities": "Omar"}, "a list of texts"),
+        ("winogrande", {"answer": ""}, "'answer' that is 1 or 2"),
+        ("winogrande", {"sentence": "no blank"}, "a sentence with _"),
+        ("squad", {"answers": {"text": []}}, "at least one answer"),
+        ("drop", {"answers_spans": ["5"]}, "a mapping with a list 'spans'"),
+    ],
+)
+def test_malformed_records_are_refused(name: str, change: dict[str, Any], message: str) -> None:
+    record = json.loads((SAMPLES / name / "train.jsonl").read_text().splitlines()[0])
+    with pytest.raises(ConfigError, match=message):
+        task_of(name).example(record | change)
+    with pytest.raises(ConfigError, match="field"):
+        task_of(name).example({})
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "word_f1", "exact"),
+    [
+        ("The  Cat!", ["a cat"], 1.0, 1.0),
+        ("cat sat", ["the cat"], 2 / 3, 0.0),
+        ("red red cat", ["red cat", "dog"], 4 / 5, 0.0),
+        ("", ["cat"], 0.0, 0.0),
+        ("the", ["a"], 1.0, 1.0),
+        ("dog", ["cat"], 0.0, 0.0),
+    ],
+)
+def test_f1_and_exact_match(answer: str, accepted: list[str], word_f1: float, exact: float) -> None:
+    """By hand, after lower case and without punctuation and articles; the best of the accepted answers."""
+    assert f1(answer, accepted) == pytest.approx(word_f1)
+    assert exact_match(answer, accepted) == exact
+    assert normalise("An  Owl's, the theory") == "owls theory"
+
+
+def test_demonstrations_stand_before_every_prompt_and_are_in_no_split() -> None:
+    task = task_of("copa")
+    plain = {example.prompt for example in task.examples("train")}
+    splits = Splits.of(task, DataConfig(num_train=1, num_dev=1, num_demonstrations=2), seed=3)
+    for example in (*splits.train, *splits.dev, *splits.validation):
+        *shots, last = example.prompt.split("\n\n")
+        assert len(shots) == 2
+        assert last in plain | {other.prompt for other in task.examples("validation")}
+        own = [prompt for prompt in plain if any(shot.startswith(prompt) for shot in shots)]
+        assert len(own) == 2 and last not in own
+        assert all(shot.endswith(".") for shot in shots), "with their right answers"
+    with pytest.raises(ConfigError, match="num_demonstrations=3"):
+        Splits.of(task, DataConfig(num_train=1, num_dev=1, num_demonstrations=3), seed=3)
+
+
+def length(answer: str, accepted: Sequence[str]) -> float:
+    return 1 / (1 + len(answer))
+
+
+def no_number(answer: str, accepted: Sequence[str]) -> Any:
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "message"),
+    [
+        ("classification", "squad", "objective lm or accuracy or f1"),
+        ("f1", "completion", "objective lm for this task"),
+        ("acuracy", "rte", "objective classification or lm or accuracy"),
+        ("nowhere:f", "rte", "a module 'nowhere'"),
+        ("test_tasks:nothing", "rte", "a function 'nothing'"),
+    ],
+)
+def test_objectives_that_make_no_sense_are_refused(name: str, task: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_objective(name, task_of(task))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "test_tasks:length"])
+def test_the_loss_of_chosen_options_is_one_minus_the_mean_score(
+    name: str, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> None:
+    """The same number as the evaluation's, from the sequential forward and from the fan-out."""
+    from peft import LoraConfig, get_peft_model
+
+    objective = find_objective(name, task_of("cb"))
+    assert isinstance(objective, ChosenLoss)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), LoraConfig(target_modules=["q_proj"]))
+    batches = evaluation_batches(task_of("cb").examples("train"), Encoder(tokenizer, 512), 3)
+    found = []
+    for forward in ("sequential", "fan_out"):
+        engine = ZeroOrderEngine(adapted, objective=objective, forward=forward)  # type: ignore[arg-type]
+        found.append(engine.losses(batches, engine.directions(0)))
+        mean = evaluate(engine.answers, batches, engine.mesh, [name]).metrics[name]
+        assert found[-1].values == pytest.approx((1 - mean, 1 - mean), abs=1e-12), "B is 0: nothing is perturbed yet"
+    assert found[0] == found[1] and found[0].count == 4
+    loss, _ = objective(torch.full_like(engine.answers.answer_logprobs(batches[0]), torch.nan), batches[0])
+    assert loss.isnan(), "broken weights are no choice"
+
+
+def test_a_function_that_returns_no_number_is_an_error_of_the_user() -> None:
+    with pytest.raises(ConfigError, match="a number from test_tasks:no_number"):
+        score("test_tasks:no_number")("a", ["a"])
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generation_is_the_most_probable_token_each_time(
+    name: str, tokenizer: PreTrainedTokenizerBase, model: Any
+) -> None:
+    """Several prompts of different lengths together are what each is alone, without a cache; prompts are cut to fit."""
+    task = task_of(name, max_new_tokens=5)
+    encoder = Encoder(tokenizer, 24)
+    (batch,) = evaluation_batches(task.examples("train"), encoder, 3)
+    generator = Generator(AnswerModel(model, model), tokenizer, Mesh())
+    assert generator.texts(batch) == [greedy(model, tokenizer, list(q.prompt), 5) for q in batch.questions]
+    lengths = [len(question.prompt) for question in batch.questions]
+    assert max(lengths) == 20 and encoder.num_truncated > 0, "20 + 5 - 1 tokens are fed"
+    first = tokenizer("x")["input_ids"][0]
+    assert all(question.prompt[0] == first for question in batch.questions)
+    with pytest.raises(ConfigError, match=r"data\.max_length above"):
+        Encoder(tokenizer, 5)._question(task.examples("train")[0], [0])
+    with pytest.raises(ValueError, match="whose options are scored"):
+        generator.texts(evaluation_batches(task_of("rte").examples("train"), Encoder(tokenizer, 512), 2)[0])
+
+
+@torch.no_grad()
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: list[int], count: int) -> str:
+    made: list[int] = []
+    while len(made) < count:
+        made.append(int(model(torch.tensor([tokens + made])).logits[0, -1].argmax()))
+    text = tokenizer.decode(made, skip_special_tokens=False)
+    for end in (tokenizer.eos_token, "\n"):
+        text = text.split(end)[0] if end else text
+    return text.strip()
+
+
+def test_an_answer_ends_at_the_newline_and_at_the_end_of_the_text(
+    tokenizer: PreTrainedTokenizerBase, model: Any
+) -> None:
+    generator = Generator(AnswerModel(model, model), tokenizer, Mesh())
+    words = tokenizer(" good film", add_special_tokens=False)["input_ids"]
+    assert generator._text([*words, tokenizer.eos_token_id, *words]) == "good film"
+    assert generator._text([tokenizer.eos_token_id]) == ""
+    assert generator._text(words) == "good film"
+
+
+def test_the_loss_of_generated_answers(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Of a user's completion task: 1 - the mean score of what the model writes, sequential whatever is trained."""
+    task = Completion(path=str(SAMPLES / "completion"), max_new_tokens=3)
+    assert (task.select_by, task.metrics, task.generates) == ("f1", ("f1", "exact_match", "lm_loss"), True)
+    objective = find_objective("test_tasks:length", task)
+    assert isinstance(objective, GeneratedLoss)
+    batches = evaluation_batches(task.examples("train"), Encoder(tokenizer, 64), 2)
+    model.requires_grad_(True)
+    engine = ZeroOrderEngine(model, objective=objective, tokenizer=tokenizer)
+    wanted = [length(greedy(model, tokenizer, list(q.prompt), 3), ()) for b in batches for q in b.questions]
+    names = ["test_tasks:length", *task.metrics]
+    found = evaluate(engine.answers, batches, engine.mesh, names, generator=engine.generator)
+    assert found.metrics["test_tasks:length"] == pytest.approx(sum(wanted) / 3)
+    own = objective(engine.generator.texts(batches[0]), batches[0])  # type: ignore[union-attr]
+    assert [float(value) for value in own] == pytest.approx([2 - sum(wanted[:2]), 2])
+    for options in ({"forward": "fan_out", "tokenizer": tokenizer}, {}):
+        with pytest.raises(ValueError, match="expected a tokenizer and the forward sequential"):
+            ZeroOrderEngine(model, objective=objective, **options)
+
+
+def test_scores_of_texts_need_texts(model: Any) -> None:
+    batch = MicroBatch.from_labels({"input_ids": torch.tensor([[2, 5, 6]]), "labels": torch.tensor([[2, 5, 6]])})
+    with pytest.raises(ValueError, match="use an Encoder"):
+        evaluate(AnswerModel(model, model), [batch], Mesh())
+
+
+def test_evaluations_of_any_metrics_are_kept_on_disk(tmp_path: Path) -> None:
+    """Rows of accuracy and losses are those of earlier versions."""
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text(
+        '{"name": "dev", "step": 3, "result": {"count": 5, "accuracy": 0.5, "loss": 1.0, "lm_loss": 2.0}}\n'
+    )
+    log = EvaluationLog(path, Mesh())
+    assert log.get("dev", 3) == Evaluation(5, {"accuracy": 0.5, "loss": 1.0, "lm_loss": 2.0})
+    log.add("dev", 4, Evaluation(2, {"f1": 0.25, "mine:score": 3.0}))
+    again = EvaluationLog(path, Mesh())
+    assert again.series("dev")[1] == (4, Evaluation(2, {"f1": 0.25, "mine:score": 3.0}))
+    path.write_text('{"name": "dev", "step": 3, "result": {"accuracy": 0.5}}\n')
+    with pytest.raises(ConfigError, match="count of examples"):
+        EvaluationLog(path, Mesh())

@@ -1,0 +1,82 @@
+"""What is trained: a PEFT adapter beside the frozen model, some of the model's own weights by name, or all of them."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from zoscale.config import ConfigError, check_adapter
+
+PEFT_CONFIGS = {
+    "lora": "LoraConfig",
+    "prefix_tuning": "PrefixTuningConfig",
+    "prompt_tuning": "PromptTuningConfig",
+    "ia3": "IA3Config",
+    "ln_tuning": "LNTuningConfig",
+}
+"""`adapter.peft_type` -> class of peft that has the other fields."""
+
+
+def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None) -> None:
+    """Refuse what can be refused without a model.
+
+    Raises:
+        ConfigError: for an unknown `peft_type` or field, one that cannot be trained here, or no regular expression.
+    """
+    try:
+        re.compile(trainable or "")
+    except re.error as error:
+        raise ConfigError(f"a regular expression for trainable ({error})", repr(trainable), "correct it") from error
+    if adapter is not None:
+        name, options = _split(adapter)
+        library = PEFT_CONFIGS[name]
+        check_adapter(options, [field.name for field in fields(_peft_class(name))], f"peft.{library}")
+        for key in ("prefix_projection", "inference_mode"):
+            if options.get(key):
+                raise ConfigError(f"adapter.{key} false", "true", "train the virtual tokens themselves")
+
+
+def peft_config(adapter: Mapping[str, Any]) -> Any:
+    """The adapter's configuration in PEFT.
+
+    Raises:
+        TypeError, ValueError: for fields that it refuses.
+    """
+    name, options = _split(adapter)
+    return _peft_class(name)(task_type="CAUSAL_LM", **options)
+
+
+def choose_trainable(model: nn.Module, pattern: str | None) -> None:
+    """Train the weights whose names the pattern is found in, and freeze the others; None = train all.
+
+    Raises:
+        ConfigError: if it is found in no name, or only in a second name of a tied weight.
+    """
+    chosen = {name for name, _ in model.named_parameters() if re.search(pattern or "", name)}
+    first_names = {id(param): name for name, param in model.named_parameters()}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if re.search(pattern or "", name) and (first := first_names[id(param)]) not in chosen:
+            remedy = f"name {first} to train both as one, or untie them in the model's config.json"
+            raise ConfigError("trainable to name weights of their own", f"{name}, which is tied to {first}", remedy)
+    if not chosen:
+        some = ", ".join(list(first_names.values())[:3])
+        raise ConfigError("trainable to be found in names of weights", repr(pattern), f"they are like {some}")
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in chosen)
+
+
+def _split(adapter: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The type of an adapter, and its other fields."""
+    options = dict(adapter)
+    name = options.pop("peft_type", "lora")
+    if name not in PEFT_CONFIGS:
+        raise ConfigError(f"adapter.peft_type {', '.join(PEFT_CONFIGS)}", repr(name), "choose one of them")
+    return str(name), options
+
+
+def _peft_class(name: str) -> Any:
+    import peft
+
+    return getattr(peft, PEFT_CONFIGS[name])

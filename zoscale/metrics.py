@@ -1,0 +1,80 @@
+"""Scores of an answer's text, by name; and any function of the user's."""
+
+import functools
+import importlib
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+from zoscale.config import ConfigError
+
+Score = Callable[[str, Sequence[str]], float]
+"""From the model's answer and the accepted ones to a number; higher is better, 1 is right."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """SQuAD's normalisation: lower case, without punctuation, articles and surplus space."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def accuracy(answer: str, accepted: Sequence[str]) -> float:
+    """Whether the answer is one of the accepted ones as they stand."""
+    return float(answer in accepted)
+
+
+def exact_match(answer: str, accepted: Sequence[str]) -> float:
+    """Whether the answer is one of the accepted ones after normalisation."""
+    return float(normalise(answer) in {normalise(text) for text in accepted})
+
+
+def f1(answer: str, accepted: Sequence[str]) -> float:
+    """The best harmonic mean of precision and recall of the answer's words, after normalisation."""
+    return max(_overlap(normalise(answer).split(), normalise(text).split()) for text in accepted)
+
+
+def _overlap(ours: Sequence[str], theirs: Sequence[str]) -> float:
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
+
+
+METRICS: dict[str, Score] = {"accuracy": accuracy, "f1": f1, "exact_match": exact_match}
+
+
+@functools.cache
+def score(name: str) -> Score:
+    """The score of a name in `METRICS`, or the function that `module:function` names.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ConfigError(f"one of {', '.join(METRICS)}, or module:function", name, "correct the name")
+    try:
+        found: Any = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise ConfigError(f"a module {module!r} on the Python path", str(error), "set PYTHONPATH") from error
+    if not callable(found):
+        raise ConfigError(f"a function {function!r} in {module}", "none", "correct the name")
+    return _checked(name, found)
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Score:
+    """The same function, for which anything but a number is an error of the user's."""
+
+    def call(answer: str, accepted: Sequence[str]) -> float:
+        value = function(answer, accepted)
+        if isinstance(value, Real):
+            return float(value)
+        raise ConfigError(f"a number from {name}", repr(value)[:80], "return a float")
+
+    return call
