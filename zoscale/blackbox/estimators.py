@@ -68,7 +68,7 @@ class FullDifferences(GradientEstimator):
     """
 
     def estimate(self, oracle: Oracle, x: Tensor, step: int) -> Tensor:
-        return _differences(oracle, x, range(x.numel()), self.tau)
+        return _differences(oracle, x, self.tau)
 
     def calls_per_step(self, dimension: int) -> int:
         return 2 * dimension
@@ -128,7 +128,7 @@ class _Jaguar(GradientEstimator):
         super().start(oracle, x)
         self._coordinates = coordinates(self.noise, self.dimension)
         full = self.initial == "differences"
-        self.h = _differences(oracle, x, range(x.numel()), self.tau) if full else torch.zeros_like(x)
+        self.h = _differences(oracle, x, self.tau) if full else torch.zeros_like(x)
         return self.h.clone()
 
     def calls_at_start(self, dimension: int) -> int:
@@ -137,7 +137,9 @@ class _Jaguar(GradientEstimator):
     def _difference(self, oracle: Oracle, x: Tensor, step: int) -> tuple[int, float]:
         """The coordinate i of a step, and D_i f."""
         i = self._coordinates[step]
-        return i, float(_differences(oracle, x, (i,), self.tau)[i])
+        unit = torch.zeros_like(x)
+        unit[i] = 1
+        return i, self._slope(oracle, x, unit)
 
 
 class JaguarD(_Jaguar):
@@ -180,7 +182,7 @@ class JaguarS(_Jaguar):
 
     def frank_wolfe_step(self, step: int) -> float:
         """4 / (k + 8 d^(3/2))."""
-        return 4 / (step + 8 * self.dimension**1.5)
+        return 4 / (step + 8 * self.dimension * math.sqrt(self.dimension))
 
 
 class Averaged(GradientEstimator):
@@ -216,7 +218,7 @@ class Averaged(GradientEstimator):
             ValueError: if it is not in (0, 1].
         """
         if self._weight is None:
-            return min(1.0, 4 / (step + 8 * self.dimension**1.5) ** (2 / 3))
+            return min(1.0, 4 / math.pow(step + 8 * self.dimension * math.sqrt(self.dimension), 2 / 3))
         weight = self._weight(step) if callable(self._weight) else self._weight
         if not 0 < weight <= 1:
             raise ValueError(f"expected weights in (0, 1], got {weight} in step {step}")
@@ -233,17 +235,15 @@ class Averaged(GradientEstimator):
         return self.estimator.frank_wolfe_step(step)
 
 
-def _differences(oracle: Oracle, x: Tensor, chosen: range | tuple[int, ...], tau: float) -> Tensor:
-    """D_i f for the chosen coordinates, zero elsewhere: [d]. All values belong to one estimate."""
+def _differences(oracle: Oracle, x: Tensor, tau: float) -> Tensor:
+    """sum_i D_i f e_i: [d]. All 2 d values belong to one estimate."""
 
     def points() -> Iterator[Tensor]:
-        for i in chosen:
+        for i in range(x.numel()):
             for sign in (1, -1):
                 point = x.clone()
                 point[i] += sign * tau
                 yield point
 
     values = torch.tensor(oracle.values(points()), dtype=torch.float64)
-    h = torch.zeros_like(x)
-    h[list(chosen)] = ((values[::2] - values[1::2]) / (2 * tau)).to(x)
-    return h
+    return ((values[::2] - values[1::2]) / (2 * tau)).to(x)
