@@ -1,8 +1,10 @@
 """JAGUAR for black-box problems: estimators, sets and methods against exact and brute-force answers."""
 
 import math
+import re
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -376,6 +378,20 @@ def test_start_keeps_its_type_and_is_not_changed() -> None:
 def test_mistakes_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_lines_of_the_readme_and_of_the_package_run() -> None:
+    from processes import ROOT
+
+    (line,) = re.findall(r"`(blackbox\.minimize\(.*\)\.x)`", (ROOT / "README.md").read_text())
+    wanted = torch.tensor([0.2, 0.8], dtype=torch.float64)
+    names = {"blackbox": blackbox, "x": [1.0, 0.0], "f": lambda x: (x - wanted).square().sum()}
+    torch.testing.assert_close(eval(line, names), wanted, rtol=0, atol=0.05)
+    assert blackbox.__doc__ is not None
+    example = [line[4:] for line in blackbox.__doc__.splitlines() if line.startswith("    ")]
+    scope: dict[str, Any] = {}
+    exec("\n".join(example), scope)
+    torch.testing.assert_close(scope["result"].x, torch.full((3,), 1 / 3, dtype=torch.float64), rtol=0, atol=0.02)
 
 
 def descend(
