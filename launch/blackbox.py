@@ -157,12 +157,14 @@ def minimizer(problem: Problem, feasible: ConvexSet | None, start: Tensor) -> Te
     """The best point of the set, by accelerated projected gradients with exact gradients."""
     x = y = start
     for step in range(4000):
-        y = y.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(problem.value(y), y)
-        moved = y.detach() - gradient / problem.smoothness
+        leaf = y.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(problem.value(leaf), leaf)
+        moved = y - gradient / problem.smoothness
         moved = moved if feasible is None else feasible.project(moved)
+        if float((moved - y).abs().max()) < 1e-12:
+            break
         x, y = moved, moved + step / (step + 3) * (moved - x)
-    return x.detach()
+    return moved
 
 
 @dataclass(frozen=True)

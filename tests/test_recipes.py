@@ -79,9 +79,11 @@ def test_the_optimum_of_the_comparison_is_one(comparison: ModuleType) -> None:
     """No feasible point is lower: the Frank-Wolfe gap is zero."""
     for name, setting in comparison.SETTINGS.items():
         problem, start = setting.problem(8), torch.zeros(8, dtype=torch.float64)
-        x = comparison.minimizer(problem, setting.feasible, start).requires_grad_(True)
+        x = comparison.minimizer(problem, setting.feasible, start)
+        x.requires_grad_(True)
         (gradient,) = torch.autograd.grad(problem.value(x), x)
-        gap = float(gradient @ (x.detach() - setting.feasible.linear_minimizer(gradient)))
+        x = x.detach()
+        gap = float(gradient @ (x - setting.feasible.linear_minimizer(gradient)))
         assert -1e-12 <= gap < 1e-8, name
         indices = torch.arange(comparison.NUM_EXAMPLES)
         assert float(problem.sampled(x, indices)) == pytest.approx(float(problem.value(x)), rel=1e-12)
@@ -99,7 +101,7 @@ def test_repeated_learning_runs_repeats_and_keeps(
         return dict(found)
 
     first = loop("a")
-    assert capsys.readouterr().out.count("round") == 3
+    assert capsys.readouterr().out.count("  round ") == 3
     assert len(first["rounds"]) == 3 and len(first["rounds"][0]["residuals"]) == 16
     assert (tmp_path / "a/repeated_learning.png").read_bytes().startswith(PNG)
     assert loop("a") == first and "round 1" not in capsys.readouterr().out, "a finished loop is kept"
