@@ -27,7 +27,7 @@ from zoscale import provenance
 from zoscale.batch import MicroBatch
 from zoscale.config import ModelConfig
 from zoscale.data import Encoder
-from zoscale.engine import ZeroOrderEngine
+from zoscale.engine import OptimizerFactory, ZeroOrderEngine
 from zoscale.estimators import TwoPoint
 from zoscale.models import add_adapter, load_model, load_tokenizer, read_model_config
 from zoscale.noise import Domain, Key, Noise, Range
@@ -115,7 +115,6 @@ class World:
         model = add_adapter(load_model(MODEL, read_model_config(MODEL)), ADAPTER)
         self.engine = ZeroOrderEngine(
             model,
-            optimizer=partial(JaguarMuon, lr=1.5e-2),
             probe=Block(rows=0.5, columns=0.5),
             estimator=TwoPoint(tau=1e-2, num_directions=2),
             objective=squared_error,
@@ -157,8 +156,9 @@ class World:
             parts.append(predicted(self.engine.answers.answer_logprobs(batch), batch))
         return torch.cat(parts)
 
-    def learn(self, examples: Sequence[Example], target: Tensor, steps: int) -> None:
-        """Zero-order steps on random batches, with an lr that falls to 0."""
+    def learn(self, examples: Sequence[Example], target: Tensor, rule: OptimizerFactory, steps: int) -> None:
+        """Steps of a rule on random batches, with an lr that falls to 0."""
+        self.engine.optimizer = rule(self.engine.shards, self.engine.mesh)
         scheduler = torch.optim.lr_scheduler.LinearLR(self.engine.optimizer, 1.0, 1 / steps, total_iters=steps)
         lanes = [(lane, len(examples)) for lane in range(BATCH)]
         for _ in range(steps):
@@ -181,12 +181,10 @@ def run_loop(settings: Settings) -> dict[str, Any]:
         examples = world.sentences(number)
         scores = world.recorded(number, examples, scale)
         cut = int(len(examples) * (1 - HELD_OUT))
-        if number == 1:
-            world.engine.optimizer = ZOSGD(world.engine.shards, world.engine.mesh, lr=settings.lr)
-        elif number > 1:
-            for group in world.engine.optimizer.param_groups:
-                group["lr"] = settings.lr
-        world.learn(examples[:cut], scores[:cut], settings.warmup if number == 0 else settings.steps)
+        if number == 0:
+            world.learn(examples[:cut], scores[:cut], partial(JaguarMuon, lr=1.5e-2), settings.warmup)
+        else:
+            world.learn(examples[:cut], scores[:cut], partial(ZOSGD, lr=settings.lr), settings.steps)
         residuals = scores[cut:] - world.predict(examples[cut:])
         error = world.predict(world.validation) - _labels(world.validation)
         scale = float(residuals.abs().mean())
