@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zoscale import blackbox, provenance
-from zoscale.blackbox import Averaged, ConvexSet, GradientEstimator, Simplex
+from zoscale.blackbox import ConvexSet, Simplex
 
 TUNING_SEED = 1000
 CURVE_POINTS = 40
@@ -74,10 +74,10 @@ def logistic(d: int) -> Problem:
 
 @dataclass(frozen=True)
 class Setting:
-    """One panel: a problem on a set (None = everywhere), a method, and what the oracle is like."""
+    """One panel: a problem on a set, a method, and what the oracle is like."""
 
     problem: Callable[[int], Problem]
-    feasible: ConvexSet | None
+    feasible: ConvexSet
     frank_wolfe: bool = True
     feedback: blackbox.oracle.Feedback | None = None  # None = deterministic
     noise: float = 0.0
@@ -93,25 +93,18 @@ SETTINGS = {
     "quadratic, simplex, FW, one-point": Setting(quadratic, Simplex(), feedback="one_point", tau=0.1),
 }
 
-Weight = Callable[[int], float] | None
-METHODS: dict[str, Callable[[Setting, int, Weight], GradientEstimator]] = {
-    "JAGUAR, published steps": lambda s, seed, weight: _jaguar(s, seed, weight),
-    "JAGUAR": lambda s, seed, weight: _jaguar(s, seed, weight),
-    "full differences": lambda s, seed, weight: _averaged(
-        blackbox.FullDifferences(tau=s.tau), weight if s.feedback else None
-    ),
-    "SPSA": lambda s, seed, weight: _averaged(blackbox.SPSA(tau=s.tau, seed=seed), weight),
-}
+METHODS = ("JAGUAR, published steps", "JAGUAR", "full differences", "SPSA")
+BASELINES = {"full differences": blackbox.FullDifferences, "SPSA": blackbox.SPSA}
 
 
-def _jaguar(setting: Setting, seed: int, weight: Weight) -> GradientEstimator:
-    if setting.feedback is None:
-        return blackbox.JaguarD(tau=setting.tau, seed=seed)
-    return Averaged(blackbox.JaguarS(tau=setting.tau, seed=seed), weight=weight)
-
-
-def _averaged(estimator: GradientEstimator, weight: Weight) -> GradientEstimator:
-    return estimator if weight is None else Averaged(estimator, weight=weight)
+def estimator(
+    method: str, setting: Setting, seed: int, weight: Callable[[int], float] | None
+) -> blackbox.GradientEstimator:
+    """What a method estimates gradients with; Frank-Wolfe averages those that have variance."""
+    jaguar = blackbox.JaguarS if setting.feedback else blackbox.JaguarD
+    made = BASELINES.get(method, jaguar)(tau=setting.tau, seed=seed)
+    varies = setting.feedback is not None or method == "SPSA"
+    return blackbox.Averaged(made, weight=weight) if varies and setting.frank_wolfe else made
 
 
 def choices(method: str, setting: Setting) -> list[float | None]:
@@ -130,7 +123,6 @@ def run(
         step_size = lambda k: min(1.0, 4 / (k + offset))  # noqa: E731
         weight = lambda k: min(1.0, 4 / (k + offset) ** (2 / 3))  # noqa: E731
     if setting.frank_wolfe:
-        assert setting.feasible is not None, "Frank-Wolfe needs a set"
         update: blackbox.Update = blackbox.FrankWolfe(setting.feasible, step_size)
     else:
         update = blackbox.GradientDescent((choice or 0.0) / problem.smoothness, setting.feasible)
@@ -141,9 +133,9 @@ def run(
         oracle = blackbox.Oracle(
             problem.sampled, samples=samples, feedback=setting.feedback, noise=setting.noise, seed=seed
         )
-    estimator, curve, due = METHODS[method](setting, seed, weight), [], 0.0
-    each = estimator.calls_per_step(start.numel())
-    for point in blackbox.iterate(oracle, start, estimator, update):
+    made, curve, due = estimator(method, setting, seed, weight), [], 0.0
+    each = made.calls_per_step(start.numel())
+    for point in blackbox.iterate(oracle, start, made, update):
         is_last = point.num_calls + each > calls
         if point.num_calls >= due or is_last:
             curve.append((point.num_calls, float(problem.value(point.x))))
@@ -153,14 +145,13 @@ def run(
     raise AssertionError("iterate does not end by itself")
 
 
-def minimizer(problem: Problem, feasible: ConvexSet | None, start: Tensor) -> Tensor:
+def minimizer(problem: Problem, feasible: ConvexSet, start: Tensor) -> Tensor:
     """The best point of the set, by accelerated projected gradients with exact gradients."""
     x = y = start
     for step in range(4000):
         leaf = y.clone().requires_grad_(True)
         (gradient,) = torch.autograd.grad(problem.value(leaf), leaf)
-        moved = y - gradient / problem.smoothness
-        moved = moved if feasible is None else feasible.project(moved)
+        moved = feasible.project(y - gradient / problem.smoothness)
         if float((moved - y).abs().max()) < 1e-12:
             break
         x, y = moved, moved + step / (step + 3) * (moved - x)

@@ -38,7 +38,8 @@ class Oracle:
         function: f(x) for float [d] x, or f(x, xi) where samples are given; returns a number. It is also asked at
             points up to tau outside of the feasible set, and must not change x.
         samples: xi by its number 0, 1, ...; None = f is deterministic.
-        feedback: the values of one gradient estimate share one xi (`two_point`), or each has its own (`one_point`).
+        feedback: the values of one gradient estimate share one xi (`two_point`), or each has its own (`one_point`);
+            then differences carry errors of the order of 1 / tau, so tau must be larger.
         noise: bound Delta >= 0 of the error of a value, uniform on [-Delta, Delta] and independent. An error that
             depends on x belongs into the function.
         seed: of the errors.
