@@ -259,9 +259,9 @@ def main() -> None:
         "--loops", nargs="+", default=["1,0.5", "1,1.75", "0.5,0.5"], metavar="P,S", help="usage, adherence"
     )
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=200, help="steps before the first round")
+    parser.add_argument("--warmup", type=int, default=400, help="steps before the first round")
     parser.add_argument("--steps", type=int, default=30, help="steps of a round")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of the rounds")
+    parser.add_argument("--lr", type=float, default=0.1, help="of ZO-SGD in the rounds")
     parser.add_argument("--users", type=int, default=400, help="per round")
     parser.add_argument("--noise", type=float, default=0.5, help="standard deviation of the true scores")
     parser.add_argument("--seed", type=int, default=0)
@@ -280,7 +280,11 @@ def main() -> None:
         done = json.loads(file.read_text()) if file.is_file() else {}
         if done.get("settings") != asdict(settings):
             print(_name(asdict(settings)), flush=True)
-            done = run_loop(settings) | {"commit": provenance.commit(), "versions": provenance.libraries()}
+            try:
+                done = run_loop(settings)
+            except FloatingPointError as error:
+                parser.exit(1, f"{_name(asdict(settings))}: {error}\n")
+            done |= {"commit": provenance.commit(), "versions": provenance.libraries()}
             file.write_text(json.dumps(done) + "\n")
         loops.append(done)
         print(f"{_name(asdict(settings))}: {json.dumps(done['verdict'])}", flush=True)
