@@ -34,6 +34,7 @@ from zoscale.noise import Domain, Key, Noise, Range
 from zoscale.objectives import option_scores
 from zoscale.optim import ZOSGD, JaguarMuon
 from zoscale.probes import Block
+from zoscale.run_directory import write_json
 from zoscale.tasks import Classification, Example
 
 ROOT = Path(__file__).parent
@@ -190,8 +191,8 @@ def run_loop(settings: Settings) -> dict[str, Any]:
         scale = float(residuals.abs().mean())
         rounds.append(describe(residuals) | {"error": float(error.square().mean().sqrt())})
         print(f"  round {number}: std {rounds[-1]['std']:.4f}, error {rounds[-1]['error']:.3f}", flush=True)
-    seconds = time.perf_counter() - started
-    return {"settings": asdict(settings), "rounds": rounds, "verdict": verdict(rounds), "seconds": seconds}
+    facts = {"seconds": time.perf_counter() - started, "commit": provenance.commit(), **provenance.libraries()}
+    return {"settings": asdict(settings), "verdict": verdict(rounds), **facts, "rounds": rounds}
 
 
 def describe(residuals: Tensor) -> dict[str, Any]:
@@ -252,7 +253,8 @@ def _name(settings: dict[str, Any]) -> str:
     return f"p = {settings['usage']:g}, s = {settings['adherence']:g}"
 
 
-def main() -> None:
+def read_command_line() -> tuple[Path, list[Settings]]:
+    """The folder of the results, and the loops."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/repeated_learning"), help="folder of the results")
     parser.add_argument(
@@ -265,32 +267,35 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=400, help="per round")
     parser.add_argument("--noise", type=float, default=0.5, help="standard deviation of the true scores")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    options = {name: value for name, value in vars(arguments).items() if name not in ("out", "loops")}
+    options = vars(parser.parse_args())
+    out, loops = options.pop("out"), options.pop("loops")
     try:
-        pairs = [(float(p), float(s)) for p, s in (loop.split(",") for loop in arguments.loops)]
-        wanted = [Settings(usage=p, adherence=s, **options) for p, s in pairs]
+        pairs = [(float(p), float(s)) for p, s in (loop.split(",") for loop in loops)]
+        return out, [Settings(usage=p, adherence=s, **options) for p, s in pairs]
     except ValueError as error:
         parser.error(str(error))
+
+
+def main() -> None:
+    out, wanted = read_command_line()
     torch.set_num_threads(1)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     loops = []
     for settings in wanted:
-        file = arguments.out / f"loop_{settings.usage:g}_{settings.adherence:g}.json"
+        name, file = _name(asdict(settings)), out / f"loop_{settings.usage:g}_{settings.adherence:g}.json"
         done = json.loads(file.read_text()) if file.is_file() else {}
         if done.get("settings") != asdict(settings):
-            print(_name(asdict(settings)), flush=True)
+            print(name, flush=True)
             try:
                 done = run_loop(settings)
             except FloatingPointError as error:
-                parser.exit(1, f"{_name(asdict(settings))}: {error}\n")
-            done |= {"commit": provenance.commit(), "versions": provenance.libraries()}
-            file.write_text(json.dumps(done) + "\n")
+                raise SystemExit(f"{name}: {error}") from error
+            write_json(file, done)
         loops.append(done)
-        print(f"{_name(asdict(settings))}: {json.dumps(done['verdict'])}", flush=True)
-    (arguments.out / "repeated_learning.json").write_text(json.dumps(loops) + "\n")
-    plot(loops, arguments.out / "repeated_learning.png")
-    print(f"{arguments.out}/repeated_learning.{{json,png}}")
+        print(f"{name}: {json.dumps(done['verdict'])}", flush=True)
+    write_json(out / "repeated_learning.json", {"loops": loops})
+    plot(loops, out / "repeated_learning.png")
+    print(f"{out}/repeated_learning.{{json,png}}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_repeated_learning_runs_repeats_and_keeps(
 ) -> None:
     def loop(folder: str, *arguments: str) -> dict[str, Any]:
         main(repeated, monkeypatch, "--out", str(tmp_path / folder), "--loops", "1,0.5", *TINY, *arguments)
-        (found,) = json.loads((tmp_path / folder / "repeated_learning.json").read_text())
+        (found,) = json.loads((tmp_path / folder / "repeated_learning.json").read_text())["loops"]
         return dict(found)
 
     first = loop("a")
