@@ -146,15 +146,16 @@ def run(
 
 
 def minimizer(problem: Problem, feasible: ConvexSet, start: Tensor) -> Tensor:
-    """The best point of the set, by accelerated projected gradients with exact gradients."""
-    x = y = start
-    for step in range(4000):
+    """The best point of the set, by accelerated projected gradients with restarts and exact gradients."""
+    x, y, age = start, start, 0
+    for _ in range(4000):
         leaf = y.clone().requires_grad_(True)
         (gradient,) = torch.autograd.grad(problem.value(leaf), leaf)
         moved = feasible.project(y - gradient / problem.smoothness)
         if float((moved - y).abs().max()) < 1e-12:
             break
-        x, y = moved, moved + step / (step + 3) * (moved - x)
+        age = 0 if float(gradient @ (moved - x)) > 0 else age + 1
+        x, y = moved, moved + age / (age + 3) * (moved - x)
     return moved
 
 
