@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "zoscale"
 LAYERS = [
     {"config", "philox", "stillness"},
     {"noise", "batch", "metrics", "adapters", "mlflow_store", "provenance", "run_directory", "journal", "watchdog"},
-    {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report"},
+    {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report", "blackbox"},
     {"probes", "tracking", "meters", "fingerprint", "agreement", "preemption"},
     {"estimators", "tasks"},
     {"optim", "methods"},

@@ -68,6 +68,16 @@ def test_readme_lists_every_method_with_its_company() -> None:
             assert shown == f"{'**' * needed}`{getattr(optimizer.goes_with, section)}`{'**' * needed}", name
 
 
+def test_faq_names_only_what_is_there() -> None:
+    faq = (ROOT / "launch/FAQ.md").read_text()
+    for path in re.findall(r"\b(?:launch|tests|ds_configs)/[\w./-]+\.\w+", faq):
+        assert (ROOT / path).exists(), path
+    options = set(re.findall(r"`([a-z]+(?:\.[a-z_]+)?=[\w.-]+)`", faq))
+    assert len(options) >= 8
+    for option in sorted(options):
+        parse(["model.id=any", option], TABLES, DEFAULTS)
+
+
 def test_library_example_trains_and_saves(tmp_path: Path) -> None:
     """The README's code as it stands, on two processes and a Llama."""
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -1,0 +1,157 @@
+"""The research recipes of launch/, run small and in this process."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from processes import ROOT
+
+from zoscale.tasks import Example
+
+PNG = b"\x89PNG"
+
+
+def recipe(name: str) -> ModuleType:
+    """A script of launch/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / f"launch/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+    module.main()
+
+
+@pytest.fixture(scope="module")
+def comparison() -> ModuleType:
+    return recipe("blackbox")
+
+
+@pytest.fixture(scope="module")
+def repeated() -> ModuleType:
+    return recipe("repeated_learning")
+
+
+def test_blackbox_compares(comparison: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ("--dimension", "6", "--calls", "120", "--seeds", "2")
+    main(comparison, monkeypatch, "--out", str(tmp_path), *small)
+    report = json.loads((tmp_path / "comparison.json").read_text())
+    table = (tmp_path / "comparison.md").read_text()
+    assert (tmp_path / "comparison.png").read_bytes().startswith(PNG)
+    for name, setting in comparison.SETTINGS.items():
+        outcomes = [outcome for outcome in report["outcomes"] if outcome["setting"] == name]
+        published = ["JAGUAR, published steps"] if setting.frank_wolfe else []
+        assert [o["method"] for o in outcomes] == [*published, "JAGUAR", "full differences", "SPSA"]
+        for outcome in outcomes:
+            assert f"| {name} | {outcome['method']} |" in table
+            assert len(outcome["curves"]) == 2
+            for curve, final in zip(outcome["curves"], outcome["final_errors"], strict=True):
+                assert curve[-1][1] == final > -1e-6, "nothing is better than the optimum"
+                assert all(calls <= 120 for calls, _ in curve)
+                assert curve[0][1] == pytest.approx(1) and curve[0][0] in (0, 12)
+            if outcome["tuning"]:
+                assert outcome["tuning"][str(outcome["choice"])] == min(outcome["tuning"].values())
+
+
+def test_blackbox_repeats_and_refuses(
+    comparison: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "logistic, l2 ball, FW, two-point"
+    runs = [comparison.compare(name, 4, 60, 2) for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert len({tuple(map(tuple, curve)) for curve in runs[0][0].curves}) == 2, "seeds differ"
+    with pytest.raises(SystemExit, match="2"):
+        main(comparison, monkeypatch, "--out", str(tmp_path), "--dimension", "10", "--calls", "20")
+    assert "--calls >= 4 * dimension" in capsys.readouterr().err
+
+
+def test_the_optimum_of_the_comparison_is_one(comparison: ModuleType) -> None:
+    """No feasible point is lower: the Frank-Wolfe gap is zero."""
+    for name, setting in comparison.SETTINGS.items():
+        problem, start = setting.problem(8), torch.zeros(8, dtype=torch.float64)
+        x = comparison.minimizer(problem, setting.feasible, start)
+        x.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(problem.value(x), x)
+        x = x.detach()
+        gap = float(gradient @ (x - setting.feasible.linear_minimizer(gradient)))
+        assert -1e-12 <= gap < 1e-8, name
+        indices = torch.arange(comparison.NUM_EXAMPLES)
+        assert float(problem.sampled(x, indices)) == pytest.approx(float(problem.value(x)), rel=1e-12)
+
+
+TINY = ("--rounds", "2", "--warmup", "2", "--steps", "2", "--users", "40")
+
+
+def test_repeated_learning_runs_repeats_and_keeps(
+    repeated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loop(folder: str, *arguments: str) -> dict[str, Any]:
+        main(repeated, monkeypatch, "--out", str(tmp_path / folder), "--loops", "1,0.5", *TINY, *arguments)
+        (found,) = json.loads((tmp_path / folder / "repeated_learning.json").read_text())["loops"]
+        return dict(found)
+
+    first = loop("a")
+    assert capsys.readouterr().out.count("  round ") == 3
+    assert len(first["rounds"]) == 3 and len(first["rounds"][0]["residuals"]) == 16
+    assert (tmp_path / "a/repeated_learning.png").read_bytes().startswith(PNG)
+    assert loop("a") == first and "round 1" not in capsys.readouterr().out, "a finished loop is kept"
+    assert loop("b")["rounds"] == first["rounds"], "a function of the seed"
+    assert loop("b", "--seed", "1")["rounds"] != first["rounds"], "other settings run again"
+
+
+def test_repeated_learning_refuses(
+    repeated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        (("--loops", "1.5,1"), "0 <= P <= 1"),
+        (("--loops", "1"), "not enough values"),
+        (("--rounds", "0"), "rounds"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(repeated, monkeypatch, "--out", str(tmp_path), *arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_recorded(repeated: ModuleType) -> None:
+    """Usage p of the users takes m(x) + s * scale * noise, the others say the truth; round 0 is true."""
+    numbers = {"rounds": 1, "warmup": 1, "steps": 1, "lr": 1e-3, "users": 2000, "noise": 0.0, "seed": 3}
+    world = repeated.World(repeated.Settings(usage=0.3, adherence=2.0, **numbers))
+    world.predict = lambda examples: torch.full((len(examples),), 10.0, dtype=torch.float64)
+    examples = [Example("", ("", ""), gold=1)] * 2000
+    assert torch.equal(world.recorded(0, examples, 0.5), torch.ones(2000, dtype=torch.float64))
+    scores = world.recorded(1, examples, 0.5)
+    taken = scores[scores != 1]
+    assert abs(len(taken) / 2000 - 0.3) < 4 * math.sqrt(0.21 / 2000)
+    assert abs(float(taken.mean()) - 10) < 4 / math.sqrt(len(taken))
+    assert abs(float(taken.std()) - 1) < 4 / math.sqrt(2 * len(taken)), "s * scale = 1"
+
+
+def test_the_objective_is_the_squared_error_of_the_prediction(repeated: ModuleType) -> None:
+    world = repeated.World(repeated.Settings(1.0, 1.0, 1, 1, 1, 1e-3, 40, 0.5, 0))
+    examples, target = world.train[:5], torch.linspace(-1, 1, 5, dtype=torch.float64)
+    batch = world.batch(examples, target)
+    directions = world.engine.directions(0)
+    losses = world.engine.losses([batch], directions)
+    residuals = world.predict(examples) - target
+    assert losses.count == 5
+    assert losses.values[0] == pytest.approx(float(residuals.square().mean()), rel=0.05), "tau away from it"
+    logprobs = world.engine.answers.answer_logprobs(batch).view(5, 2).double()
+    torch.testing.assert_close(world.predict(examples), (logprobs[:, 1] - logprobs[:, 0]) / 2)
+
+
+@pytest.mark.parametrize(("factor", "name"), [(0.5, "positive"), (1.6, "negative"), (1.0, "neither")])
+def test_verdict(repeated: ModuleType, factor: float, name: str) -> None:
+    rounds = [{"std": factor**number * (1 + 0.02 * (-1) ** number)} for number in range(8)]
+    found = repeated.verdict(rounds)
+    assert found["loop"].startswith(name)
+    assert found["factor_per_round"] == pytest.approx(factor, rel=0.03)
