@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
 from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
+from zoscale.optim.owners import on_owners
 from zoscale.probes import Piece, pieces
 from zoscale.shards import ShardedParam, TensorSpec
 
 State = MutableMapping[Tensor, Any]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 _EMBEDDING_OR_HEAD = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|head|score)(\.|$)")
 
@@ -58,8 +61,9 @@ class JaguarSignSGD(ZeroOrderOptimizer):
 class JaguarMuon(ZeroOrderOptimizer):
     """JAGUAR's memory, orthogonalised: X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 2).
 
-    Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, gathered once. Tensors of
-    another number of dimensions, embeddings and the head never go through Newton-Schulz: they take the sign rule.
+    Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, which one rank of the shard
+    group computes for all. Tensors of another number of dimensions, embeddings and the head never go through
+    Newton-Schulz: they take the sign rule.
 
     Args:
         lr: learning rate >= 0 of the matrices.
@@ -67,6 +71,8 @@ class JaguarMuon(ZeroOrderOptimizer):
         weight_decay: decoupled weight decay >= 0.
         scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
         iteration: Newton-Schulz polynomial: `quintic` (5 iterations) or the paper's `cubic` (10).
+        precision: of Newton-Schulz: `float32` (runs on another number of ranks agree to 1e-5), `bfloat16` (faster on a
+            GPU; they agree to its rounding), or `auto`: bfloat16 on a GPU, float32 on a CPU.
         sign_lr_scale: lr factor of the tensors under the sign rule.
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
@@ -81,6 +87,7 @@ class JaguarMuon(ZeroOrderOptimizer):
         weight_decay: float = 0.0,
         scale: Scale = "none",
         iteration: Iteration = "quintic",
+        precision: Precision = "auto",
         sign_lr_scale: float = 0.1,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
@@ -91,6 +98,7 @@ class JaguarMuon(ZeroOrderOptimizer):
             "weight_decay": weight_decay,
             "scale": scale,
             "iteration": iteration,
+            "precision": precision,
         }
         super().__init__(shards, mesh, defaults, groups)
 
@@ -99,6 +107,7 @@ class JaguarMuon(ZeroOrderOptimizer):
         _check_beta(options["beta"])
         _check_choice("scale", options["scale"], get_args(Scale))
         _check_choice("iteration", options["iteration"], get_args(Iteration))
+        _check_choice("precision", options["precision"], get_args(Precision))
 
     def rule(self, spec: TensorSpec) -> str:
         return "sign" if len(spec.shape) != 2 or _EMBEDDING_OR_HEAD.search(spec.name) else "muon"
@@ -111,16 +120,16 @@ class JaguarMuon(ZeroOrderOptimizer):
             if group["rule"] == "sign":
                 self.descend(piece, memory.sign(), group)
         if group["rule"] == "muon":
-            for shard in shards:
-                self.descend(Piece(shard, 0, len(shard)), self._orthogonal_slice(shard, group), group)
+            function = partial(orthogonalize, iteration=group["iteration"])
+            dtype = self._dtype(group["precision"])
+            for shard, direction in on_owners(function, shards, partial(_momentum, self.state), self.mesh, dtype=dtype):
+                scale = update_scale(shard.spec.rows, shard.spec.columns, group["scale"])
+                self.descend(Piece(shard, 0, len(shard)), direction.float() * scale, group)
 
-    def _orthogonal_slice(self, shard: ShardedParam, group: Mapping[str, Any]) -> Tensor:
-        spec = shard.spec
-        momentum = _momentum(self.state, shard)
-        whole = self.mesh.gather_flat(momentum, spec.numel).view(spec.rows, spec.columns)
-        direction = orthogonalize(whole, iteration=group["iteration"])
-        factor = update_scale(spec.rows, spec.columns, group["scale"])
-        return direction.reshape(-1)[shard.offset : shard.offset + len(shard)] * factor
+    def _dtype(self, precision: Precision) -> torch.dtype:
+        if precision == "auto":
+            return torch.bfloat16 if self.mesh.device.type == "cuda" else torch.float32
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _momentum(states: State, shard: ShardedParam) -> Tensor:

@@ -1,4 +1,4 @@
-"""Orthogonalisation of a matrix by Newton-Schulz iteration: A = U S V^T to about U V^T."""
+"""Orthogonalisation of matrices by Newton-Schulz iteration: A = U S V^T to about U V^T."""
 
 import math
 from typing import Literal
@@ -15,24 +15,24 @@ _EPS = 1e-7
 
 
 def orthogonalize(matrix: Tensor, *, iteration: Iteration = "quintic", num_iterations: int | None = None) -> Tensor:
-    """The nearly orthonormal factor of a matrix; a zero matrix gives zero.
+    """The nearly orthonormal factor of a matrix, or of each of many; a zero matrix gives zero.
 
     Quintic (Muon, K. Jordan 2024; 5 iterations): singular values above 0.01 of the Frobenius norm land in [0.68, 1.13].
     Cubic (arXiv 2506.04430; 10 iterations): slower, converges to 1.
 
     Args:
-        matrix: [m, n], floating point.
+        matrix: [..., m, n], floating point; in 16 bits the products are rounded after each iteration.
         iteration: the polynomial.
         num_iterations: None = the published number.
 
     Returns:
-        [m, n] of the same dtype.
+        [..., m, n] of the same dtype.
     """
     a, b, c = _QUINTIC if iteration == "quintic" else _CUBIC
     default = 5 if iteration == "quintic" else 10
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall = matrix.shape[-2] > matrix.shape[-1]
     x: Tensor = matrix.mT if tall else matrix
-    x = x / (torch.linalg.matrix_norm(x) + _EPS)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPS)
     for _ in range(default if num_iterations is None else num_iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
