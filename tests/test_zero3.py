@@ -78,6 +78,7 @@ CHECKS: dict[str, dict[str, Any]] = {
     "resident": LORA | SIGN | BLOCK | TWO | {"check": "resident", "dtype": "bfloat16"},
     "merged_rows": FULL | SIGN | {"probe": "gaussian"} | FOUR | {"check": "merged_rows"},
     "merged_rows_fan_out": LLAMA | SIGN | {"probe": "gaussian"} | FOUR | {"check": "merged_rows", "forward": "fan_out"},
+    "merged_rows_full_fan_out": FULL | SIGN | BLOCK | FOUR | {"check": "merged_rows", "forward": "fan_out"},
     "owners_full": FULL | MUON | BLOCK | TWO | {"check": "owners"},
     "owners_lora": LORA | MUON | BLOCK | TWO | {"check": "owners"},
 }
@@ -316,7 +317,7 @@ def test_each_matrix_is_orthogonalised_once(job: Any, name: str) -> None:
         assert len(calls) == len({tuple(shape[1:]) for shape in calls}), "one call per shape"
 
 
-@pytest.mark.parametrize("name", ["merged_rows", "merged_rows_fan_out"])
+@pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("merged_rows")])
 def test_options_merged_into_one_row(job: Any, name: str) -> None:
     """One by one and fanned out; the tokens of the prompt are run, and counted, once."""
     _, out = job

@@ -18,7 +18,8 @@ class Mesh:
     """The ranks of the default process group; without one, a mesh of one rank.
 
     A rank may want all to stop (`stop_wanted`); the wish travels with the next `gather_items`, after which
-    `stop_agreed` is the same on every rank. `num_gathers` and `gathered_bytes` (of outputs) count `gather_flats`.
+    `stop_agreed` is the same on every rank. `num_gathers` and `gathered_bytes` (of outputs) count `gather_flats`
+    and `exchange`.
 
     Args:
         device: where this rank computes.
@@ -140,6 +141,8 @@ class Mesh:
             return lambda: packed
         into = packed.new_empty(sum(received))
         work = dist.all_to_all_single(into, packed, list(received), list(sent), async_op=True)
+        self.num_gathers += 1
+        self.gathered_bytes += into.nbytes
 
         def finish() -> Tensor:
             work.wait()
