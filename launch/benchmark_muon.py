@@ -24,7 +24,7 @@ from zoscale.config import ModelConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
 from zoscale.optim import JaguarMuon, orthogonalize
-from zoscale.optim.owners import on_owners
+from zoscale.optim.owners import CAPACITY, on_owners
 from zoscale.runtime import Runtime, start, stop
 from zoscale.shards import ShardedParam
 
@@ -51,7 +51,7 @@ class Traffic:
         return counted
 
 
-def measure(config: ModelConfig, adapter: dict[str, Any] | None, repeats: int) -> dict[str, Any]:
+def measure(config: ModelConfig, adapter: dict[str, Any] | None, repeats: int, capacity: int) -> dict[str, Any]:
     """Median seconds of both over alternating repetitions, and what one of each sends."""
     architecture = read_model_config(config)
     accelerator = start(Runtime(dtype=config.dtype, threads=1), size=count_parameters(architecture))
@@ -69,7 +69,8 @@ def measure(config: ModelConfig, adapter: dict[str, Any] | None, repeats: int) -
     dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
 
     def owned() -> list[Tensor]:
-        parts = on_owners(orthogonalize, shards, lambda shard: momenta[shard.spec.id], mesh, dtype=dtype)
+        momentum = lambda shard: momenta[shard.spec.id]  # noqa: E731
+        parts = on_owners(orthogonalize, shards, momentum, mesh, dtype=dtype, capacity=capacity)
         return [part for _, part in parts]
 
     def redundant() -> list[Tensor]:
@@ -105,12 +106,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", type=Path, help="YAML of an architecture, as model.config; default OPT-125M")
     parser.add_argument("--full", action="store_true", help="all weights instead of LoRA")
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="elements that a rank owns at once")
     parser.add_argument("--repeats", type=int, default=10, help="timed updates of each")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
     shapes = yaml.safe_load(arguments.config.read_text()) if arguments.config else OPT_125M
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    report = measure(ModelConfig(config=shapes, dtype=dtype), None if arguments.full else ADAPTER, arguments.repeats)
+    adapter = None if arguments.full else ADAPTER
+    report = measure(ModelConfig(config=shapes, dtype=dtype), adapter, arguments.repeats, arguments.capacity)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=2))
         if arguments.json:

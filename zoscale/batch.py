@@ -44,10 +44,9 @@ def share_prefixes(rows: Sequence[Row], longest: int, *, branching: bool) -> lis
     merging = _Merging()
     for row in sorted(rows, key=lambda row: row.tokens):
         shared = common_prefix(merging.sequence, row.tokens)
-        parts = 0 < shared < len(merging.sequence)
-        if merging.tokens and (
-            shared == 0 or (parts and not branching) or len(merging.tokens) + len(row.tokens) - shared > longest
-        ):
+        continues = shared == len(merging.sequence) or (branching and shared > 0)
+        fits = len(merging.tokens) + len(row.tokens) - shared <= longest
+        if merging.tokens and not (continues and fits):
             made.append(merging.row(row.example))
             merging, shared = _Merging(), 0
         merging.add(row, shared)
@@ -79,8 +78,7 @@ class _Merging:
         """What has grown."""
         length = len(self.tokens)
         tree = tuple((position, self._ends.get(c, length)) for c, position in enumerate(self._positions))
-        is_chain = not self._ends
-        return Row(tuple(self.tokens), tuple(self._answers), example, () if is_chain else tree)
+        return Row(tuple(self.tokens), tuple(self._answers), example, tree if self._ends else ())
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ def orthogonalize(matrix: Tensor, *, iteration: Iteration = "quintic", num_itera
     Cubic (arXiv 2506.04430; 10 iterations): slower, converges to 1.
 
     Args:
-        matrix: [..., m, n], floating point; in 16 bits the products are rounded after each iteration.
+        matrix: [..., m, n], floating point; in 16 bits every product is rounded.
         iteration: the polynomial.
         num_iterations: None = the published number.
 
@@ -32,11 +32,11 @@ def orthogonalize(matrix: Tensor, *, iteration: Iteration = "quintic", num_itera
     default = 5 if iteration == "quintic" else 10
     tall = matrix.shape[-2] > matrix.shape[-1]
     x: Tensor = matrix.mT if tall else matrix
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPS)
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPS)).reshape(-1, *x.shape[-2:])
     for _ in range(default if num_iterations is None else num_iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape)
 
 
 def update_scale(rows: int, columns: int, scale: Scale) -> float:
