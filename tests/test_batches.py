@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -11,10 +12,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from zoscale.batch import MicroBatch, Row
+from zoscale.batch import MicroBatch, Row, share_prefixes
 from zoscale.config import ConfigError, DataConfig
 from zoscale.data import Encoder, Splits, TrainBatches, evaluation_batches
 from zoscale.evaluate import evaluate
@@ -153,7 +156,11 @@ def scored(batch: MicroBatch) -> list[list[tuple[list[int], int]]]:
     ):
         row, column = int(batch.position_row[position]), int(batch.position_column[position])
         assert bool(batch.attention_mask[row, : column + 1].all())
-        found[option].append((batch.input_ids[row, : column + 1].tolist(), token))
+        read = torch.arange(column + 1)
+        if batch.ends is not None and batch.position_ids is not None:
+            read = read[batch.ends[row, : column + 1] > column]
+            assert batch.position_ids[row, read].tolist() == list(range(len(read)))
+        found[option].append((batch.input_ids[row, read].tolist(), token))
     return found
 
 
@@ -167,22 +174,70 @@ def test_one_token_options_share_one_row(words: PreTrainedTokenizerFast) -> None
     assert batch.option_is_gold.tolist() == [False, True] * 2 and batch.option_example.tolist() == [0, 0, 1, 1]
 
 
-def test_options_of_several_tokens_have_rows_of_their_own(words: PreTrainedTokenizerFast) -> None:
-    example = Example("the film It was", (" not so good", " bad", " not so bad", " great"), 2)
-    batch = Encoder(words, 64).micro_batch([example], gold_only=False)
+def test_options_of_several_tokens(words: PreTrainedTokenizerFast) -> None:
+    """The prompt is run once for all of them; without branching, once for those that another one continues."""
+    example = Example("the film It was", (" not so good", " bad", " not so bad", " so not so bad", " great"), 2)
     prompt, no = words("the film It was")["input_ids"], words.convert_tokens_to_ids
-    assert sorted(batch.input_ids[batch.attention_mask.bool()].tolist()) == sorted(
-        [*prompt, *no(["not", "so"]), *prompt]
-    )
     longer = [prompt, prompt + no(["not"]), prompt + no(["not", "so"])]
-    assert scored(batch) == [
+    other = [prompt, *(prompt + no(["so", "not", "so"])[:length] for length in (1, 2, 3))]
+    expected = [
         list(zip(longer, no(["not", "so", "good"]), strict=True)),
         [(prompt, no("bad"))],
         list(zip(longer, no(["not", "so", "bad"]), strict=True)),
+        list(zip(other, no(["so", "not", "so", "bad"]), strict=True)),
         [(prompt, no("great"))],
     ]
-    gold = Encoder(words, 64).micro_batch([example], gold_only=True)
-    assert scored(gold) == [scored(batch)[2]] and gold.option_is_gold.tolist() == [True]
+    apart = Encoder(words, 64).micro_batch([example], gold_only=False)
+    assert sorted(apart.input_ids[apart.attention_mask.bool()].tolist()) == sorted([*longer[-1], *other[-1]])
+    assert scored(apart) == expected and apart.ends is None and apart.num_tokens == 15
+    merged = Encoder(words, 64, branching=True).micro_batch([example], gold_only=False)
+    assert merged.input_ids.tolist() == [[*prompt, *no(["not", "so"]), *no(["so", "not", "so"])]]
+    assert scored(merged) == expected and merged.ends is not None and merged.num_tokens == 10
+    assert merged.position_row.numel() == 6, "the head is computed once where options agree"
+    gold = Encoder(words, 64, branching=True).micro_batch([example], gold_only=True)
+    assert scored(gold) == [expected[2]] and gold.option_is_gold.tolist() == [True] and gold.ends is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=8, unique=True),
+    st.integers(1, 30),
+    st.booleans(),
+)
+def test_merged_rows_hold_the_same_sequences(texts: list[str], room: int, branching: bool) -> None:
+    """Whatever sequences there are and whatever fits into a row: the same answers after the same tokens."""
+    sequences = [(1, *(2 + (letter == "b") for letter in text)) for text in texts]
+    rows = [Row(tokens, tuple((c, 10 * n + c, n) for c in range(len(tokens))), 0) for n, tokens in enumerate(sequences)]
+    longest = max(room, *map(len, sequences))
+    merged = share_prefixes(rows, longest, branching=branching)
+    assert sum(len(row.tokens) for row in merged) <= sum(map(len, sequences))
+    assert all(len(row.tokens) <= longest for row in merged)
+    if not branching:
+        assert not any(row.tree for row in merged)
+    gold = [[True] * len(rows)]
+    assert list(map(sorted, scored(MicroBatch.from_rows(merged, gold, 0)))) == list(
+        map(sorted, scored(MicroBatch.from_rows(rows, gold, 0)))
+    )
+
+
+def test_the_mask_of_merged_rows_by_hand() -> None:
+    """1 2 then 3 or 4 5, beside a plain row with padding."""
+    rows = [Row((1, 2, 3), ((2, 9, 0),), 0), Row((1, 2, 4, 5), ((3, 9, 1),), 0)]
+    (tree,) = share_prefixes(rows, 8, branching=True)
+    batch = MicroBatch.from_rows([tree, Row((1, 6), ((1, 9, 0),), 1)], [[True, False], [True]], pad_token=0)
+    inputs = batch.model_inputs(torch.float32)
+    assert inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5], [1, 6, 0, 0, 0]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 2, 3], [0, 1, 0, 0, 0]]
+    mask = inputs["attention_mask"]
+    assert mask.shape == (2, 1, 5, 5) and set(mask.unique().tolist()) == {0.0, torch.finfo(torch.float32).min}
+    assert (mask[:, 0] == 0).int().tolist() == [
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1]],
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]],
+    ]
+    twice = batch.repeat(2).model_inputs(torch.bfloat16)
+    assert twice["attention_mask"].dtype == torch.bfloat16
+    assert torch.equal(twice["attention_mask"][2:] == 0, mask == 0)
+    assert torch.equal(twice["position_ids"], inputs["position_ids"].repeat(2, 1))
 
 
 def test_tokens_that_merge_across_the_boundary_are_answers(letters: PreTrainedTokenizerFast) -> None:
@@ -311,11 +366,16 @@ def numbered(count: int) -> list[Example]:
 
 
 def contents(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
-    return [tuple(row) for batch in batches for row in batch.input_ids.tolist()]
+    """The rows without their padding."""
+    return [
+        tuple(row[mask.bool()].tolist())
+        for batch in batches
+        for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(words: PreTrainedTokenizerFast) -> None:
-    config = DataConfig(batch_size=6, micro_batch_size=4)
+    config = DataConfig(batch_size=6, micro_batch_size=3)
 
     def make(seed: int) -> TrainBatches:
         return TrainBatches(numbered(10), Encoder(words, 64), config, seed, gold_only=False)
@@ -352,6 +412,63 @@ def test_micro_batches_are_fixed(words: PreTrainedTokenizerFast) -> None:
     assert contents(at(6, 2, 3)) == contents(at(6, 6, 3)) == contents(at(6, 3, 3))
     assert contents(at(12, 6, 0))[:10] != contents(at(12, 6, 0))[2:12]
     assert len(contents(at(12, 6, 0))) == 12, "a batch larger than the data goes round"
+
+
+def prompts_of(*lengths: int) -> list[Example]:
+    """Prompts of so many words, each with a first word of its own where there are enough."""
+    return [
+        Example(" ".join(["abcdefghijklmnopqrst"[i % 20], *["film"] * (n - 1)]), (" good", " bad"))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def test_a_steps_examples_are_sorted_into_its_micro_batches(words: PreTrainedTokenizerFast) -> None:
+    """By default a step keeps its examples; only who is padded with whom changes."""
+    examples = prompts_of(*(1 + 7 * i % 20 for i in range(20)))
+    make = lambda size: TrainBatches(  # noqa: E731
+        examples, Encoder(words, 64), DataConfig(batch_size=8, micro_batch_size=size), 0, gold_only=False
+    )
+    for step in range(5):
+        parts = make(2).at(step)
+        assert sorted(contents(make(8).at(step))) == sorted(contents(parts))
+        lengths = [int(n) for batch in parts for n in batch.attention_mask.sum(1)]
+        assert lengths == sorted(lengths) and len(set(lengths)) > 4
+    with pytest.raises(ValueError, match="divisor of 8"):
+        make(3)
+
+
+def test_a_window_deals_each_step_its_share_of_every_length(words: PreTrainedTokenizerFast) -> None:
+    examples = prompts_of(*(1 + 7 * i % 20 for i in range(20)))
+    batches = {
+        window: TrainBatches(
+            examples, Encoder(words, 64),
+            DataConfig(batch_size=8, micro_batch_size=2, length_window=window), 3, gold_only=False,
+        )
+        for window in (1, 5)
+    }  # fmt: skip
+    steps = {window: {step: made.at(step) for step in range(10)} for window, made in batches.items()}
+    again = {step: contents(batches[5].at(step)) for step in (7, 2, 9, 2, 0)}
+    assert all(contents(steps[5][step]) == found for step, found in again.items()), "a pure function of the step"
+
+    def rows(window: int, first: int) -> list[tuple[int, ...]]:
+        return [row for step in range(first, first + 5) for row in contents(steps[window][step])]
+
+    for first in (0, 5):
+        assert sorted(rows(1, first)) == sorted(rows(5, first)), "a window holds the examples of its steps"
+        tops = [
+            [int(batch.attention_mask.sum(1).max()) for batch in steps[5][step]] for step in range(first, first + 5)
+        ]
+        for shorter, longer in itertools.pairwise(tops):
+            for stratum in range(3):
+                assert shorter[stratum] <= longer[stratum + 1] and longer[stratum] <= shorter[stratum + 1]
+    assert contents(steps[5][0]) != contents(steps[5][5])
+    padded = {w: sum(b.input_ids.numel() for made in steps[w].values() for b in made) for w in steps}
+    assert padded[5] < padded[1]
+
+
+def test_evaluation_puts_examples_of_one_length_together(words: PreTrainedTokenizerFast) -> None:
+    batches = evaluation_batches(prompts_of(9, 2, 9, 2, 2), Encoder(words, 64), 2)
+    assert [batch.input_ids.shape for batch in batches] == [(2, 3), (2, 10), (1, 10)]
 
 
 class Given(Task):

@@ -33,6 +33,7 @@ from zoscale.optim import (
     orthogonalize,
 )
 from zoscale.optim.newton_schulz import update_scale
+from zoscale.optim.owners import deal
 from zoscale.probes import (
     PROBES,
     Block,
@@ -604,8 +605,8 @@ def test_refused_betas_of_groups(make: Any) -> None:
         make(shards_of(start_values(SHAPES)), groups=[{"beta": 1.5}])
 
 
-@pytest.mark.parametrize("option", [{"scale": "sqrt"}, {"iteration": "quintc"}])
-def test_unknown_scales_and_iterations_are_refused(option: dict[str, Any]) -> None:
+@pytest.mark.parametrize("option", [{"scale": "sqrt"}, {"iteration": "quintc"}, {"precision": "bf16"}])
+def test_unknown_scales_iterations_and_precisions_are_refused(option: dict[str, Any]) -> None:
     """A misspelt name must not become another algorithm (`none`, cubic)."""
     shards = shards_of(start_values(SHAPES))
     with pytest.raises(ValueError, match=next(iter(option.values()))):
@@ -660,14 +661,74 @@ def test_embeddings_head_and_vectors_never_reach_newton_schulz(monkeypatch: pyte
     ]
     optimizer = JaguarMuon(shards, lr=0.5, sign_lr_scale=0.5)
     optimizer.step(fixed_estimate(shards, 0, probe=Rademacher()))
-    assert sorted(seen) == [(50 + i, 4) for i in range(len(ALWAYS))]
+    assert sorted(seen) == [(1, 50 + i, 4) for i in range(len(ALWAYS))]
     for shard in shards:
         if shard.spec.name in (*NEVER, stacked):
             memory = optimizer.state[shard.truth]["momentum"]
             assert torch.equal(shard.truth, values[shard.spec.name].view(-1) - 0.25 * memory.sign())
 
 
+# --- Who orthogonalises what. ---
+
+
+def specs_of(shapes: Sequence[tuple[int, int]]) -> list[TensorSpec]:
+    return [TensorSpec(i, f"w{i}", shape) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("capacity", [1, 5_000, 10**9])
+def test_matrices_are_shared_out_evenly_in_bounded_buckets(num_ranks: int, capacity: int) -> None:
+    specs = specs_of([(8, 70), (70, 8), (64, 64), (8, 70), (64, 16)] * 7 + [(100, 90)])
+    buckets = deal(specs, num_ranks, capacity)
+    assert sorted(spec.id for bucket in buckets for spec in bucket.specs) == [spec.id for spec in specs]
+    work = [0] * num_ranks
+    for bucket in buckets:
+        for rank, owned in enumerate(bucket.owned):
+            assert len(owned) <= 1 or sum(spec.numel for spec in owned) <= capacity
+            shapes = [spec.shape for spec in owned]
+            assert shapes == [s for shape in dict.fromkeys(shapes) for s in shapes if s == shape], "shapes in runs"
+            work[rank] += sum(min(s.shape) ** 2 * (min(s.shape) + 2 * max(s.shape)) for s in owned)
+    assert max(work) - min(work) <= 90 * 90 * (90 + 2 * 100), "no more than the most expensive matrix"
+    if capacity == 10**9:
+        assert len(buckets) == 1
+
+
+def test_a_bucket_is_filled_before_the_next() -> None:
+    """Collectives are few: two per bucket, and buckets are as many as the capacity demands."""
+    assert len(deal(specs_of([(10, 20)] * 48), 2, 1200)) == 4
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_precision_of_newton_schulz(precision: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU float32 unless asked otherwise; the momentum stays in float32."""
+    seen: list[torch.dtype] = []
+
+    def recorded(matrix: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(matrix.dtype)
+        return orthogonalize(matrix, **options)
+
+    monkeypatch.setattr(jaguar, "orthogonalize", recorded)
+    shards = shards_of(start_values({"w": (6, 9)}))
+    before = values_of(shards)["w"]
+    optimizer = JaguarMuon(shards, lr=1.0, precision=precision)
+    optimizer.step(fixed_estimate(shards, 0, probe=Rademacher()))
+    memory = optimizer.state[shards[0].truth]["momentum"]
+    assert seen == [dtype] and memory.dtype == torch.float32
+    step = before - values_of(shards)["w"]
+    torch.testing.assert_close(
+        step, orthogonalize(memory.view(6, 9)), rtol=0, atol=1e-6 if precision == "auto" else 0.05
+    )
+
+
 # --- Newton-Schulz. ---
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4)])
+def test_newton_schulz_of_many_is_that_of_each(shape: tuple[int, int]) -> None:
+    many = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    many[1, 2] = 0
+    each = torch.stack([orthogonalize(matrix) for matrix in many.flatten(0, 1)]).view_as(many)
+    torch.testing.assert_close(orthogonalize(many), each, rtol=0, atol=5e-6)
 
 
 def with_singular_values(shape: tuple[int, int], values: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -97,6 +97,26 @@ def test_library_example_trains_and_saves(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_muon_benchmark_counts_two_collectives(tmp_path: Path) -> None:
+    (tmp_path / "shapes.yaml").write_text(json.dumps(tiny.ARCHITECTURES["opt"]))
+    command = ["launch/benchmark_muon.py", "--config", str(tmp_path / "shapes.yaml"), "--full", "--repeats", "1"]
+    torchrun(2, *command, "--json", str(tmp_path / "report.json"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["matrices"] == 2 * 6, "two blocks of OPT"
+    assert report["owners"]["collectives"] == 2 and report["redundant"]["collectives"] == 12
+    assert 0 < report["owners"]["bytes"] <= 1.2 * report["redundant"]["bytes"] and report["ratio"] > 0
+
+
+def test_prefix_benchmark_counts_each_prompt_once(tmp_path: Path) -> None:
+    (tmp_path / "shapes.yaml").write_text(json.dumps(tiny.ARCHITECTURES["opt"]))
+    lengths = ["--prompt", "12", "--options", "3", "--option", "4"]
+    command = ["launch/benchmark_prefixes.py", "--config", str(tmp_path / "shapes.yaml"), *lengths, "--repeats", "1"]
+    run([sys.executable, *command, "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["separate"]["tokens"] == 4 * 3 * 15 and report["merged"]["tokens"] == 4 * (12 + 3 * 3)
+    assert report["ratio_of_tokens"] == 21 / 45 and report["ratio_of_seconds"] > 0
+
+
 @pytest.mark.slow
 def test_noise_benchmark_meets_its_bound(tmp_path: Path) -> None:
     """Compiled normals cost at most 1.25 x torch.randn per thread; the best of three runs."""

@@ -15,6 +15,8 @@ from reference_methods import Method, oracle_probe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from zoscale.optim.owners import CAPACITY
+
 WORKER = str(Path(__file__).parent / "zero3_worker.py")
 STEPS = 5
 BLOCK = {"probe": "block", "probe_args": {"rows": 0.3, "columns": 0.4}}
@@ -99,6 +101,11 @@ CHECKS: dict[str, dict[str, Any]] = {
     "traffic_full": FULL | SIGN | BLOCK | FOUR | {"check": "traffic", "forward": "fan_out"},
     "traffic_full_one_sided": FULL | SIGN | BLOCK | ONE_SIDED | {"check": "traffic", "forward": "fan_out"},
     "resident": LORA | SIGN | BLOCK | TWO | {"check": "resident", "dtype": "bfloat16"},
+    "merged_rows": FULL | SIGN | {"probe": "gaussian"} | FOUR | {"check": "merged_rows"},
+    "merged_rows_fan_out": LLAMA | SIGN | {"probe": "gaussian"} | FOUR | {"check": "merged_rows", "forward": "fan_out"},
+    "merged_rows_full_fan_out": FULL | SIGN | BLOCK | FOUR | {"check": "merged_rows", "forward": "fan_out"},
+    "owners_full": FULL | MUON | BLOCK | TWO | {"check": "owners"},
+    "owners_lora": LORA | MUON | BLOCK | TWO | {"check": "owners"},
 }
 WORLDS = (1, 2, 3)
 
@@ -323,3 +330,29 @@ def test_only_shards_are_resident(job: Any) -> None:
     assert report["held"] == 0
     assert report["dtypes"] == ["torch.bfloat16"]
     assert report["local"] <= report["total"] / world * 1.02 + 1024
+
+
+@pytest.mark.parametrize("name", ["owners_full", "owners_lora"])
+def test_each_matrix_is_orthogonalised_once(job: Any, name: str) -> None:
+    """By one rank, those of one shape together; the directions are those of every rank doing all of them."""
+    _, out = job
+    report, _ = outcome(out, name)
+    wanted = sorted(map(tuple, report.pop("shapes")))
+    for setting, ranks in report.items():
+        given = [shape for _, calls in ranks for shape in calls]
+        assert sorted((m, n) for count, m, n in given for _ in range(count)) == wanted
+        assert max(difference for difference, _ in ranks) <= (1e-6 if "float32" in setting else 0.05)
+    assert all(count == 1 for _, calls in report["torch.float32 1"] for count, *_ in calls), "capacity for one matrix"
+    for _, calls in report[f"torch.float32 {CAPACITY}"]:
+        assert len(calls) == len({tuple(shape[1:]) for shape in calls}), "one call per shape"
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("merged_rows")])
+def test_options_merged_into_one_row(job: Any, name: str) -> None:
+    """One by one and fanned out; the tokens of the prompt are run, and counted, once."""
+    _, out = job
+    report, _ = outcome(out, name)
+    separate, merged = report["losses"]
+    assert merged == pytest.approx(separate, abs=1e-5)
+    assert len(set(separate)) == 8
+    assert all(after < 0.7 * before for before, after in report["tokens"])

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from zoscale.batch import MicroBatch, Row, share_prefixes
+
 LORA = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -51,4 +53,24 @@ def batch(step: int, num_micro_batches: int = 3) -> list[dict[str, torch.Tensor]
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, :3] = -100
         made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return made
+
+
+def options(*, merged: bool, num_micro_batches: int = 3) -> list[MicroBatch]:
+    """Two examples with options of 1 to 5 tokens each, of which some begin alike; a row for each, or merged."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(4, 200, (count,), generator=generator).tolist())
+
+    made = []
+    for number in range(num_micro_batches):
+        rows = []
+        for example in range(2):
+            prompt, start = draw(9 + number + 2 * example), draw(2)
+            texts = [draw(4), (*start, *draw(3)), (*start, *draw(1)), draw(1)]
+            whole = [(prompt + text, len(prompt), option) for option, text in enumerate(texts)]
+            own = [Row(t[:-1], tuple((c - 1, t[c], o) for c in range(first, len(t))), example) for t, first, o in whole]
+            rows += share_prefixes(own, 40, branching=True) if merged else own
+        made.append(MicroBatch.from_rows(rows, [[False, True, False, False], [True, False, False, False]], 0))
     return made

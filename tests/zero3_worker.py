@@ -18,9 +18,11 @@ from zoscale.estimators import ESTIMATORS
 from zoscale.meters import CommMeter, Traffic, count_allgathers
 from zoscale.methods import TABLES
 from zoscale.models import add_adapter, count_parameters, is_block, load_model, read_model_config
-from zoscale.objectives import language_modeling
+from zoscale.objectives import classification, language_modeling
+from zoscale.optim import orthogonalize
+from zoscale.optim.owners import CAPACITY, on_owners
 from zoscale.runtime import ZERO3, Runtime, start, stop
-from zoscale.shards import local_bytes
+from zoscale.shards import ShardedParam, local_bytes
 
 
 def build(scenario: dict[str, Any]) -> ZeroOrderEngine:
@@ -145,12 +147,53 @@ def traffic(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]
     return {"steps": steps, "model_bytes": local_bytes(engine.model) * engine.mesh.world_size, "blocks": blocks}
 
 
+def owners(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """Directions from the owners against every rank orthogonalising all matrices, and who was given what."""
+    mesh = engine.mesh
+    shards = [shard for shard in engine.shards if len(shard.spec.shape) == 2]
+    wholes = {shard.spec.id: tiny.values(f"momentum of {shard.spec.name}", shard.spec.shape) for shard in shards}
+    given: list[tuple[int, ...]] = []
+
+    def recorded(matrices: torch.Tensor) -> torch.Tensor:
+        given.append(tuple(matrices.shape))
+        return orthogonalize(matrices)
+
+    def part(whole: torch.Tensor, shard: ShardedParam) -> torch.Tensor:
+        return whole.reshape(-1)[shard.offset : shard.offset + len(shard)]
+
+    report: dict[str, Any] = {"shapes": [shard.spec.shape for shard in shards]}
+    for dtype, capacity in (
+        (torch.float32, 1),
+        (torch.float32, 10_000),
+        (torch.float32, CAPACITY),
+        (torch.bfloat16, 10_000),
+    ):
+        given.clear()
+        parts = on_owners(recorded, shards, lambda s: part(wholes[s.spec.id], s), mesh, dtype=dtype, capacity=capacity)
+        difference = 0.0
+        for shard, found in parts:
+            assert found.dtype == dtype and len(found) == len(shard)
+            expected = part(orthogonalize(wholes[shard.spec.id].to(dtype)), shard)
+            difference = max([difference, *(found - expected).abs().tolist()])
+        report[f"{dtype} {capacity}"] = mesh.gather_objects((difference, list(given)))
+    return report
+
+
+def merged_rows(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """Losses of options with a row each and merged, and the tokens that this rank ran for them."""
+    engine.objective = classification
+    found = [engine.losses(tiny.options(merged=merged), engine.directions(0)) for merged in (False, True)]
+    return {"losses": [f.values for f in found], "tokens": engine.mesh.gather_objects([f.local_tokens for f in found])}
+
+
 CHECKS = {
+    "merged_rows": merged_rows,
     "trajectory": trajectory,
     "exactness": exactness,
     "non_finite": non_finite,
     "resident": resident,
     "traffic": traffic,
+    "owners": owners,
 }
 
 

@@ -18,6 +18,7 @@ from zoscale.metrics import METRICS, score
 from zoscale.models import (
     ModelSize,
     add_adapter,
+    can_share_prefixes,
     count_parameters,
     load_model,
     load_tokenizer,
@@ -60,7 +61,9 @@ def plan(config: RunConfig) -> Plan:
         raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
     deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
     architecture = read_model_config(config.model)
-    encoder = Encoder(load_tokenizer(config.model), config.data.max_length)
+    length = config.data.max_length
+    branching = config.data.share_prefixes and can_share_prefixes(architecture, config.model, length)
+    encoder = Encoder(load_tokenizer(config.model), length, branching=branching)
     splits = Splits.of(task, config.data, config.seed)
     data = encoder.fingerprint(splits)
     size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)

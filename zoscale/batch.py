@@ -13,17 +13,80 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence to run, and the positions in it whose next token matters.
+    """One sequence to run, or several that share their beginnings, and the places in it whose next token matters.
 
     Args:
-        tokens: input token ids.
-        answers: (position, target token, option number within the example) triples.
+        tokens: input token ids; of several sequences the tree of their prefixes, a token before what follows it.
+        answers: (column, target token, option number within the example) triples.
         example: number of the example within the micro-batch.
+        tree: of several sequences, (position, end) of each token: its place in its sequences, and the column where
+            what follows it ends; it is seen from there on no more. Empty for one sequence.
     """
 
     tokens: tuple[int, ...]
     answers: tuple[tuple[int, int, int], ...]
     example: int
+    tree: tuple[tuple[int, int], ...] = ()
+
+
+def share_prefixes(rows: Sequence[Row], longest: int, *, branching: bool) -> list[Row]:
+    """The same answers from fewer tokens: rows of one example merged where they begin alike.
+
+    A row that another one continues needs no tokens of its own in any causal model. Rows that part need a model whose
+    attention takes a mask of any form: each token then attends only to those of its own sequence.
+
+    Args:
+        rows: of one example, one sequence each.
+        longest: most tokens of a merged row.
+        branching: merge rows that part, too.
+    """
+    made: list[Row] = []
+    merging = _Merging()
+    for row in sorted(rows, key=lambda row: row.tokens):
+        shared = common_prefix(merging.sequence, row.tokens)
+        continues = shared == len(merging.sequence) or (branching and shared > 0)
+        fits = len(merging.tokens) + len(row.tokens) - shared <= longest
+        if merging.tokens and not (continues and fits):
+            made.append(merging.row(row.example))
+            merging, shared = _Merging(), 0
+        merging.add(row, shared)
+    return [*made, merging.row(rows[0].example)]
+
+
+class _Merging:
+    """A row that grows by sequences in their order."""
+
+    def __init__(self) -> None:
+        self.sequence: tuple[int, ...] = ()
+        self.tokens: list[int] = []
+        self._columns: list[int] = []  # of the newest sequence
+        self._positions: list[int] = []
+        self._ends: dict[int, int] = {}
+        self._answers: list[tuple[int, int, int]] = []
+
+    def add(self, row: Row, shared: int) -> None:
+        """Append a sequence of which the first `shared` tokens are there."""
+        first = len(self.tokens)
+        self._ends |= dict.fromkeys(self._columns[shared:], first)
+        self._columns[shared:] = range(first, first + len(row.tokens) - shared)
+        self._positions += range(shared, len(row.tokens))
+        self.tokens += row.tokens[shared:]
+        self._answers += [(self._columns[place], token, option) for place, token, option in row.answers]
+        self.sequence = row.tokens
+
+    def row(self, example: int) -> Row:
+        """What has grown."""
+        length = len(self.tokens)
+        tree = tuple((position, self._ends.get(c, length)) for c, position in enumerate(self._positions))
+        return Row(tuple(self.tokens), tuple(self._answers), example, tree if self._ends else ())
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that two sequences share."""
+    for place, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return place
+    return min(len(a), len(b))
 
 
 @dataclass(frozen=True)
@@ -48,7 +111,8 @@ class MicroBatch:
     """Rows of fixed content and shape. All tensors are int64 unless said otherwise.
 
     Args:
-        input_ids: [R, T], padded on the right.
+        input_ids: [R, T], padded on the right: in one pass of a causal model real tokens then neither see padding
+            nor are moved by it.
         attention_mask: [R, T], 1 for real tokens.
         position_row, position_column: [P], the distinct outputs that the head is computed for.
         answer_position: [A], index into P; the output that predicts the answer token.
@@ -57,8 +121,10 @@ class MicroBatch:
         option_example: [S], the example of each option, 0 .. num_examples - 1, ascending.
         option_is_gold: bool [S], whether it is the right option.
         num_examples: examples in the micro-batch.
-        num_tokens: real tokens.
+        num_tokens: real tokens in all rows.
         questions: of each example; empty where the texts are not known.
+        position_ids: [R, T], the place of each token in its sequence; None = its column, for rows of one sequence.
+        ends: [R, T], the column from which on a token is not seen any more; None as before.
     """
 
     input_ids: Tensor
@@ -73,6 +139,8 @@ class MicroBatch:
     num_examples: int
     num_tokens: int
     questions: tuple[Question, ...] = ()
+    position_ids: Tensor | None = None
+    ends: Tensor | None = None
 
     @classmethod
     def from_rows(
@@ -102,6 +170,7 @@ class MicroBatch:
                 answers.append((place, token, first_option[row.example] + option))
         padded = [list(row.tokens) + [pad_token] * (longest - len(row.tokens)) for row in rows]
         mask = [[1] * len(row.tokens) + [0] * (longest - len(row.tokens)) for row in rows]
+        position_ids, ends = _trees(rows, longest) if any(row.tree for row in rows) else (None, None)
         answer_table = torch.tensor(answers).view(-1, 3)
         position_table = torch.tensor(list(positions)).view(-1, 2)
         return cls(
@@ -117,6 +186,8 @@ class MicroBatch:
             len(gold),
             sum(len(row.tokens) for row in rows),
             tuple(questions),
+            position_ids,
+            ends,
         )
 
     @classmethod
@@ -165,9 +236,31 @@ class MicroBatch:
             position_column=self.position_column.repeat(times),
             answer_position=(self.answer_position + positions * copies[:, None]).view(-1),
             answer_token=self.answer_token.repeat(times),
+            position_ids=None if self.position_ids is None else self.position_ids.repeat(times, 1),
+            ends=None if self.ends is None else self.ends.repeat(times, 1),
         )
+
+    def model_inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a Hugging Face model is called with; rows of several sequences bring a mask [R, 1, T, T] of `dtype`."""
+        if self.ends is None or self.position_ids is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        column = torch.arange(self.input_ids.shape[1], device=self.ends.device)
+        seen = (column[:, None] >= column) & (column[:, None] < self.ends[:, None, :])
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        return {"input_ids": self.input_ids, "attention_mask": mask[:, None], "position_ids": self.position_ids}
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+
+def _trees(rows: Sequence[Row], width: int) -> tuple[Tensor, Tensor]:
+    """(position_ids, ends) of rows of which some hold several sequences; padding sees itself alone."""
+    table = [
+        [*(row.tree or ((column, len(row.tokens)) for column in range(len(row.tokens))))]
+        + [(0, column + 1) for column in range(len(row.tokens), width)]
+        for row in rows
+    ]
+    trees = torch.tensor(table)
+    return trees[..., 0], trees[..., 1]

@@ -1,17 +1,17 @@
 """Deterministic batches: which examples a step takes, and how they become micro-batches."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from zoscale.batch import MicroBatch, Question, Row
+from zoscale.batch import MicroBatch, Question, Row, common_prefix, share_prefixes
 from zoscale.config import ConfigError, DataConfig
 from zoscale.noise import Domain, Key, Noise
 from zoscale.tasks import Example, Task, demonstrate
 
-_SPLIT, _ORDER = 0, 1  # step words of the draws in Domain.DATA
+_SPLIT, _ORDER, _STRATA = 0, 1, 2  # second words of the draws in Domain.DATA; strata take all from theirs on
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,43 @@ class Splits:
         return cls(*([demonstrate(example, shots) for example in split] for split in splits))
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """An example in token ids.
+
+    Args:
+        rows: what is run for it.
+        gold: per option, whether it is the right one.
+        question: its texts.
+    """
+
+    rows: tuple[Row, ...]
+    gold: tuple[bool, ...]
+    question: Question
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.tokens) for row in self.rows)
+
+
 class Encoder:
     """Examples to micro-batches of token ids.
 
     The last token of an option is never fed: its log-probability is read one position earlier. Options that share all
-    fed tokens (one-token candidates) share one row.
+    fed tokens (one-token candidates) share one row; so do options that another one continues, and with `branching`
+    all options of a prompt, as far as `max_length` tokens go.
 
     Args:
         tokenizer: of the model.
         max_length: longest row in tokens; longer prompts lose their middle start (the first token stays).
+        branching: whether the model can run options that part in one row.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, branching: bool = False) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.branching = branching
         self._truncated: set[tuple[int, ...]] = set()
         self._pad = int(tokenizer.pad_token_id or 0)  # masked, whatever it is
 
@@ -84,26 +107,41 @@ class Encoder:
         """
         digest = hashlib.sha256()
         for split in (splits.train, splits.dev, splits.validation):
-            rows = [
-                (self._rows(example, example.options, 0), example.gold, self._question(example, range(0)))
-                for example in split
-            ]
+            encoded = [self.encode(example, gold_only=False) for example in split]
+            rows = [(item.rows, item.gold, item.question) for item in encoded]
             digest.update(repr(rows).encode())
         return digest.hexdigest()[:16]
 
     def micro_batch(self, examples: Sequence[Example], *, gold_only: bool) -> MicroBatch:
         """One micro-batch of examples, with all their options or only the right one."""
-        rows: list[Row] = []
-        gold: list[list[bool]] = []
-        questions: list[Question] = []
-        for number, example in enumerate(examples):
-            options = [example.gold] if gold_only else list(range(len(example.options)))
-            gold.append([option == example.gold for option in options])
-            rows += self._rows(example, [example.options[option] for option in options], number)
-            questions.append(self._question(example, options))
+        return self.collate([self.encode(example, gold_only=gold_only) for example in examples])
+
+    def collate(self, encoded: Sequence[Encoded]) -> MicroBatch:
+        """One micro-batch of encoded examples."""
+        rows = [replace(row, example=number) for number, example in enumerate(encoded) for row in example.rows]
+        gold, questions = [example.gold for example in encoded], [example.question for example in encoded]
         return MicroBatch.from_rows(rows, gold, self._pad, questions)
 
-    def _question(self, example: Example, options: Iterable[int]) -> Question:
+    def encode(self, example: Example, *, gold_only: bool) -> Encoded:
+        """Token ids of an example, with all its options or only the right one.
+
+        Raises:
+            ConfigError: for an answer that is empty or does not fit.
+        """
+        numbers = [example.gold] if gold_only else list(range(len(example.options)))
+        answers: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
+        prompt: list[int] = self.tokenizer(example.prompt)["input_ids"]
+        for option, number in enumerate(numbers):
+            full: list[int] = self.tokenizer(example.prompt + example.options[number])["input_ids"]
+            tokens, answer_start = self._cut(full, common_prefix(prompt, full))
+            targets = [(place - 1, tokens[place], option) for place in range(answer_start, len(tokens))]
+            answers.setdefault(tuple(tokens[:-1]), []).extend(targets)
+        rows = [Row(tokens, tuple(targets), 0) for tokens, targets in answers.items()]
+        merged = share_prefixes(rows, self.max_length, branching=self.branching)
+        gold = tuple(number == example.gold for number in numbers)
+        return Encoded(tuple(merged), gold, self._question(example, numbers))
+
+    def _question(self, example: Example, options: Sequence[int]) -> Question:
         """The example's texts; a prompt to generate from is cut so that the answer fits behind it."""
         question = Question(tuple(example.labels[option] for option in options), example.accepted)
         if example.max_new_tokens == 0:
@@ -117,16 +155,6 @@ class Encoder:
             self._truncated.add(tuple(tokens))
             tokens = tokens[:1] + tokens[1 - room :]
         return replace(question, prompt=tuple(tokens), max_new_tokens=example.max_new_tokens)
-
-    def _rows(self, example: Example, options: Sequence[str], number: int) -> list[Row]:
-        answers: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
-        prompt: list[int] = self.tokenizer(example.prompt)["input_ids"]
-        for option, text in enumerate(options):
-            full: list[int] = self.tokenizer(example.prompt + text)["input_ids"]
-            tokens, answer_start = self._cut(full, _common_prefix(prompt, full))
-            targets = [(place - 1, tokens[place], option) for place in range(answer_start, len(tokens))]
-            answers.setdefault(tuple(tokens[:-1]), []).extend(targets)
-        return [Row(tokens, tuple(targets), number) for tokens, targets in answers.items()]
 
     def _cut(self, tokens: list[int], answer_start: int) -> tuple[list[int], int]:
         """Drop the prompt's earliest tokens but the first, so that at most max_length are fed."""
@@ -146,36 +174,61 @@ class Encoder:
 class TrainBatches:
     """Micro-batches of each step: a pure function of (seed, step), the same on every rank.
 
-    Each epoch visits every example once in an order of its own; a batch may span two epochs.
+    Each epoch visits every example once in an order of its own; a batch may span two epochs. Within a window of steps
+    the examples are sorted by length and cut into micro-batches: every step takes its share of the short ones, of the
+    longer ones, and so on; which, is drawn at random.
 
     Args:
         examples: the training examples.
         encoder: makes micro-batches.
-        config: batch and micro-batch size.
+        config: batch and micro-batch size, and the steps of a window.
         seed: of the orders.
         gold_only: encode the right options only (for objectives that need no others).
+
+    Raises:
+        ValueError: if the micro-batch size does not divide the batch size.
     """
 
     def __init__(
         self, examples: Sequence[Example], encoder: Encoder, config: DataConfig, seed: int, *, gold_only: bool
     ) -> None:
+        if config.batch_size % config.micro_batch_size:
+            raise ValueError(
+                f"expected a divisor of {config.batch_size}, got micro-batches of {config.micro_batch_size}"
+            )
         self.examples = examples
         self.encoder = encoder
         self.batch_size = config.batch_size
         self.micro_batch_size = config.micro_batch_size
+        self.window_size = config.length_window
         self.gold_only = gold_only
         self._noise = Noise(seed)
         self._epoch: tuple[int, list[int]] = (-1, [])
+        self._window: tuple[int, list[list[Sequence[Encoded]]]] = (-1, [])
 
     def at(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        chosen = [self.examples[self._order(place)] for place in places]
-        size = self.micro_batch_size
-        return [
-            self.encoder.micro_batch(chosen[start : start + size], gold_only=self.gold_only)
-            for start in range(0, len(chosen), size)
+        """The micro-batches of a step, by length."""
+        number, place = divmod(step, self.window_size)
+        if number != self._window[0]:
+            self._window = (number, self._steps(number))
+        return [self.encoder.collate(part) for part in self._window[1][place]]
+
+    def _steps(self, window: int) -> list[list[Sequence[Encoded]]]:
+        """By step of a window, its micro-batches: one of each `window_size` that are next to each other by length."""
+        num, size = self.window_size * self.batch_size, self.micro_batch_size
+        chosen = [self.examples[self._order(place)] for place in range(window * num, (window + 1) * num)]
+        encoded = [self.encoder.encode(example, gold_only=self.gold_only) for example in chosen]
+        encoded.sort(key=lambda example: example.length)
+        strata = range(self.batch_size // size)
+        orders = [
+            self._noise.permutation(Key(window, _STRATA + stratum, Domain.DATA), self.window_size).tolist()
+            for stratum in strata
         ]
+        firsts = [
+            [(stratum * self.window_size + orders[stratum][step]) * size for stratum in strata]
+            for step in range(self.window_size)
+        ]
+        return [[encoded[first : first + size] for first in row] for row in firsts]
 
     def _order(self, place: int) -> int:
         """The example at a place of the endless sequence of epochs."""
@@ -187,12 +240,6 @@ class TrainBatches:
 
 
 def evaluation_batches(examples: Sequence[Example], encoder: Encoder, size: int) -> list[MicroBatch]:
-    """All examples in order, with all options."""
-    return [encoder.micro_batch(examples[i : i + size], gold_only=False) for i in range(0, len(examples), size)]
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for place, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return place
-    return min(len(a), len(b))
+    """All examples with all options, those of one length together."""
+    encoded = sorted((encoder.encode(example, gold_only=False) for example in examples), key=lambda e: e.length)
+    return [encoder.collate(encoded[i : i + size]) for i in range(0, len(encoded), size)]

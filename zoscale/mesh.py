@@ -18,7 +18,8 @@ class Mesh:
     """The ranks of the default process group; without one, a mesh of one rank.
 
     A rank may want all to stop (`stop_wanted`); the wish travels with the next `gather_items`, after which
-    `stop_agreed` is the same on every rank. `num_gathers` and `gathered_bytes` (of outputs) count `gather_flats`.
+    `stop_agreed` is the same on every rank. `num_gathers` and `gathered_bytes` (of outputs) count `gather_flats`
+    and `exchange`.
 
     Args:
         device: where this rank computes.
@@ -57,6 +58,11 @@ class Mesh:
     def num_replicas(self) -> int:
         """Copies of the model."""
         return self.world_size // self.shard_size
+
+    @property
+    def shard_rank(self) -> int:
+        """This rank's number within its shard group."""
+        return self.rank % self.shard_size
 
     @property
     def is_first_replica(self) -> bool:
@@ -120,6 +126,29 @@ class Mesh:
             part.reshape(-1)[:numel].to(local.device)
             for part, (local, numel) in zip(torch.split(whole, sizes, dim=1), slices, strict=True)
         ]
+
+    def exchange(self, packed: Tensor, sent: Sequence[int], received: Sequence[int]) -> Callable[[], Tensor]:
+        """Start to swap parts of a flat tensor within the shard group: part r goes to its rank r.
+
+        Args:
+            packed: on the mesh's device; not to be changed before the exchange has ended.
+            sent, received: elements for, and from, each rank of the shard group.
+
+        Returns:
+            Waits for the end and gives what was received, in rank order.
+        """
+        if self.shard_size == 1:
+            return lambda: packed
+        into = packed.new_empty(sum(received))
+        work = dist.all_to_all_single(into, packed, list(received), list(sent), async_op=True)
+        self.num_gathers += 1
+        self.gathered_bytes += into.nbytes
+
+        def finish() -> Tensor:
+            work.wait()
+            return into
+
+        return finish
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small picklable values of all ranks, in rank order."""

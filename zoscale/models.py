@@ -37,13 +37,14 @@ class AnswerModel:
         if head is None:
             raise ValueError(f"expected a causal LM with an output embedding, got {type(model).__name__}")
         self.head: nn.Module = head
+        self._dtype = next(head.parameters()).dtype
 
     def answer_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probability of each answer token: float32 [A]."""
         order_gathers_after_writes(self.module)
         self.model.eval()  # losses are taken without dropout, whatever was done to the model since
         with _answer_positions(self.head, batch):
-            output = self.module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            output = self.module(**batch.model_inputs(self._dtype), use_cache=False)
         logits: Tensor = output.logits[0].float()
         chosen = logits[batch.answer_position, batch.answer_token]
         return chosen - torch.logsumexp(logits, dim=-1)[batch.answer_position]
@@ -121,6 +122,24 @@ def tokens_per_pass(model: nn.Module) -> int:
     inner = next((size for name in _INNER_WIDTHS if (size := getattr(config, name, None))), 4 * hidden)
     per_token = _LIVE_WIDTHS * hidden + _LIVE_INNER * inner
     return int(max(total // 8, 2**30 // weights[0].element_size()) // per_token)
+
+
+_PREFIX_SHARING = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
+"""Model types whose losses with merged rows are tested to be those of separate rows."""
+
+
+def can_share_prefixes(architecture: Any, config: ModelConfig, longest: int) -> bool:
+    """Whether the model's attention takes a mask of any form, with positions given.
+
+    FlashAttention does not, and a sliding window would not be applied; a model's own code is not relied upon.
+    """
+    window = getattr(architecture, "sliding_window", None)
+    return (
+        architecture.model_type in _PREFIX_SHARING
+        and config.attention in (None, "sdpa", "eager")
+        and not config.trust_remote_code
+        and (window is None or longest <= window)
+    )
 
 
 def is_block(model: nn.Module, module: nn.Module) -> bool:

@@ -243,7 +243,7 @@ def check_adapter(adapter: Mapping[str, Any] | None, allowed: Iterable[str], lib
 
 _MINIMUM = {
     "seed": 0, "data.batch_size": 1, "data.micro_batch_size": 1, "data.num_train": 1, "data.num_dev": 0,
-    "data.num_validation": 1, "data.num_demonstrations": 0, "data.max_length": 1,
+    "data.num_validation": 1, "data.num_demonstrations": 0, "data.max_length": 1, "data.length_window": 1,
     "train.steps": 0, "train.eval_every": 0,
     "train.log_every": 1, "train.eval_micro_batch_size": 1, "train.max_skipped_in_row": 0,
     "schedule.warmup_steps": 0, "runtime.threads": 1, "checkpoint.every": 0, "checkpoint.keep": 1,

@@ -42,6 +42,11 @@ class DataConfig:
         num_demonstrations: Training examples, held out of the others, that stand with their answers before every
             prompt; for in-context learning.
         max_length: Longest prompt with its answer, in tokens.
+        length_window: Steps among which examples are put together by length to save padding. 1 sorts each step's
+            examples into its micro-batches and leaves every step its examples; more save more and mix lengths anew,
+            each step a share of every length.
+        share_prefixes: Run a prompt once for all its options of several tokens, where the model is known to allow it
+            (gpt2, llama, mistral, opt, qwen2 without FlashAttention); false runs it with each of them.
     """
 
     batch_size: int = 16
@@ -51,6 +56,8 @@ class DataConfig:
     num_validation: int | None = None
     num_demonstrations: int = 0
     max_length: int = 512
+    length_window: int = 1
+    share_prefixes: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """JAGUAR SignSGD and JAGUAR Muon (arXiv 2506.04430): descent along a memory of partial derivatives."""
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,13 +10,15 @@ from torch import Tensor
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
 from zoscale.optim.base import Company, ZeroOrderOptimizer
-from zoscale.optim.checks import check_beta
+from zoscale.optim.checks import check_beta, check_choice
 from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
+from zoscale.optim.owners import on_owners
 from zoscale.optim.spectral import SpectralOptimizer
 from zoscale.probes import Piece, pieces
 from zoscale.shards import ShardedParam
 
 State = MutableMapping[Tensor, Any]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class JaguarSignSGD(ZeroOrderOptimizer):
@@ -59,8 +62,9 @@ class JaguarSignSGD(ZeroOrderOptimizer):
 class JaguarMuon(SpectralOptimizer):
     """JAGUAR's memory, orthogonalised: X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 2).
 
-    Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, gathered once. Tensors of
-    another number of dimensions, embeddings and the head never go through Newton-Schulz: they take the sign rule.
+    Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, which one rank of the shard
+    group computes for all. Tensors of another number of dimensions, embeddings and the head never go through
+    Newton-Schulz: they take the sign rule.
 
     Args:
         lr: learning rate >= 0 of the matrices.
@@ -70,6 +74,8 @@ class JaguarMuon(SpectralOptimizer):
         iteration: how to orthogonalise: Newton-Schulz with the `quintic` polynomial (5 iterations) or the paper's
             `cubic` (10); or `power`, the dominant singular directions only (arXiv 2605.09034).
         power_rank: singular directions that `power` keeps.
+        precision: of the orthogonalisation: `float32` (runs on another number of ranks agree to 1e-5), `bfloat16`
+            (faster on a GPU; they agree to its rounding), or `auto`: bfloat16 on a GPU, float32 on a CPU.
         sign_lr_scale: lr factor of the tensors under the sign rule.
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
@@ -87,6 +93,7 @@ class JaguarMuon(SpectralOptimizer):
         scale: Scale = "none",
         iteration: Iteration = "quintic",
         power_rank: int = 16,
+        precision: Precision = "auto",
         sign_lr_scale: float = 0.1,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
@@ -98,12 +105,14 @@ class JaguarMuon(SpectralOptimizer):
             "scale": scale,
             "iteration": iteration,
             "power_rank": power_rank,
+            "precision": precision,
         }
         super().__init__(shards, mesh, defaults, groups)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
         check_beta(options["beta"])
+        check_choice("precision", options["precision"], get_args(Precision))
 
     def remember(
         self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
@@ -116,16 +125,16 @@ class JaguarMuon(SpectralOptimizer):
             if group["rule"] == "sign":
                 self.descend(piece, memory.sign(), group)
         if group["rule"] == "muon":
-            for shard in shards:
-                self.descend(Piece(shard, 0, len(shard)), self._orthogonal_slice(shard, group), group)
+            function = partial(orthogonalize, iteration=group["iteration"], power_rank=group["power_rank"])
+            dtype = self._dtype(group["precision"])
+            for shard, direction in on_owners(function, shards, partial(_momentum, self.state), self.mesh, dtype=dtype):
+                scale = update_scale(shard.spec.rows, shard.spec.columns, group["scale"])
+                self.descend(Piece(shard, 0, len(shard)), direction.float() * scale, group)
 
-    def _orthogonal_slice(self, shard: ShardedParam, group: Mapping[str, Any]) -> Tensor:
-        spec = shard.spec
-        momentum = _momentum(self.state, shard)
-        whole = self.mesh.gather_flat(momentum, spec.numel).view(spec.rows, spec.columns)
-        direction = orthogonalize(whole, iteration=group["iteration"], power_rank=group["power_rank"])
-        factor = update_scale(spec.rows, spec.columns, group["scale"])
-        return direction.reshape(-1)[shard.offset : shard.offset + len(shard)] * factor
+    def _dtype(self, precision: Precision) -> torch.dtype:
+        if precision == "auto":
+            return torch.bfloat16 if self.mesh.device.type == "cuda" else torch.float32
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _momentum(states: State, shard: ShardedParam) -> Tensor:

@@ -1,4 +1,4 @@
-"""Orthogonalisation of a matrix: A = U S V^T to about U V^T, by Newton-Schulz iteration or of its dominant part."""
+"""Orthogonalisation of matrices: A = U S V^T to about U V^T, by Newton-Schulz iteration or of the dominant part."""
 
 import math
 from typing import Literal
@@ -19,32 +19,33 @@ _EPS = 1e-7
 def orthogonalize(
     matrix: Tensor, *, iteration: Iteration = "quintic", num_iterations: int | None = None, power_rank: int = 16
 ) -> Tensor:
-    """The nearly orthonormal factor of a matrix; a zero matrix gives zero.
+    """The nearly orthonormal factor of a matrix, or of each of many; a zero matrix gives zero.
 
     Quintic (Muon, K. Jordan 2024; 5 iterations): singular values above 0.01 of the Frobenius norm land in [0.68, 1.13].
     Cubic (arXiv 2506.04430; 10 iterations): slower, converges to 1. Power (arXiv 2605.09034): the dominant singular
     directions only, see `partially_orthogonalize`.
 
     Args:
-        matrix: [m, n], floating point.
+        matrix: [..., m, n], floating point; in 16 bits every product is rounded.
         iteration: the polynomial, or `power`.
         num_iterations: of the polynomial; None = the published number.
         power_rank: singular directions that `power` keeps.
 
     Returns:
-        [m, n] of the same dtype.
+        [..., m, n] of the same dtype.
     """
     if iteration == "power":
-        return partially_orthogonalize(matrix, rank=power_rank)
+        each = [partially_orthogonalize(one, rank=power_rank) for one in matrix.reshape(-1, *matrix.shape[-2:])]
+        return torch.stack(each).reshape(matrix.shape)
     a, b, c = _QUINTIC if iteration == "quintic" else _CUBIC
     default = 5 if iteration == "quintic" else 10
-    tall = matrix.shape[0] > matrix.shape[1]
+    tall = matrix.shape[-2] > matrix.shape[-1]
     x: Tensor = matrix.mT if tall else matrix
-    x = x / (torch.linalg.matrix_norm(x) + _EPS)
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPS)).reshape(-1, *x.shape[-2:])
     for _ in range(default if num_iterations is None else num_iterations):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape)
 
 
 def update_scale(rows: int, columns: int, scale: Scale) -> float:

@@ -1,0 +1,124 @@
+"""Orthogonalisation by owners against every rank doing all matrices, as a ratio measured in one run.
+
+torchrun --nproc_per_node 2 launch/benchmark_muon.py [--config FILE] [--full] [--repeats R] [--json FILE]
+
+OPT-125M shapes with LoRA r 8 on q_proj and v_proj, or all weights. Both sides read the same momentum and give every
+rank its slices of the directions.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from zoscale.config import ModelConfig
+from zoscale.engine import ZeroOrderEngine
+from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
+from zoscale.optim import JaguarMuon, orthogonalize
+from zoscale.optim.owners import CAPACITY, on_owners
+from zoscale.runtime import Runtime, start, stop
+from zoscale.shards import ShardedParam
+
+OPT_125M: dict[str, Any] = {"model_type": "opt"}
+ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor")
+
+
+class Traffic:
+    """Collectives and the bytes of their outputs on this rank."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.num_bytes = 0
+        for name in COLLECTIVES:
+            setattr(dist, name, self._counted(getattr(dist, name)))
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(output: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            self.num_bytes += output.nbytes
+            return function(output, *args, **kwargs)
+
+        return counted
+
+
+def measure(config: ModelConfig, adapter: dict[str, Any] | None, repeats: int, capacity: int) -> dict[str, Any]:
+    """Median seconds of both over alternating repetitions, and what one of each sends."""
+    architecture = read_model_config(config)
+    accelerator = start(Runtime(dtype=config.dtype, threads=1), size=count_parameters(architecture))
+    engine = ZeroOrderEngine(
+        add_adapter(load_model(config, architecture), adapter), accelerator=accelerator, optimizer=JaguarMuon
+    )
+    mesh = engine.mesh
+    (shards,) = (
+        [shard for shard in engine.shards if any(shard.truth is param for param in group["params"])]
+        for group in engine.optimizer.param_groups
+        if group["rule"] == "muon"
+    )
+    generator = torch.Generator(mesh.device).manual_seed(mesh.rank)
+    momenta = {s.spec.id: torch.randn(len(s), generator=generator, device=mesh.device) for s in shards}
+    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+
+    def owned() -> list[Tensor]:
+        momentum = lambda shard: momenta[shard.spec.id]  # noqa: E731
+        parts = on_owners(orthogonalize, shards, momentum, mesh, dtype=dtype, capacity=capacity)
+        return [part for _, part in parts]
+
+    def redundant() -> list[Tensor]:
+        return [on_every_rank(shard) for shard in shards]
+
+    def on_every_rank(shard: ShardedParam) -> Tensor:
+        whole = mesh.gather_flat(momenta[shard.spec.id].to(dtype), shard.spec.numel).view(shard.spec.shape)
+        return orthogonalize(whole).reshape(-1)[shard.offset : shard.offset + len(shard)]
+
+    traffic = Traffic()
+    report: dict[str, Any] = {"world_size": mesh.world_size, "matrices": len(shards)}
+    times: dict[str, list[float]] = {"owners": [], "redundant": []}
+    for repeat in range(repeats + 1):
+        for name, work in {"owners": owned, "redundant": redundant}.items():
+            before = traffic.calls, traffic.num_bytes
+            mesh.barrier()
+            started = time.perf_counter()
+            work()
+            if mesh.device.type == "cuda":
+                torch.cuda.synchronize()
+            mesh.barrier()
+            if repeat > 0:  # the first one warms up
+                times[name].append(time.perf_counter() - started)
+            report[name] = {"collectives": traffic.calls - before[0], "bytes": traffic.num_bytes - before[1]}
+    for name, taken in times.items():
+        report[name]["seconds"] = statistics.median(taken)
+    report["ratio"] = report["owners"]["seconds"] / report["redundant"]["seconds"]
+    stop()
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config", type=Path, help="YAML of an architecture, as model.config; default OPT-125M")
+    parser.add_argument("--full", action="store_true", help="all weights instead of LoRA")
+    parser.add_argument("--capacity", type=int, default=CAPACITY, help="elements that a rank owns at once")
+    parser.add_argument("--repeats", type=int, default=10, help="timed updates of each")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    arguments = parser.parse_args()
+    shapes = yaml.safe_load(arguments.config.read_text()) if arguments.config else OPT_125M
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    adapter = None if arguments.full else ADAPTER
+    report = measure(ModelConfig(config=shapes, dtype=dtype), adapter, arguments.repeats, arguments.capacity)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(report, indent=2))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
