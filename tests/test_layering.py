@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
-    {"config", "philox", "stillness"},
+    {"config", "philox", "phases", "stillness"},
     {"noise", "batch", "mlflow_store", "provenance", "run_directory", "journal", "watchdog"},
     {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report"},
     {"probes", "tracking", "meters", "fingerprint", "agreement", "preemption"},
