@@ -10,7 +10,7 @@ LAYERS = [
     {"noise", "batch", "mlflow_store", "provenance", "run_directory", "journal", "watchdog"},
     {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report"},
     {"probes", "tracking", "meters", "fingerprint", "agreement", "preemption"},
-    {"estimators", "tasks"},
+    {"estimators", "tasks", "comparison"},
     {"optim", "methods"},
     {"models", "data"},
     {"forward", "evaluate", "runtime"},

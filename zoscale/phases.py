@@ -44,7 +44,7 @@ class HostMark:
 
 def _device_mark() -> Any:
     """The moment at which the current stream gets here; work of another stream counts where this one waits for it."""
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 

@@ -16,7 +16,8 @@ class RunMeters:
 
     Args:
         engine: whose steps are measured.
-        earlier: metrics that the run had reached when it was stopped; its totals go on from there.
+        earlier: metrics that the run had logged when it was stopped; its totals go on from there, without the time of
+            steps after the last that was logged.
     """
 
     def __init__(self, engine: ZeroOrderEngine, earlier: Mapping[str, float] | None = None) -> None:
