@@ -122,9 +122,16 @@ def test_a_band_is_the_mean_and_the_range_at_the_steps_that_all_seeds_have() -> 
 
 def test_costs_between_logged_steps_are_interpolated_and_never_invented() -> None:
     one = run("muon", 0, (0.5, 0.6))
-    assert SECONDS.at(one, 0) == 0.0
-    assert SECONDS.at(one, 7) == pytest.approx(0.7)
-    assert SECONDS.at(one, 11) is None
+    assert SECONDS.costs(one, [0, 7, 11]) == {0: 0.0, 7: pytest.approx(0.7)}
+    assert SECONDS.costs(run("muon", 0, (0.5,)), [0]) == {}
+
+
+def test_long_curves_are_thinned_and_keep_their_end() -> None:
+    metrics = {name: {step: 1.0 * step for step in range(1, 2001)} for name in ("train/loss", "train/forwards")}
+    (group,) = group_runs([run("muon", 0, (0.5,), metrics=metrics)])
+    curve = group.curve("train/loss", FORWARDS)
+    assert curve is not None
+    assert len(curve.x) == 400 and curve.x[-1] == 2000.0 and curve.mean == curve.x
 
 
 def test_smoothing_keeps_the_steps() -> None:

@@ -15,6 +15,8 @@ from zoscale.mlflow_store import short_waits, shown, store_uri
 
 _WHAT = "Which method is better per forward pass, per second and per device hour: a table, and a report."
 _FOLDER = "report"  # of the artifacts in MLflow
+_SHOWN = 3  # names in a title
+_LONGEST_TAG = 5000  # characters that every MLflow store takes
 
 
 def compare_command(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +41,7 @@ def compare_command(argv: Sequence[str] | None = None) -> int:
     if not given.no_report:
         _check_libraries()
     runs, store = read_runs(given.names, store_uri(Path("runs/any"), given.uri))
-    comparison = compare(runs, ", ".join(given.names), given.metric)
+    comparison = compare(runs, _title(given.names), given.metric)
     if given.json:
         print(json.dumps(comparison.to_dict(), indent=2))
     else:
@@ -49,8 +51,13 @@ def compare_command(argv: Sequence[str] | None = None) -> int:
         _write(comparison, folder)
         _say(f"report: {folder / 'report.html'}")
         if store is not None and not given.no_log:
-            _say(_log(comparison, store, folder))
+            _say(_log(folder, store, given.names))
     return 0
+
+
+def _title(names: Sequence[str]) -> str:
+    shown = ", ".join(Path(name).name for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _say(text: str) -> None:
@@ -85,15 +92,15 @@ def _write(comparison: Comparison, folder: Path) -> None:
     write_pictures(comparison, folder)
 
 
-def _log(comparison: Comparison, store: Store, folder: Path) -> str:
-    """Put the report into the experiment's report run, which is made once; returns what was done."""
+def _log(folder: Path, store: Store, names: Sequence[str]) -> str:
+    """Put the report into its run of the experiment; returns what was done."""
     if store.experiment_id is None:
         return "not logged to MLflow: the runs are of several experiments"
     from mlflow.exceptions import MlflowException
 
     try:
         with short_waits():
-            run_id = _report_run(store, comparison.title)
+            run_id = _report_run(store, names)
             for file in sorted(folder.iterdir()):
                 if file.name in _FILES:
                     store.client.log_artifact(run_id, str(file), _FOLDER)
@@ -110,11 +117,11 @@ def _log(comparison: Comparison, store: Store, folder: Path) -> str:
 _FILES = ("report.html", "comparison.json", "learning.png", "loss.png", "time.png", "ranks.png")
 
 
-def _report_run(store: Store, title: str) -> str:
-    """The run that carries the reports of this title, made if there is none."""
-    found = store.client.search_runs([store.experiment_id], f"tags.`{REPORT_TAG}` LIKE '%'")
-    for run in found:
-        if run.data.tags[REPORT_TAG] == title:
+def _report_run(store: Store, names: Sequence[str]) -> str:
+    """The run that carries the report of what was named so, made if there is none."""
+    what = " ".join(names)[:_LONGEST_TAG]
+    for run in store.client.search_runs([store.experiment_id], f"tags.`{REPORT_TAG}` LIKE '%'"):
+        if run.data.tags[REPORT_TAG] == what:
             return str(run.info.run_id)
-    run = store.client.create_run(store.experiment_id, run_name=f"report {title}"[:80], tags={REPORT_TAG: title})
+    run = store.client.create_run(store.experiment_id, run_name=f"report {_title(names)}", tags={REPORT_TAG: what})
     return str(run.info.run_id)

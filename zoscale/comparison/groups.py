@@ -19,6 +19,7 @@ _NOT_COMPUTED = re.compile(
 
 _LABEL_FIRST = ("optimizer.name", "estimator.name", "probe.name", "optimizer.lr")
 _MOST_IN_LABEL = 4
+_MOST_POINTS = 400  # of a curve
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class Axis:
     metric: str
     label: str
 
-    def at(self, run: Run, step: int) -> float | None:
-        """The cost of a run up to a step; None where it is not known."""
+    def costs(self, run: Run, steps: Iterable[int]) -> dict[int, float]:
+        """The cost of a run up to each of some steps, as far as it is known."""
         totals = run.metrics.get(self.metric)
-        if not totals or step > max(totals):
-            return None
-        return float(np.interp(step, [0, *totals], [0.0, *totals.values()]))
+        if not totals:
+            return {}
+        known = [step for step in steps if step <= max(totals)]
+        return dict(zip(known, np.interp(known, [0, *totals], [0.0, *totals.values()]).tolist(), strict=True))
 
 
 AXES = (
@@ -99,17 +101,14 @@ class Group:
             window: points of each run's running mean.
         """
         series = [smooth(evaluations(run, metric), window) for run in self.runs]
-        steps = [
-            step
-            for step in sorted(set.intersection(*(set(one) for one in series)))
-            if all(axis.at(run, step) is not None for run in self.runs)
-        ]
+        costs = [axis.costs(run, one) for run, one in zip(self.runs, series, strict=True)]
+        steps = _thinned(sorted(set.intersection(*map(set, costs))))
         if not steps:
             return None
         table = np.array([[one[step] for step in steps] for one in series])
-        costs = np.array([[axis.at(run, step) for step in steps] for run in self.runs], dtype=float)
+        x = np.array([[one[step] for step in steps] for one in costs]).mean(0)
         low, mean, high = table.min(0), table.mean(0), table.max(0)
-        return Curve(steps, costs.mean(0).tolist(), mean.tolist(), low.tolist(), high.tolist(), len(self.runs))
+        return Curve(steps, x.tolist(), mean.tolist(), low.tolist(), high.tolist(), len(self.runs))
 
     def last(self, metric: str) -> Spread | None:
         """The last value of a metric, over the runs."""
@@ -142,6 +141,12 @@ _TYPICAL: dict[str, Callable[[Iterable[float]], float]] = {
 }  # fmt: skip
 _RANK = re.compile(r"rank_(\d+)/")
 _PHASE = re.compile(r"rank_\d+/seconds_per_step/(\w+)$")
+
+
+def _thinned(steps: list[int]) -> list[int]:
+    """Evenly as many as can be seen, the last among them."""
+    stride = -(-len(steps) // _MOST_POINTS) or 1
+    return steps[::-1][::stride][::-1]
 
 
 def evaluations(run: Run, metric: str) -> Series:

@@ -138,7 +138,7 @@ def judge(groups: Sequence[Group], axis: Axis, goal: Goal) -> Verdict | None:
 def _paid(run: Run, axis: Axis, goal: Goal) -> list[tuple[float, float]]:
     """(cost, best value so far) of each evaluation."""
     best = goal.best_so_far(run)
-    return [(cost, value) for step, value in best.items() if (cost := axis.at(run, step)) is not None]
+    return [(cost, best[step]) for step, cost in axis.costs(run, best).items()]
 
 
 def _within(costs: Sequence[tuple[float, float]], budget: float) -> float | None:
