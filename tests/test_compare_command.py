@@ -109,15 +109,16 @@ def without_ids(text: str) -> dict[str, Any]:
 
 
 def test_every_moment_of_training_is_in_one_phase(home: Path) -> None:
-    """Per rank, the phases add up to the time of training; and there is something in each that must take time."""
+    """The phases add up to the time of training, which rank 0 measures; each of them takes time on each rank."""
     for run_dir in run_dirs(home):
         summary = json.loads((run_dir / "summary.json").read_text())
         for rank in summary["ranks"]:
             phases = rank["seconds_by_phase"]
             assert list(phases) == list(PHASES)
-            assert sum(phases.values()) == pytest.approx(summary["training_seconds"], rel=0.02)
             assert all(phases[name] > 0 for name in PHASES)
             assert phases["forward"] + phases["gather"] > 0.2 * sum(phases.values())
+        total = sum(summary["ranks"][0]["seconds_by_phase"].values())
+        assert total == pytest.approx(summary["training_seconds"], rel=0.01)
         logged = {name: value for record in read_metrics(run_dir) for name, value in record.metrics.items()}
         assert all(logged[f"{split}/seconds"] > 0 for split in ("dev", "validation/before", "validation/final"))
         assert {f"rank_{rank}/seconds_per_step/{name}" for rank in (0, 1) for name in PHASES} <= set(logged)
@@ -189,10 +190,13 @@ def test_the_answer_names_groups_seeds_and_costs(report: Path) -> None:
         assert {*PHASES, "evaluation"} == set(group["seconds_per_step"])
 
 
-def test_the_report_is_in_mlflow_once_and_is_no_run_to_compare(home: Path, report: Path, server: Server) -> None:
+def test_the_report_is_in_mlflow_once_and_is_no_run_to_compare(
+    home: Path, report: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
     client = MlflowClient(server.uri)
     again = home / "again"
-    assert cli.main(["compare", "zoscale", "--uri", server.uri, "--out", str(again)]) == 0
+    assert cli.main(["compare", "zoscale", "--uri", server.uri, "--out", str(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((again / "comparison.json").read_text())
     experiment = client.get_experiment_by_name("zoscale")
     assert experiment is not None
     (carrier,) = client.search_runs([experiment.experiment_id], f"tags.`{REPORT_TAG}` = 'zoscale'")

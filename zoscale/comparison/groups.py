@@ -137,8 +137,10 @@ class Group:
 
 
 _TYPICAL: dict[str, Callable[[Iterable[float]], float]] = {
-    "tokens_per_second": statistics.median, "peak_memory_bytes": max, "gathered_bytes_per_step": max,
-}  # fmt: skip
+    "tokens_per_second": statistics.median,
+    "peak_memory_bytes": lambda values: list(values)[-1],  # these two are of all steps so far
+    "gathered_bytes_per_step": lambda values: list(values)[-1],
+}
 _RANK = re.compile(r"rank_(\d+)/")
 _PHASE = re.compile(r"rank_\d+/seconds_per_step/(\w+)$")
 

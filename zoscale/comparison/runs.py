@@ -1,6 +1,7 @@
 """Runs as they were logged: read from an MLflow store, or from run directories without one."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,7 @@ def _open(uri: str) -> Any:
     if uri.startswith("sqlite:///") and not path.is_file():  # MLflow would make an empty one
         remedy = "name the store with --uri, or give run directories"
         raise ConfigError("an MLflow store", f"no file {path}", remedy)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
