@@ -132,7 +132,7 @@ def _styled(figure: Any, height: int, *, legend: float = 1.04, top: int = 56) ->
     """The look that all charts share; `legend` is its height over the plot, `top` the margin in pixels."""
     figure.update_layout(
         template="simple_white", height=height, hovermode="closest", font={"family": _FONT, "size": 13},
-        margin={"l": 60, "r": 20, "t": top, "b": 50}, paper_bgcolor="white",
+        margin={"l": 60, "r": 44, "t": top, "b": 50}, paper_bgcolor="white", modebar={"orientation": "v"},
         legend={"orientation": "h", "y": legend, "x": 0, "yanchor": "bottom", "traceorder": "normal"},
     )  # fmt: skip
     figure.update_xaxes(showgrid=True, gridcolor="#e8e8e8")

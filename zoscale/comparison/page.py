@@ -51,8 +51,7 @@ def _sections(comparison: Comparison) -> Iterator[str]:
     yield _section("verdict", "Which is better", _table(tables.verdict_table(comparison), chips))
     yield _list([*tables.explanations(comparison), *comparison.notes])
     yield _section("results", "What was reached, and what it took", _table(tables.result_table(comparison), chips))
-    metric = html.escape(comparison.goal.metric)
-    yield _chart("learning", f"{metric} against what it costs", charts.learning_chart(comparison))
+    yield _chart("learning", "Quality against what it costs", charts.learning_chart(comparison))
     yield '<p class="quiet">Lines are means over seeds, bands reach from the lowest to the highest.</p>'
     window = charts.loss_window(comparison)
     loss = f"Training loss, mean of {window} logged points" if window > 1 else "Training loss"
