@@ -6,11 +6,11 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
-    {"config", "philox", "stillness"},
+    {"config", "philox", "phases", "stillness"},
     {"noise", "batch", "metrics", "adapters", "mlflow_store", "provenance", "run_directory", "journal", "watchdog"},
     {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report", "blackbox"},
     {"probes", "tracking", "meters", "fingerprint", "agreement", "preemption"},
-    {"estimators", "tasks"},
+    {"estimators", "tasks", "comparison"},
     {"optim", "methods"},
     {"models", "data"},
     {"generation", "runtime"},

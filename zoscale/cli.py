@@ -1,4 +1,4 @@
-"""The command line: `zoscale train ...`, `zoscale replay ...`, `zoscale journal ...`."""
+"""The command line: `zoscale train ...`, `zoscale replay ...`, `zoscale journal ...`, `zoscale compare ...`."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ commands:
   train    train as configured, or go on; `zoscale train --help` documents every option
   replay   rebuild the weights of any step from the journal alone, and verify the saved ones
   journal  print or plot the steps of a run
+  compare  which of some runs is better per forward pass, per second and per device hour: tables and a report
 """
 
 
@@ -68,7 +69,19 @@ def journal(argv: Sequence[str]) -> int:
     return journal_command(argv)
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "replay": replay, "journal": journal}
+def compare(argv: Sequence[str]) -> int:
+    """`zoscale compare`."""
+    from zoscale.comparison.command import compare_command
+
+    return compare_command(argv)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "replay": replay,
+    "journal": journal,
+    "compare": compare,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,6 +53,11 @@ def libraries() -> dict[str, str]:
     return {name: _version(name) for name in ("torch", "deepspeed", "transformers", "peft")}
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 

@@ -95,7 +95,7 @@ def _watched(config: RunConfig, made: Plan, engine: ZeroOrderEngine, directory: 
     with watchdog:
         log = say(mesh)
         ledger = Ledger(directory, config, engine, header_of(config, engine, made.data), log, watchdog.move)
-        tracker = _tracker(config, engine, directory)
+        tracker = _tracker(config, made, engine, directory)
         status = "FAILED"
         try:
             trainer = Trainer(config, engine, made.task, made.splits, made.encoder, ledger, tracker, watchdog, log)
@@ -136,7 +136,7 @@ def _leave(
     conclude(config, summary, made, directory, tracker.how_to_open())
 
 
-def _tracker(config: RunConfig, engine: ZeroOrderEngine, directory: RunDirectory) -> Tracker:
+def _tracker(config: RunConfig, made: Plan, engine: ZeroOrderEngine, directory: RunDirectory) -> Tracker:
     if not engine.mesh.is_main:
         return NullTracker()
     return Tracker.start(
@@ -145,6 +145,12 @@ def _tracker(config: RunConfig, engine: ZeroOrderEngine, directory: RunDirectory
         experiment=config.tracking.experiment,
         run_name=directory.path.name,
         params=config.flatten(),
-        tags={"git_commit": provenance.commit(), **config.tracking.tags},
+        tags={
+            "git_commit": provenance.commit(),
+            "world_size": str(engine.mesh.world_size),
+            "device": provenance.device_name(engine.mesh.device),
+            "select_by": made.task.select_by,
+            **config.tracking.tags,
+        },
         enabled=config.tracking.mlflow,
     )

@@ -52,7 +52,8 @@ def import_run(run_dir: Path, *, uri: str | None = None, status: str = "FINISHED
 class Tracker:
     """One training run's tracking, on rank 0; the other ranks hold a `NullTracker`.
 
-    As a context manager it finishes the run as FINISHED, FAILED (error) or KILLED (interrupt, exit).
+    `past` has the last value of every metric that the run had logged when it was stopped. As a context manager the
+    tracker finishes the run as FINISHED, FAILED (error) or KILLED (interrupt, exit).
     """
 
     def __init__(self, run_dir: Path, sender: Sender | None, *, patience: float) -> None:
@@ -64,6 +65,7 @@ class Tracker:
             os.truncate(path, content.rfind(b"\n") + 1)  # the line that a crash cut off
         past = list(read_metrics(run_dir)) if path.exists() else []
         self._logged = {(record.step, name) for record in past for name in record.metrics}
+        self.past = {name: value for record in past for name, value in record.metrics.items()}
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     @classmethod
@@ -175,6 +177,7 @@ class NullTracker(Tracker):
 
     def __init__(self) -> None:
         self._sender = None
+        self.past = {}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 

@@ -102,7 +102,7 @@ class Trainer:
         self.metrics = (*task.metrics, *extra)
         self.dev = evaluation_batches(splits.dev, encoder, size)
         self.validation = evaluation_batches(splits.validation, encoder, size)
-        self.meters = RunMeters(engine)
+        self.meters = RunMeters(engine, tracker.past)
         self.schedule = get_scheduler(
             config.schedule.name, engine.optimizer, config.schedule.warmup_steps, max(1, config.train.steps)
         )
@@ -141,7 +141,9 @@ class Trainer:
         return self._summary(before, final, best, first, time.monotonic() - started)
 
     def _step(self, step: int) -> StepResult:
-        result = self.engine.step(self.batches.at(step))
+        with self.meters.phases.phase("data"):
+            batch = self.batches.at(step)
+        result = self.engine.step(batch)
         self.ledger.append(result)
         self.schedule.step()
         self.meters.count(result)
@@ -188,6 +190,7 @@ class Trainer:
         return {
             "train/loss": self.engine.estimator.estimate((), own).loss,
             "train/lr": record.lrs[0],
+            "train/forwards": float((record.step + 1) * len(record.losses)),
             "train/skipped_steps": float(self._skips.total),
             "train/projected_grad_abs_mean": sum(map(abs, rhos)) / len(rhos),
             "train/projected_grad_max": max(map(abs, rhos)),
@@ -203,15 +206,17 @@ class Trainer:
 
     def _evaluate(self, name: str, batches: list[MicroBatch], step: int) -> Evaluation:
         """An evaluation; the earlier one, where the run has taken it already."""
-        result = self.ledger.evaluations.get(name, step)
+        result, cost = self.ledger.evaluations.get(name, step), {}
         if result is None:
             if step == 0 < self.engine.num_steps:
                 got = "a file without it"
                 raise ConfigError(f"{name} of step 0 in {self.ledger.evaluations.path}", got, "restore the file")
+            started = time.monotonic()
             generator = self.engine.generator if self.task.generates else None
             result = evaluate(self.engine.answers, batches, self.engine.mesh, self.metrics, generator=generator)
+            cost = {f"{name}/seconds": time.monotonic() - started}
             self.ledger.add_evaluation(name, step, result)
-        self.tracker.log(step, {f"{name}/{metric}": value for metric, value in result.metrics.items()})
+        self.tracker.log(step, {f"{name}/{metric}": value for metric, value in result.metrics.items()} | cost)
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in result.metrics.items())
         self.log(f"step {step}: {name} {shown} ({result.count} examples)")
         return result

@@ -127,7 +127,7 @@ class JaguarMuon(SpectralOptimizer):
         if group["rule"] == "muon":
             function = partial(orthogonalize, iteration=group["iteration"], power_rank=group["power_rank"])
             dtype = self._dtype(group["precision"])
-            for shard, direction in on_owners(function, shards, partial(_momentum, self.state), self.mesh, dtype=dtype):
+            for shard, direction in on_owners(function, shards, self.buffer, self.mesh, dtype=dtype):
                 scale = update_scale(shard.spec.rows, shard.spec.columns, group["scale"])
                 self.descend(Piece(shard, 0, len(shard)), direction.float() * scale, group)
 

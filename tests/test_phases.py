@@ -1,0 +1,156 @@
+"""The split of a step's time: hand-driven moments, moments that have not passed yet, wrapped methods."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from zoscale.phases import PHASES, HostMark, PhaseTimer, timed
+
+
+class Clock:
+    """Moments made by hand; those after `passed` have not come yet."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.passed = float("inf")
+
+    def mark(self) -> Moment:
+        return Moment(self)
+
+
+class Moment:
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.seconds = clock, clock.now
+
+    def query(self) -> bool:
+        return self.seconds <= self.clock.passed
+
+    def elapsed_time(self, end: Moment) -> float:
+        assert self.query() and end.query(), "an event must not be read before it has passed"
+        return 1e3 * (end.seconds - self.seconds)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def spent(timer: PhaseTimer) -> dict[str, float]:
+    return {name: pytest.approx(value) for name, value in timer.take().items() if value}
+
+
+def test_a_moment_counts_for_the_innermost_phase(clock: Clock) -> None:
+    timer = PhaseTimer(now=clock.mark)
+    clock.now += 1
+    with timer.phase("noise"):
+        clock.now += 2
+        with timer.phase("forward"):
+            clock.now += 4
+            with pytest.raises(RuntimeError), timer.phase("gather"):
+                clock.now += 8
+                raise RuntimeError
+            clock.now += 16
+        clock.now += 32
+    clock.now += 64
+    assert spent(timer) == {"other": 65, "noise": 34, "forward": 20, "gather": 8}
+    clock.now += 1
+    assert timer.take() == dict.fromkeys(PHASES, 0.0) | {"other": pytest.approx(1)}
+
+
+def test_a_pause_is_left_out_with_all_phases_in_it(clock: Clock) -> None:
+    timer = PhaseTimer(now=clock.mark)
+    with timer.phase("update"):
+        clock.now += 1
+        with timer.pause():
+            clock.now += 10
+            with timer.phase("forward"), timer.pause():
+                clock.now += 10
+            clock.now += 10
+        clock.now += 2
+    assert spent(timer) == {"update": 3}
+
+
+def test_work_that_is_still_queued_counts_later(clock: Clock) -> None:
+    timer = PhaseTimer(now=clock.mark)
+    with timer.phase("forward"):
+        clock.now += 3
+    clock.passed = clock.now
+    with timer.phase("update"):
+        clock.now += 5
+    timer.settle()
+    assert spent(timer) == {"forward": 3}
+    clock.passed = clock.now
+    assert spent(timer) == {"update": 5}
+
+
+def test_settling_keeps_no_moments(clock: Clock) -> None:
+    timer = PhaseTimer(now=clock.mark)
+    for _ in range(1000):
+        with timer.phase("forward"):
+            clock.now += 1
+        timer.settle()
+    assert len(timer._marks) == 1
+    assert spent(timer) == {"forward": 1000}
+
+
+class Model:
+    def forward(self, seconds: float) -> float:
+        self.clock.now += seconds
+        return seconds
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+
+def test_methods_of_an_object_and_of_a_class_are_wrapped_and_put_back(clock: Clock) -> None:
+    timer, model, original = PhaseTimer(now=clock.mark), Model(clock), Model.forward
+    with timed(timer, "forward", model, "forward"):
+        assert model.forward(2) == 2
+        with timed(timer, "gather", Model, "forward"):
+            Model(clock).forward(3)
+        Model(clock).forward(100)
+    assert "forward" not in vars(model) and Model.forward is original
+    model.forward(100)
+    assert spent(timer) == {"forward": 2, "gather": 3, "other": 200}
+    model.forward = mine = lambda seconds: None  # type: ignore[method-assign,assignment]
+    with pytest.raises(ZeroDivisionError), timed(timer, "forward", model, "forward"):
+        raise ZeroDivisionError
+    assert model.forward is mine, "what an object had of its own is put back"
+
+
+def test_the_host_s_marks_measure_seconds_and_cost_little() -> None:
+    timer = PhaseTimer("cpu")
+    with timer.phase("data"):
+        time.sleep(0.05)
+    assert 0.05 <= timer.take()["data"] < 0.2
+    assert HostMark().query()
+    started = time.perf_counter()
+    for _ in range(10_000):
+        with timer.phase("forward"):
+            pass
+    timer.settle()
+    assert time.perf_counter() - started < 0.5, "50 us a phase; about 2 are expected"
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_work_counts_where_it_runs() -> None:
+    """The host only queues the products, and does not wait for them."""
+    a = torch.randn(4096, 4096, device="cuda")
+    (a @ a).sum().item()
+    timer = PhaseTimer("cuda")
+    started = time.perf_counter()
+    with timer.phase("forward"):
+        for _ in range(50):
+            b = a @ a
+    with timer.phase("update"):
+        b.add_(1)
+    timer.settle()
+    queued = time.perf_counter() - started
+    torch.cuda.synchronize()
+    total, taken = time.perf_counter() - started, timer.take()
+    assert queued < 0.5 * total
+    assert 0.5 * total < taken["forward"] <= total
+    assert taken["update"] < 0.1 * taken["forward"]

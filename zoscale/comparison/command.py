@@ -1,0 +1,127 @@
+"""`zoscale compare`: the table, the JSON and the report."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoscale.comparison import tables
+from zoscale.comparison.comparison import Comparison, compare
+from zoscale.comparison.runs import REPORT_TAG, Store, read_runs
+from zoscale.config import ConfigError
+from zoscale.mlflow_store import short_waits, shown, store_uri
+
+_WHAT = "Which method is better per forward pass, per second and per device hour: a table, and a report."
+_FOLDER = "report"  # of the artifacts in MLflow
+_SHOWN = 3  # names in a title
+_LONGEST_TAG = 5000  # characters that every MLflow store takes
+
+
+def compare_command(argv: Sequence[str] | None = None) -> int:
+    """`zoscale compare NAME... [--metric M] [--uri URI] [--out FOLDER] [--json] [--no-log | --no-report]`.
+
+    Returns:
+        0.
+
+    Raises:
+        ConfigError: for a mistake of the user.
+        OSError: if the report cannot be written.
+    """
+    parser = argparse.ArgumentParser(prog="zoscale compare", description=_WHAT)
+    parser.add_argument("names", metavar="NAME", nargs="+", help="MLflow experiment, run id, or run directory")
+    parser.add_argument("--metric", help="evaluation metric that decides; default: the one that chose the weights")
+    parser.add_argument("--uri", help="MLflow store; default: MLFLOW_TRACKING_URI, else sqlite:///runs/mlflow.db")
+    parser.add_argument("--out", default="report", metavar="FOLDER", help="where the report is put; default: report")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--no-log", action="store_true", help="do not put the report into MLflow")
+    parser.add_argument("--no-report", action="store_true", help="only print")
+    given = parser.parse_args(argv)
+    if not given.no_report:
+        _check_libraries()
+    runs, store = read_runs(given.names, store_uri(Path("runs/any"), given.uri))
+    comparison = compare(runs, _title(given.names), given.metric)
+    if given.json:
+        print(json.dumps(comparison.to_dict(), indent=2))
+    else:
+        _print(comparison)
+    if not given.no_report:
+        folder = Path(given.out)
+        _write(comparison, folder)
+        _say(f"report: {folder / 'report.html'}")
+        if store is not None and not given.no_log:
+            _say(_log(folder, store, given.names))
+    return 0
+
+
+def _title(names: Sequence[str]) -> str:
+    shown = ", ".join(Path(name).name for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _say(text: str) -> None:
+    """To the user, not into the JSON."""
+    print(text, file=sys.stderr)
+
+
+def _check_libraries() -> None:
+    missing = [name for name in ("plotly", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = "pip install 'zoscale[report]', or --no-report for the tables alone"
+        raise ConfigError("plotly and matplotlib for the report", f"no {' and no '.join(missing)}", remedy)
+
+
+def _print(comparison: Comparison) -> None:
+    made = [tables.verdict_table(comparison), tables.result_table(comparison), tables.time_table(comparison)]
+    titles = ["", "", "milliseconds per step", "what differs"]
+    for title, rows in zip(titles, [*made, tables.difference_table(comparison)], strict=True):
+        if len(rows) > 1:
+            print("\n".join([*([title] if title else []), *tables.align(rows), ""]))
+    for line in (*tables.explanations(comparison), *comparison.notes):
+        print(line)
+
+
+def _write(comparison: Comparison, folder: Path) -> None:
+    from zoscale.comparison.page import render
+    from zoscale.comparison.pictures import write_pictures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(render(comparison), encoding="utf-8")
+    (folder / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_pictures(comparison, folder)
+
+
+def _log(folder: Path, store: Store, names: Sequence[str]) -> str:
+    """Put the report into its run of the experiment; returns what was done."""
+    if store.experiment_id is None:
+        return "not logged to MLflow: the runs are of several experiments"
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with short_waits():
+            run_id = _report_run(store, names)
+            for file in sorted(folder.iterdir()):
+                if file.name in _FILES:
+                    store.client.log_artifact(run_id, str(file), _FOLDER)
+            store.client.set_terminated(run_id)
+    except (MlflowException, OSError) as error:
+        raise ConfigError(
+            f"an MLflow store {shown(store.uri)} that takes artifacts",
+            shown(str(error))[:300],
+            f"the report is in {folder}; --no-log leaves MLflow alone",
+        ) from error
+    return f"logged to MLflow: run {run_id}, artifacts {_FOLDER}/"
+
+
+_FILES = ("report.html", "comparison.json", "learning.png", "loss.png", "time.png", "ranks.png")
+
+
+def _report_run(store: Store, names: Sequence[str]) -> str:
+    """The run that carries the report of what was named so, made if there is none."""
+    what = " ".join(names)[:_LONGEST_TAG]
+    for run in store.client.search_runs([store.experiment_id], f"tags.`{REPORT_TAG}` LIKE '%'"):
+        if run.data.tags[REPORT_TAG] == what:
+            return str(run.info.run_id)
+    run = store.client.create_run(store.experiment_id, run_name=f"report {_title(names)}", tags={REPORT_TAG: what})
+    return str(run.info.run_id)

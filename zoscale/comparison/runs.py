@@ -1,0 +1,160 @@
+"""Runs as they were logged: read from an MLflow store, or from run directories without one."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoscale.config import ConfigError
+from zoscale.mlflow_store import Card, short_waits, shown
+from zoscale.tracking import read_metrics
+
+Series = Mapping[int, float]
+"""Values of a metric by step, ascending."""
+
+REPORT_TAG = "zoscale.report"
+"""Marks the MLflow run that carries an experiment's report; it is no run to compare."""
+
+_LATEST_IS_ENOUGH = re.compile(r"rank_\d+/(?!tokens_per_second$|seconds_per_step/)")
+_READERS = 8  # requests to a server at a time
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        id: MLflow's run id, or the path of the run directory.
+        name: what the user knows it by.
+        status: MLflow's: FINISHED, FAILED, KILLED, RUNNING.
+        params: the configuration, dotted names.
+        tags: of the run.
+        metrics: by name.
+    """
+
+    id: str
+    name: str
+    status: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, Series]
+
+    @property
+    def seed(self) -> str:
+        """As the configuration says."""
+        return self.params.get("seed", "?")
+
+
+@dataclass(frozen=True)
+class Store:
+    """An MLflow store and the experiment whose runs were read.
+
+    Args:
+        client: an `MlflowClient`.
+        uri: of the store.
+        experiment_id: None if the runs are of several experiments.
+    """
+
+    client: Any
+    uri: str
+    experiment_id: str | None
+
+
+def read_runs(names: Sequence[str], uri: str) -> tuple[list[Run], Store | None]:
+    """All runs that the names mean, and the store they are from; None if all are run directories.
+
+    Args:
+        names: run directories, MLflow run ids, or names of experiments.
+        uri: of the MLflow store.
+
+    Raises:
+        ConfigError: for a name that is none of these, or a store that cannot be read.
+    """
+    folders = [name for name in names if (Path(name) / "metrics.jsonl").is_file()]
+    tracked = [name for name in names if name not in folders]
+    runs = [_from_directory(Path(name)) for name in folders]
+    if not tracked:
+        return runs, None
+    with short_waits():
+        client = _open(uri)
+        found = [item for name in tracked for item in _find(client, name, uri)]
+        runs += [_from_store(client, item) for item in {item.info.run_id: item for item in found}.values()]
+    experiments = {item.info.experiment_id for item in found}
+    return runs, Store(client, uri, experiments.pop() if len(experiments) == 1 else None)
+
+
+def _from_directory(path: Path) -> Run:
+    try:
+        card = Card(**json.loads((path / "tracking.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"tracking.json in the run directory {path}", str(error), "restore the file") from error
+    metrics: dict[str, dict[int, float]] = {}
+    for record in read_metrics(path):
+        for name, value in record.metrics.items():
+            metrics.setdefault(name, {})[record.step] = value
+    status = "FINISHED" if (path / "summary.json").exists() else "UNFINISHED"
+    ordered = {name: dict(sorted(series.items())) for name, series in metrics.items()}
+    return Run(str(path), card.run_name, status, card.params, card.tags, ordered)
+
+
+def _open(uri: str) -> Any:
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.is_file():  # MLflow would make an empty one
+        remedy = "name the store with --uri, or give run directories"
+        raise ConfigError("an MLflow store", f"no file {path}", remedy)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _find(client: Any, name: str, uri: str) -> list[Any]:
+    """The active runs that a name means, oldest first, without reports."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if re.fullmatch(r"[0-9a-f]{32}", name):
+            return [client.get_run(name)]
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            known = ", ".join(sorted(item.name for item in client.search_experiments()))
+            remedy = f"the experiments of {shown(uri)} are: {known}"
+            raise ConfigError("an experiment, a run id or a run directory", name, remedy)
+        found = list(_pages(client, experiment.experiment_id))
+    except MlflowException as error:
+        raise ConfigError(f"{name} in the MLflow store {shown(uri)}", _first_line(error), "check --uri") from error
+    runs = [item for item in reversed(found) if REPORT_TAG not in item.data.tags]
+    if not runs:
+        raise ConfigError(f"at least one run in the experiment {name}", "none", "train first")
+    return runs
+
+
+def _pages(client: Any, experiment_id: str) -> Iterator[Any]:
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _first_line(error: Exception) -> str:
+    return shown(str(error).splitlines()[0])[:300]
+
+
+def _from_store(client: Any, item: Any) -> Run:
+    def history(name: str) -> tuple[str, Series]:
+        if _LATEST_IS_ENOUGH.match(name):
+            return name, {0: float(item.data.metrics[name])}
+        rows = client.get_metric_history(item.info.run_id, name)
+        return name, {row.step: float(row.value) for row in sorted(rows, key=lambda row: (row.step, row.timestamp))}
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        metrics = dict(pool.map(history, item.data.metrics))
+    info = item.info
+    return Run(info.run_id, info.run_name, info.status, item.data.params, item.data.tags, metrics)
