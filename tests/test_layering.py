@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
     {"config", "philox", "stillness"},
-    {"noise", "batch", "mlflow_store", "provenance", "run_directory", "journal", "watchdog"},
+    {"noise", "batch", "mlflow_store", "provenance", "run_directory", "journal", "watchdog", "slurm", "launcher"},
     {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report"},
     {"probes", "tracking", "meters", "fingerprint", "agreement", "preemption"},
     {"estimators", "tasks"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"fan_out"},
     {"engine", "evaluation_log"},
     {"export", "checkpoint", "run_meters", "assembly"},
-    {"recovery"},
+    {"recovery", "submit"},
     {"ledger", "replay"},
     {"trainer", "run_report"},
     {"run"},

@@ -13,6 +13,7 @@ from zoscale.config import parse
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import ModelSize
 from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
+from zoscale.submit import submit_command
 
 README = (ROOT / "README.md").read_text()
 
@@ -54,6 +55,23 @@ def test_readme_names_only_what_is_there() -> None:
     for section, names in {"probes": TABLES["probe"], "optimizers": TABLES["optimizer"]}.items():
         row = next(line for line in README.splitlines() if line.startswith(f"| {section} "))
         assert set(names) <= set(re.findall(r"`(\w+)`", row)), "the support matrix is complete"
+
+
+def test_readme_submits_to_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its commands as they stand, but for the last step."""
+    commands = re.findall(r"^zoscale submit (.*)$", README, re.MULTILINE)
+    assert len(commands) == 2
+    (tmp_path / "setup.sh").touch()
+    for command in commands:
+        words = [str(tmp_path / word) if word == "setup.sh" else word for word in command.split()]
+        assert submit_command([*words, f"output_dir={tmp_path / 'runs'}", "--dry-run"]) == 0
+        assert "nothing was written or submitted" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").rglob("*.s[hb]*")), ids=lambda path: path.name)
+def test_script_is_bash(script: Path) -> None:
+    run(["bash", "-n", str(script)], timeout=10)
 
 
 def test_library_example_trains_and_saves(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From a configuration to what it names: everything that can be refused early, and the engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,25 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         ConfigError: what is wrong, and what to do.
     """
-    task = _check_methods(config)
-    check_model_config(config.model, config.adapter)
     if config.model.dtype == "float16" and not torch.cuda.is_available():
         raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
+    return _plan(config)
+
+
+def check(configs: Sequence[RunConfig]) -> None:
+    """Check runs that another machine will train, the files of the first alone: the others differ in options.
+
+    Raises:
+        ConfigError: what is wrong, and what to do.
+    """
+    for config in configs:
+        _check_methods(config)
+    _plan(configs[0])
+
+
+def _plan(config: RunConfig) -> Plan:
+    task = _check_methods(config)
+    check_model_config(config.model, config.adapter)
     deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
     architecture = read_model_config(config.model)
     encoder = Encoder(load_tokenizer(config.model), config.data.max_length)
