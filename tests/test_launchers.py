@@ -19,17 +19,24 @@ TRAIN = ["launch/train.py", *SHORT, *SIGN, "train.steps=4"]
 ACCELERATE = ["-m", "accelerate.commands.launch"]
 DEEPSPEED = ["-c", "from deepspeed.launcher.runner import main; main()"]
 TWO = ["--num_processes", "2"]
-LAUNCHERS = {
-    "accelerate_file": [*ACCELERATE, "--config_file", "launch/accelerate/cpu.yaml", "--main_process_port"],
+LAUNCHERS: dict[str, list[str]] = {
+    "accelerate_with_file": [*ACCELERATE, "--config_file", "launch/accelerate/cpu.yaml", "--main_process_port"],
     "accelerate_without_file": [*ACCELERATE, "--use_deepspeed", *TWO, "--main_process_port"],
-    "accelerate_default_of_two_gpus": [*ACCELERATE, *TWO, "--main_process_port"],
+    "accelerate_with_defaults_of_two_gpus": [*ACCELERATE, *TWO, "--main_process_port"],
+    "accelerate_with_defaults_of_a_cpu": [*ACCELERATE, "--main_process_port"],
     "deepspeed": [*DEEPSPEED, "--num_gpus", "2", "--master_port"],
 }
+DEFAULTS = {
+    "accelerate_with_defaults_of_two_gpus": {"distributed_type": "MULTI_GPU", "use_cpu": False},
+    "accelerate_with_defaults_of_a_cpu": {},
+}
+"""What `accelerate config default` writes, but for these: no word of DeepSpeed."""
 
 
 def train(command: list[str], out: Path, world_size: int, **variables: str) -> tuple[bytes, bytes]:
     """The journal and the weights of a short run."""
-    run([sys.executable, *command, *TRAIN, f"output_dir={out}"], **variables)
+    shown = run([sys.executable, *command, *TRAIN, f"output_dir={out}"], **variables).stdout
+    assert f"ranks: {world_size}; slices: {[16384 // world_size] * world_size}" in shown, "ZeRO-3 over all ranks"
     run_dir = run_dir_of(out)
     assert run_dir is not None
     assert json.loads((run_dir / "summary.json").read_text())["world_size"] == world_size
@@ -45,25 +52,13 @@ def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launchers_give_the_same_bytes(name: str, by_torchrun: tuple[bytes, bytes], tmp_path: Path) -> None:
-    """The defaults are those of `accelerate config default` on a machine of two GPUs: no word of DeepSpeed."""
-    folder = tmp_path / "home/accelerate"
-    if name.startswith("accelerate_default"):
-        write_basic_config(save_location=str(folder / "default_config.json"))
-        settings = json.loads((folder / "default_config.json").read_text())
-        settings |= {"distributed_type": "MULTI_GPU", "use_cpu": False}
-        (folder / "default_config.yaml").write_text(json.dumps(settings))
-    got = train([*LAUNCHERS[name], str(free_port())], tmp_path / "out", 2, HF_HOME=str(tmp_path / "home"))
-    assert got == by_torchrun
-
-
-@pytest.mark.slow
-def test_default_configuration_of_a_cpu_machine(by_torchrun: tuple[bytes, bytes], tmp_path: Path) -> None:
-    """`use_cpu: true` would switch DeepSpeed off: one rank, ZeRO-3, the same bytes as two."""
-    home = tmp_path / "home/accelerate/default_config.json"
-    write_basic_config(save_location=str(home))
-    home.rename(home.with_suffix(".yaml"))  # JSON is YAML
-    got = train(ACCELERATE, tmp_path / "out", 1, HF_HOME=str(tmp_path / "home"))
-    assert got == by_torchrun
+    """ZeRO-3 over all ranks, whatever the launcher knows of it; one rank gives the bytes of two."""
+    if name in DEFAULTS:
+        file = tmp_path / "home/accelerate/default_config.yaml"
+        write_basic_config(save_location=str(file))
+        file.write_text(json.dumps(json.loads(file.read_text()) | DEFAULTS[name]))
+    command, ranks = [*LAUNCHERS[name], str(free_port())], 1 if name.endswith("a_cpu") else 2
+    assert train(command, tmp_path / "out", ranks, HF_HOME=str(tmp_path / "home")) == by_torchrun
 
 
 @pytest.fixture

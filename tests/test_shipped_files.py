@@ -45,6 +45,8 @@ def test_accelerate_file_is_read_by_accelerate(file: Path) -> None:
     assert config.distributed_type == "DEEPSPEED"
     assert (ROOT / config.deepspeed_config["deepspeed_config_file"]).is_file()
     assert config.num_processes % config.num_machines == 0
+    launcher = config.deepspeed_config.get("deepspeed_multinode_launcher")
+    assert launcher == ("standard" if config.num_machines > 1 else None), "pdsh may let a node train alone"
 
 
 def test_readme_names_only_what_is_there() -> None:

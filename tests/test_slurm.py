@@ -18,6 +18,7 @@ from jobs import result_bytes, run_dir_of, steps_done
 from processes import ROOT, run
 
 from zoscale.config import ConfigError
+from zoscale.slurm import Request
 from zoscale.submit import submit_command
 
 STEPS = 120
@@ -57,9 +58,11 @@ class Cluster:
 
     def _control(self, action: str) -> None:
         """Daemons keep the output open: it goes to a file."""
-        with (self.folder.parent / f"{action}.log").open("w") as log:
+        log = self.folder.parent / f"{action}.log"
+        with log.open("w") as file:
             command = ["bash", "launch/slurm/mini_cluster.sh", action, str(self.folder)]
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=60, check=True)
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=60)
+        assert done.returncode == 0, log.read_text()
 
     def stop(self) -> None:
         self._control("stop")
@@ -214,6 +217,71 @@ def processes_of(node: str, job: str) -> list[psutil.Process]:
             if variables.get("SLURMD_NODENAME") == node and variables.get("SLURM_JOB_ID") == job:
                 found |= {process, process.parent()}
     return sorted((process for process in found if process is not None), key=lambda process: process.pid)
+
+
+class Script:
+    """The batch script with a stand-in for SLURM: `srun` leaves what a run would, `scontrol` notes what it is told."""
+
+    def __init__(self, folder: Path, *, requeue: bool = True) -> None:
+        self.run = folder / "run"
+        run_dir = self.run
+        programs = {
+            "srun": f'[ -z "$MARK" ] || touch {run_dir}/told_to_stop\n'
+            f'[ -z "$STEP" ] || echo step >>{run_dir}/journal.bin\n[ -z "$SAID" ] || echo "$SAID" >$LOGS\nexit $STATUS',
+            "scontrol": f"echo NodeAddr=10.0.0.1; echo $* >>{folder}/told",
+        }
+        for name in ("bin", "run", "logs"):
+            (folder / name).mkdir(parents=True)
+        for name, text in programs.items():
+            (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+            (folder / "bin" / name).chmod(0o755)
+        request = Request(
+            name="x", nodes=1, gpus_per_node=0, processes_per_node=1, time=None, num_runs=1, max_parallel=None,
+            requeue=requeue, warn_seconds=9, more=(),
+        )  # fmt: skip
+        (folder / "job.sbatch").write_text(request.scripts(folder)["job.sbatch"])
+        (folder / "runs").write_text(f"{self.run}\n")
+        self.folder = folder
+
+    def attempt(self, *, status: int = 1, mark: bool = False, step: bool = False, said: str = "") -> tuple[str, bool]:
+        """What it prints, and whether it asks SLURM to start again."""
+        (self.folder / "told").unlink(missing_ok=True)
+        done = run(
+            ["bash", str(self.folder / "job.sbatch")], check=False, timeout=30, SLURM_JOB_ID="7",
+            SLURM_JOB_NODELIST="node1", PATH=f"{self.folder}/bin:{os.environ['PATH']}", STATUS=str(status),
+            MARK="x" * mark, STEP="x" * step, SAID=said, LOGS=str(self.folder / "logs/7_attempt1_node0.log"),
+        )  # fmt: skip
+        assert done.returncode == status
+        return done.stdout, "requeue 7" in (self.folder / "told").read_text()
+
+
+class TestBatchScript:
+    def test_a_mark_means_again(self, tmp_path: Path) -> None:
+        script = Script(tmp_path)
+        assert script.attempt(mark=True, step=True)[1]
+        text, again = script.attempt(status=0)
+        assert "done" in text and not again
+        assert not (script.run / "told_to_stop").exists(), "each attempt begins without a mark"
+
+    def test_a_failure_is_told_and_not_repeated(self, tmp_path: Path) -> None:
+        script = Script(tmp_path)
+        script.attempt(mark=True, step=True)
+        text, again = script.attempt(said="100%launch/train.py: rank 1: MemoryError: planted")
+        assert not again and "failed with status 1" in text
+        assert "launch/train.py: rank 1: MemoryError: planted" in text
+        text, again = script.attempt(status=3, said="another word")
+        assert not again and "failed with status 3" in text and "another word" in text
+
+    def test_attempts_without_a_step_come_to_an_end(self, tmp_path: Path) -> None:
+        script = Script(tmp_path)
+        told = [script.attempt(mark=True, step=step)[1] for step in (False, False, True, False, False)]
+        assert told == [True] * 5
+        text, again = script.attempt(mark=True)
+        assert not again and "give it more --time" in text
+
+    def test_no_requeue(self, tmp_path: Path) -> None:
+        text, again = Script(tmp_path, requeue=False).attempt(mark=True, step=True)
+        assert not again and "submit it again to continue" in text
 
 
 def test_dry_run_shows_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

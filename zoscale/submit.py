@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         help="bash file that each node sources first: modules, environment variables; it may set python=... and, to "
         "run in a container, container=(apptainer exec --nv image.sif)")  # fmt: skip
     add("--sbatch", action="append", default=[], metavar="OPTION",
-        help="any option of sbatch, such as --sbatch=--partition=gpu; may be given more than once")  # fmt: skip
+        help="any option of sbatch, such as --sbatch=--partition=gpu, or --sbatch=--cpus-per-task=64 for the CPUs of a "
+        "node; may be given more than once")  # fmt: skip
     add("--warn-seconds", type=_at_least(1), default=120, metavar="S",
         help="seconds before the time limit at which the job is told to stop (default: 120)")  # fmt: skip
     add("--no-requeue", action="store_true", help="a job that is told to stop stays out of the queue")
