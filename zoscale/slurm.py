@@ -11,7 +11,7 @@ from pathlib import Path
 from zoscale.config import ConfigError
 
 _PACKAGE = Path(__file__).parent
-_LAUNCH = (_PACKAGE / "_launch", _PACKAGE.parent / "launch")  # of an installed package, of a checkout
+_TEMPLATES = (_PACKAGE / "_slurm", _PACKAGE.parent / "launch" / "slurm")  # of an installed package, of a checkout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Request:
             "warn_seconds": str(self.warn_seconds),
         }
         filled = {
-            name: re.sub(r"@(\w+)@", lambda found: values[found[1]], shipped(f"slurm/{name}").read_text("utf-8"))
+            name: re.sub(r"@(\w+)@", lambda found: values[found[1]], template(name).read_text("utf-8"))
             for name in ("job.sbatch", "node.sh")
         }
         return {**filled, "accelerate.yaml": self._accelerate()}
@@ -88,9 +88,9 @@ class Request:
         )
 
 
-def shipped(name: str) -> Path:
-    """A file of `launch`, of which an installed package carries a copy."""
-    return next(launch / name for launch in _LAUNCH if (launch / name).is_file())
+def template(name: str) -> Path:
+    """A file of `launch/slurm`, of which an installed package carries a copy."""
+    return next(folder / name for folder in _TEMPLATES if (folder / name).is_file())
 
 
 def _in_directive(path: Path) -> str:

@@ -12,6 +12,9 @@ from zoscale.config import ConfigError, RunConfig, parse
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.run_directory import write_json, write_text
 
+_TRAIN = "import sys\n\nfrom zoscale.cli import train\n\nsys.exit(train())\n"
+"""A script that trains with the package beside it, whatever else is installed."""
+
 
 def submit_command(argv: Sequence[str]) -> int:
     """The command.
@@ -132,7 +135,7 @@ def _freeze(folder: Path, runs: Sequence[RunConfig], scripts: dict[str, str], se
         write_text(folder / "configs" / f"{task}.yaml", run.to_yaml())
     write_text(folder / "runs", "".join(f"{run.run_dir}\n" for run in runs))
     provenance.copy_code(folder / "code")
-    shutil.copyfile(slurm.shipped("train.py"), folder / "code" / "train.py")
+    write_text(folder / "code" / "train.py", _TRAIN)
     version = {"code": provenance.code(), "commit": provenance.commit(), "libraries": provenance.libraries()}
     write_json(folder / "version.json", version)
     if setup is not None:

@@ -51,7 +51,7 @@ start() {
   export SLURM_CONF=$conf
   munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
     --log-file="$dir/munged.log" --seed-file="$dir/munge.seed"
-  slurmctld -i
+  slurmctld -c -i
   for node in node1 node2; do slurmd -N "$node"; done
   for _ in $(seq 100); do
     [ "$(sinfo --noheader --states=idle --format=%D 2>/dev/null)" != 2 ] || return 0
@@ -63,13 +63,21 @@ start() {
 }
 
 stop() {
-  local pid
-  SLURM_CONF=$conf scancel --user="$(id -un)" 2>/dev/null || true
-  for name in node1 node2 slurmctld munged; do
-    pid=$(cat "$dir/$name.pid" 2>/dev/null) || continue
-    kill "$pid" 2>/dev/null || continue
-    timeout 10 tail --pid="$pid" -f /dev/null || kill -9 "$pid"
+  local pids
+  pids=$(cat "$dir"/{node1,node2,slurmctld,munged}.pid 2>/dev/null) || true
+  [ -n "$pids" ] || return 0
+  export SLURM_CONF=$conf
+  scancel --user="$(id -un)" 2>/dev/null || true
+  for _ in $(seq 100); do
+    [ -n "$(squeue --noheader 2>/dev/null)" ] || break
+    sleep 0.1
   done
+  kill $pids 2>/dev/null || true
+  for _ in $(seq 20); do
+    kill -0 $pids 2>/dev/null || return 0 # all are gone
+    sleep 0.1
+  done
+  kill -9 $pids 2>/dev/null || true
 }
 
 case $action in
