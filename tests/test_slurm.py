@@ -169,18 +169,19 @@ def test_a_job_that_is_told_to_stop_goes_on_by_itself(cluster: Cluster, whole: P
 
 @pytest.mark.slow
 def test_a_sweep_is_an_array_in_one_experiment(cluster: Cluster, tmp_path: Path) -> None:
-    """Four runs, two at a time, by the script of the checkout; a setup is sourced on each node."""
+    """Four runs, two at a time, by the script of the checkout; what the setup says holds on each node."""
     from mlflow import MlflowClient
 
     setup = tmp_path / "setup.sh"
-    setup.write_text("echo setup for $(basename $config)\n")
+    store = f"sqlite:///{tmp_path}/store.db"
+    setup.write_text(f"echo setup for $(basename $config)\ncontainer=(env MLFLOW_TRACKING_URI={store})\n")
     job = cluster.submit(
         *RUN, "train.steps=3", "tracking.experiment=sweep", f"output_dir={tmp_path / 'runs'}",
         "--sweep", "optimizer.lr=1e-3,2e-3", "--sweep", "seed=0,1", "--setup", str(setup),
         command=[sys.executable, "launch/submit.py"],
     )  # fmt: skip
     cluster.wait(job, tmp_path)
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    client = MlflowClient(store)
     experiment = client.get_experiment_by_name("sweep")
     assert experiment is not None
     found = client.search_runs([experiment.experiment_id])
