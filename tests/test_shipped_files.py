@@ -67,7 +67,7 @@ def test_readme_submits_to_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for command in commands:
         words = [str(tmp_path / word) if word == "setup.sh" else word for word in command.split()]
         assert submit_command([*words, f"output_dir={tmp_path / 'runs'}", "--dry-run"]) == 0
-        assert "nothing was written or submitted" in capsys.readouterr().out
+        assert "nothing was done (--dry-run)" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
 
 

@@ -296,6 +296,9 @@ def test_dry_run_shows_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"{line}\n" in text
     assert not out.exists()
     assert "--array" not in text
+    resumed = [*RUN, "resume=somewhere/checkpoints/step_00000005", "--dry-run"]
+    assert submit_command(resumed) == 0
+    assert f"runs:\n{Path.cwd()}/somewhere\n" in capsys.readouterr().out, "the folder that the job will write"
 
 
 def test_an_installed_package_has_its_templates(installed: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from zoscale import provenance, slurm
 from zoscale.config import ConfigError, RunConfig, parse
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.run_directory import write_json, write_text
+from zoscale.run_directory import RunDirectory, write_json, write_text
 
 _TRAIN = "import sys\n\nfrom zoscale.cli import train\n\nsys.exit(train())\n"
 """A script that trains with the package beside it, whatever else is installed."""
@@ -45,7 +45,7 @@ def submit_command(argv: Sequence[str]) -> int:
     scripts = request.scripts(folder)
     if options.dry_run:
         print("\n".join(f"==> {folder / name} <==\n{text}" for name, text in scripts.items()))
-        print(f"runs: {', '.join(str(run.run_dir) for run in runs)}\nnothing was written or submitted (--dry-run)")
+        print("\n".join(["runs:", *(str(RunDirectory.of(run).path) for run in runs), "nothing was done (--dry-run)"]))
         return 0
     _freeze(folder, runs, scripts, options.setup)
     try:
@@ -114,15 +114,17 @@ def _frozen(config: RunConfig) -> RunConfig:
     if config.overwrite or config.resume == "never":
         got = "overwrite=true" if config.overwrite else "resume=never"
         raise ConfigError("a run that SLURM may start again", got, "drop it; change seed or name for a new run")
-    return replace(config, output_dir=str(Path(config.output_dir).resolve()))
+    resume = config.resume if config.resume == "auto" else str(Path(config.resume).resolve())
+    return replace(config, output_dir=str(Path(config.output_dir).resolve()), resume=resume)
 
 
 def _next_folder(runs: Sequence[RunConfig]) -> Path:
     """The folder of this submission: of the run, or of a sweep beside its runs; every one has a new number."""
-    if len({run.run_dir for run in runs}) < len(runs):
+    folders = {RunDirectory.of(run).path for run in runs}
+    if len(folders) < len(runs):
         raise ConfigError("different runs", "the same run twice in the sweep", "give every value once")
     first = runs[0]
-    home = first.run_dir / "slurm" if len(runs) == 1 else Path(first.output_dir) / f"sweep-{first.name}"
+    home = folders.pop() / "slurm" if len(runs) == 1 else Path(first.output_dir) / f"sweep-{first.name}"
     taken = [int(path.name) for path in home.glob("*") if path.name.isdecimal()]
     return home / str(max(taken, default=0) + 1)
 
@@ -133,7 +135,7 @@ def _freeze(folder: Path, runs: Sequence[RunConfig], scripts: dict[str, str], se
         (folder / name).mkdir(parents=True)
     for task, run in enumerate(runs):
         write_text(folder / "configs" / f"{task}.yaml", run.to_yaml())
-    write_text(folder / "runs", "".join(f"{run.run_dir}\n" for run in runs))
+    write_text(folder / "runs", "".join(f"{RunDirectory.of(run).path}\n" for run in runs))
     provenance.copy_code(folder / "code")
     write_text(folder / "code" / "train.py", _TRAIN)
     version = {"code": provenance.code(), "commit": provenance.commit(), "libraries": provenance.libraries()}
