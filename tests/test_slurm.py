@@ -84,7 +84,7 @@ class Cluster:
 
     def wait(self, job: str, out: Path, state: str = "COMPLETED") -> None:
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_until(lambda: self.state(job) in ends, 100, lambda: f"{self.state(job)}\n{logs(out)}")
+        wait_until(lambda: self.state(job) in ends, 300, lambda: f"{self.state(job)}\n{logs(out)}")
         assert self.state(job) == state, logs(out)
 
 
@@ -150,12 +150,12 @@ def test_two_nodes_train_one_model(whole: Path, installed: Path) -> None:
 def test_a_job_that_is_told_to_stop_goes_on_by_itself(cluster: Cluster, whole: Path, tmp_path: Path) -> None:
     """By a signal, then by a job of a higher partition: journal and adapter are those of the uninterrupted run."""
     job = cluster.submit(*RUN, *LONG, *TWO_NODES, f"output_dir={tmp_path}")
-    wait_until(lambda: steps_done(tmp_path) >= 10, 60, lambda: logs(tmp_path))
+    wait_until(lambda: steps_done(tmp_path) >= 10, 120, lambda: logs(tmp_path))
     cluster.ask("scancel", "--signal=USR1", job)
-    wait_until(lambda: "back into the queue" in logs(tmp_path), 30, lambda: logs(tmp_path))
+    wait_until(lambda: "back into the queue" in logs(tmp_path), 60, lambda: logs(tmp_path))
     stopped_at = steps_done(tmp_path)
     assert 10 <= stopped_at < STEPS
-    wait_until(lambda: steps_done(tmp_path) > stopped_at, 60, lambda: logs(tmp_path))
+    wait_until(lambda: steps_done(tmp_path) > stopped_at, 120, lambda: logs(tmp_path))
     cluster.ask("sbatch", "--partition=urgent", "--nodes=2", f"--output={tmp_path}/urgent", "--wrap", "true")
     cluster.wait(job, tmp_path)
     text = logs(tmp_path)
@@ -196,7 +196,7 @@ def test_a_sweep_is_an_array_in_one_experiment(cluster: Cluster, tmp_path: Path)
 def test_a_node_that_dies_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:
     """All processes of a node at once; the job says what it lost and does not go back into the queue."""
     job = cluster.submit(*RUN, "train.steps=100000", "tracking.mlflow=false", *TWO_NODES, f"output_dir={tmp_path}")
-    wait_until(lambda: steps_done(tmp_path) >= 3, 60, lambda: logs(tmp_path))
+    wait_until(lambda: steps_done(tmp_path) >= 3, 120, lambda: logs(tmp_path))
     for process in processes_of("node2", job):
         process.kill()
     cluster.wait(job, tmp_path, "FAILED")
