@@ -1,6 +1,7 @@
 """Every launcher that users have: the same two ranks, the same bytes; what contradicts the run is refused."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,31 +35,39 @@ DEFAULTS = {
 
 
 def train(command: list[str], out: Path, world_size: int, **variables: str) -> tuple[bytes, bytes]:
-    """The journal and the weights of a short run."""
+    """The journal and the weights of a short run, which is removed: the journal names its folder."""
     shown = run([sys.executable, *command, *TRAIN, f"output_dir={out}"], **variables).stdout
     assert f"ranks: {world_size}; slices: {[16384 // world_size] * world_size}" in shown, "ZeRO-3 over all ranks"
     run_dir = run_dir_of(out)
     assert run_dir is not None
     assert json.loads((run_dir / "summary.json").read_text())["world_size"] == world_size
-    return (run_dir / "journal.bin").read_bytes(), result_bytes(out)
+    result = (run_dir / "journal.bin").read_bytes(), result_bytes(out)
+    shutil.rmtree(out)
+    return result
 
 
 @pytest.fixture(scope="module")
-def by_torchrun(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all of them write, one after the other."""
+    return tmp_path_factory.mktemp("launchers") / "out"
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(out: Path) -> tuple[bytes, bytes]:
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    return train(command, tmp_path_factory.mktemp("torchrun"), 2)
+    return train(command, out, 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_launchers_give_the_same_bytes(name: str, by_torchrun: tuple[bytes, bytes], tmp_path: Path) -> None:
+def test_launchers_give_the_same_bytes(name: str, by_torchrun: tuple[bytes, bytes], out: Path, tmp_path: Path) -> None:
     """ZeRO-3 over all ranks, whatever the launcher knows of it; one rank gives the bytes of two."""
     if name in DEFAULTS:
-        file = tmp_path / "home/accelerate/default_config.yaml"
+        file = tmp_path / "accelerate/default_config.yaml"
         write_basic_config(save_location=str(file))
         file.write_text(json.dumps(json.loads(file.read_text()) | DEFAULTS[name]))
     command, ranks = [*LAUNCHERS[name], str(free_port())], 1 if name.endswith("a_cpu") else 2
-    assert train(command, tmp_path / "out", ranks, HF_HOME=str(tmp_path / "home")) == by_torchrun
+    assert train(command, out, ranks, HF_HOME=str(tmp_path)) == by_torchrun
 
 
 @pytest.fixture

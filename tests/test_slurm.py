@@ -120,12 +120,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster: Cluster, installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run on both nodes, submitted by an installed package."""
-    out = tmp_path_factory.mktemp("whole")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both runs that are compared are written: a journal names its folder."""
+    return tmp_path_factory.mktemp("compared") / "out"
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, installed: Path, out: Path) -> Path:
+    """An uninterrupted run on both nodes, submitted by an installed package, and moved away."""
     job = cluster.submit(*RUN, *LONG, *TWO_NODES, f"output_dir={out}", PYTHONPATH=str(installed))
     cluster.wait(job, out)
-    return out
+    return out.rename(out.with_name("whole"))
 
 
 @pytest.mark.slow
@@ -147,22 +152,22 @@ def test_two_nodes_train_one_model(whole: Path, installed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_is_told_to_stop_goes_on_by_itself(cluster: Cluster, whole: Path, tmp_path: Path) -> None:
+def test_a_job_that_is_told_to_stop_goes_on_by_itself(cluster: Cluster, whole: Path, out: Path) -> None:
     """By a signal, then by a job of a higher partition: journal and adapter are those of the uninterrupted run."""
-    job = cluster.submit(*RUN, *LONG, *TWO_NODES, f"output_dir={tmp_path}")
-    wait_until(lambda: steps_done(tmp_path) >= 10, 120, lambda: logs(tmp_path))
+    job = cluster.submit(*RUN, *LONG, *TWO_NODES, f"output_dir={out}")
+    wait_until(lambda: steps_done(out) >= 10, 120, lambda: logs(out))
     cluster.ask("scancel", "--signal=USR1", job)
-    wait_until(lambda: "back into the queue" in logs(tmp_path), 60, lambda: logs(tmp_path))
-    stopped_at = steps_done(tmp_path)
+    wait_until(lambda: "back into the queue" in logs(out), 60, lambda: logs(out))
+    stopped_at = steps_done(out)
     assert 10 <= stopped_at < STEPS
-    wait_until(lambda: steps_done(tmp_path) > stopped_at, 120, lambda: logs(tmp_path))
-    cluster.ask("sbatch", "--partition=urgent", "--nodes=2", f"--output={tmp_path}/urgent", "--wrap", "true")
-    cluster.wait(job, tmp_path)
-    text = logs(tmp_path)
+    wait_until(lambda: steps_done(out) > stopped_at, 120, lambda: logs(out))
+    cluster.ask("sbatch", "--partition=urgent", "--nodes=2", f"--output={out}/urgent", "--wrap", "true")
+    cluster.wait(job, out)
+    text = logs(out)
     assert text.count("told to stop; back into the queue") == 2
     assert "attempt 3 on" in text and f"resumed at step {stopped_at}" in text
-    assert result_bytes(tmp_path) == result_bytes(whole)
-    ours, theirs = run_dir_of(tmp_path), run_dir_of(whole)
+    assert result_bytes(out) == result_bytes(whole)
+    ours, theirs = run_dir_of(out), run_dir_of(whole)
     assert ours is not None and theirs is not None
     assert (ours / "journal.bin").read_bytes() == (theirs / "journal.bin").read_bytes()
 
