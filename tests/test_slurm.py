@@ -21,7 +21,7 @@ from zoscale.config import ConfigError
 from zoscale.slurm import Request
 from zoscale.submit import submit_command
 
-STEPS = 120
+STEPS = 200
 RUN = [
     "--config", str(ROOT / "launch/recipes/quickstart.yaml"), f"model.id={ROOT}/launch/tiny_opt/model",
     f"task.path={ROOT}/launch/tiny_opt/data", "data.num_train=32", "data.num_dev=0", "data.num_validation=8",
@@ -153,14 +153,14 @@ def test_two_nodes_train_one_model(whole: Path, installed: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_is_told_to_stop_goes_on_by_itself(cluster: Cluster, whole: Path, out: Path) -> None:
-    """By a signal, then by a job of a higher partition: journal and adapter are those of the uninterrupted run."""
+    """By a signal, then by a job of a higher partition while it starts: the bytes are those of the uninterrupted run."""
     job = cluster.submit(*RUN, *LONG, *TWO_NODES, f"output_dir={out}")
     wait_until(lambda: steps_done(out) >= 10, 120, lambda: logs(out))
     cluster.ask("scancel", "--signal=USR1", job)
     wait_until(lambda: "back into the queue" in logs(out), 60, lambda: logs(out))
     stopped_at = steps_done(out)
     assert 10 <= stopped_at < STEPS
-    wait_until(lambda: steps_done(out) > stopped_at, 120, lambda: logs(out))
+    wait_until(lambda: "attempt 2 on" in logs(out), 60, lambda: logs(out))
     cluster.ask("sbatch", "--partition=urgent", "--nodes=2", f"--output={out}/urgent", "--wrap", "true")
     cluster.wait(job, out)
     text = logs(out)
@@ -234,7 +234,7 @@ class Script:
         programs = {
             "srun": f'[ -z "$MARK" ] || touch {run_dir}/told_to_stop\n'
             f'[ -z "$STEP" ] || echo step >>{run_dir}/journal.bin\n[ -z "$SAID" ] || echo "$SAID" >$LOGS\nexit $STATUS',
-            "scontrol": f"echo NodeAddr=10.0.0.1; echo $* >>{folder}/told",
+            "scontrol": f"echo NodeAddr=10.0.0.1 PreemptTime=$PREEMPTED; echo $* >>{folder}/told",
         }
         for name in ("bin", "run", "logs"):
             (folder / name).mkdir(parents=True)
@@ -249,13 +249,15 @@ class Script:
         (folder / "runs").write_text(f"{self.run}\n")
         self.folder = folder
 
-    def attempt(self, *, status: int = 1, mark: bool = False, step: bool = False, said: str = "") -> tuple[str, bool]:
+    def attempt(
+        self, *, status: int = 1, mark: bool = False, step: bool = False, said: str = "", preempted: str = "None"
+    ) -> tuple[str, bool]:
         """What it prints, and whether it asks SLURM to start again."""
         (self.folder / "told").unlink(missing_ok=True)
         done = run(
             ["bash", str(self.folder / "job.sbatch")], check=False, timeout=30, SLURM_JOB_ID="7",
             SLURM_JOB_NODELIST="node1", PATH=f"{self.folder}/bin:{os.environ['PATH']}", STATUS=str(status),
-            MARK="x" * mark, STEP="x" * step, SAID=said, LOGS=str(self.folder / "logs/7_attempt1_node0.log"),
+            MARK="x" * mark, STEP="x" * step, SAID=said, PREEMPTED=preempted, LOGS=str(self.folder / "logs/7_attempt1_node0.log"),
         )  # fmt: skip
         assert done.returncode == status
         return done.stdout, "requeue 7" in (self.folder / "told").read_text()
@@ -268,6 +270,9 @@ class TestBatchScript:
         text, again = script.attempt(status=0)
         assert "done" in text and not again
         assert not (script.run / "told_to_stop").exists(), "each attempt begins without a mark"
+
+    def test_so_does_what_slurm_says(self, tmp_path: Path) -> None:
+        assert Script(tmp_path).attempt(preempted="2026-01-01T00:00:00")[1]
 
     def test_a_failure_is_told_and_not_repeated(self, tmp_path: Path) -> None:
         script = Script(tmp_path)
