@@ -153,7 +153,7 @@ def test_two_nodes_train_one_model(whole: Path, installed: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_is_told_to_stop_goes_on_by_itself(cluster: Cluster, whole: Path, out: Path) -> None:
-    """By a signal, then by a job of a higher partition while it starts: the bytes are those of the uninterrupted run."""
+    """By a signal, then, while it starts, by a job of a higher partition: the bytes of the uninterrupted run."""
     job = cluster.submit(*RUN, *LONG, *TWO_NODES, f"output_dir={out}")
     wait_until(lambda: steps_done(out) >= 10, 120, lambda: logs(out))
     cluster.ask("scancel", "--signal=USR1", job)
@@ -257,7 +257,8 @@ class Script:
         done = run(
             ["bash", str(self.folder / "job.sbatch")], check=False, timeout=30, SLURM_JOB_ID="7",
             SLURM_JOB_NODELIST="node1", PATH=f"{self.folder}/bin:{os.environ['PATH']}", STATUS=str(status),
-            MARK="x" * mark, STEP="x" * step, SAID=said, PREEMPTED=preempted, LOGS=str(self.folder / "logs/7_attempt1_node0.log"),
+            MARK="x" * mark, STEP="x" * step, SAID=said, PREEMPTED=preempted,
+            LOGS=str(self.folder / "logs/7_attempt1_node0.log"),
         )  # fmt: skip
         assert done.returncode == status
         return done.stdout, "requeue 7" in (self.folder / "told").read_text()
