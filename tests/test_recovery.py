@@ -204,8 +204,10 @@ def test_told_to_stop(number: int, server: JobServer, whole: Any) -> None:
     assert run_dir is not None
     step = steps_done(out)
     assert (run_dir / f"checkpoints/step_{step:08d}/manifest.json").exists()
+    assert (run_dir / "told_to_stop").exists()
     text = server.run(2, *command("sign_lora", out))
     assert f"resumed at step {step}: checkpoint of step {step}, 0 steps replayed" in text
+    assert not (run_dir / "told_to_stop").exists()
     assert result_bytes(out) == result_bytes(reference)
 
 

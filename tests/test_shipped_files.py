@@ -14,6 +14,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import ModelSize
 from zoscale.optim import OPTIMIZERS
 from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
+from zoscale.submit import submit_command
 
 README = (ROOT / "README.md").read_text()
 
@@ -45,6 +46,8 @@ def test_accelerate_file_is_read_by_accelerate(file: Path) -> None:
     assert config.distributed_type == "DEEPSPEED"
     assert (ROOT / config.deepspeed_config["deepspeed_config_file"]).is_file()
     assert config.num_processes % config.num_machines == 0
+    launcher = config.deepspeed_config.get("deepspeed_multinode_launcher")
+    assert launcher == ("standard" if config.num_machines > 1 else None), "pdsh may let a node train alone"
 
 
 def test_readme_names_only_what_is_there() -> None:
@@ -76,6 +79,23 @@ def test_faq_names_only_what_is_there() -> None:
     assert len(options) >= 8
     for option in sorted(options):
         parse(["model.id=any", option], TABLES, DEFAULTS)
+
+
+def test_readme_submits_to_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its commands as they stand, but for the last step."""
+    commands = re.findall(r"^zoscale submit (.*)$", README, re.MULTILINE)
+    assert len(commands) == 2
+    (tmp_path / "setup.sh").touch()
+    for command in commands:
+        words = [str(tmp_path / word) if word == "setup.sh" else word for word in command.split()]
+        assert submit_command([*words, f"output_dir={tmp_path / 'runs'}", "--dry-run"]) == 0
+        assert "nothing was done (--dry-run)" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").rglob("*.s[hb]*")), ids=lambda path: path.name)
+def test_script_is_bash(script: Path) -> None:
+    run(["bash", "-n", str(script)], timeout=10)
 
 
 def test_library_example_trains_and_saves(tmp_path: Path) -> None:

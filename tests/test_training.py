@@ -180,6 +180,7 @@ def test_a_rank_that_fails_takes_the_job_down_with_its_cause(tmp_path: Path) -> 
     result = torchrun(2, str(script), *options, check=False, timeout=120)
     assert result.returncode != 0
     assert "rank 1: MemoryError: planted" in result.stdout
+    assert not list(tmp_path.glob("*/told_to_stop")), "that the launcher ended rank 0 is not a wish to stop"
 
 
 def test_completion_task_with_all_weights(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From a configuration to what it names: everything that can be refused early, and the engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +52,29 @@ def plan(config: RunConfig) -> Plan:
     Raises:
         ConfigError: what is wrong, and what to do.
     """
+    if config.model.dtype == "float16" and not torch.cuda.is_available():
+        raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
+    return _plan(config)
+
+
+def check(configs: Sequence[RunConfig]) -> None:
+    """Check runs that another machine will train, the files of the first alone: the others differ in options.
+
+    Raises:
+        ConfigError: what is wrong, and what to do.
+    """
+    for config in configs:
+        check_methods(config)
+    _plan(configs[0])
+
+
+def _plan(config: RunConfig) -> Plan:
     task = check_methods(config)
     check_scheme(config.adapter, config.trainable)
     objective = find_objective(config.objective, task)
     if isinstance(objective, GeneratedLoss) and config.forward.name == "fan_out":
         got = f"fan_out with objective {config.objective}, for which text is generated"
         raise ConfigError("forward.name auto or sequential", got, "set forward.name")
-    if config.model.dtype == "float16" and not torch.cuda.is_available():
-        raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
     deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
     architecture = read_model_config(config.model)
     length = config.data.max_length

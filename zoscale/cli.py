@@ -1,6 +1,7 @@
-"""The command line: `zoscale train ...`, `zoscale replay ...`, `zoscale journal ...`, `zoscale compare ...`."""
+"""The command line: `zoscale COMMAND ...`, one function per command."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -8,10 +9,12 @@ from collections.abc import Callable, Sequence
 from zoscale.config import ConfigError, exit_with, parse_or_exit
 
 EX_IOERR = 74
+_LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # which the `deepspeed` launcher adds to every command
 _USAGE = """usage: zoscale COMMAND ...
 
 commands:
   train    train as configured, or go on; `zoscale train --help` documents every option
+  submit   train on a SLURM cluster: one node or several, one run or a sweep
   replay   rebuild the weights of any step from the journal alone, and verify the saved ones
   journal  print or plot the steps of a run
   compare  which of some runs is better per forward pass, per second and per device hour: tables and a report
@@ -27,7 +30,8 @@ def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") 
     """
     from zoscale.methods import DEFAULTS, TABLES
 
-    config = parse_or_exit(sys.argv[1:] if argv is None else argv, TABLES, DEFAULTS, command=command)
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if not _LOCAL_RANK.fullmatch(word)]
+    config = parse_or_exit(words, TABLES, DEFAULTS, command=command)
     from zoscale.fingerprint import Diverged
     from zoscale.preemption import REQUEUE, Preempted
     from zoscale.run import run
@@ -55,6 +59,13 @@ def _end(command: str, what: object, status: int) -> int:
     return status
 
 
+def submit(argv: Sequence[str]) -> int:
+    """`zoscale submit`."""
+    from zoscale.submit import submit_command
+
+    return submit_command(argv)
+
+
 def replay(argv: Sequence[str]) -> int:
     """`zoscale replay`."""
     from zoscale.replay import replay_command
@@ -78,6 +89,7 @@ def compare(argv: Sequence[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "submit": submit,
     "replay": replay,
     "journal": journal,
     "compare": compare,

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,14 @@ def facts(config: RunConfig) -> dict[str, Any]:
     }
 
 
+_COMMIT = "COMMIT"  # in a copy of the package: the commit it was taken from
+
+
 def commit() -> str:
     """The commit of the source tree that runs, with `+` if it was changed since; `unknown` outside a checkout."""
     folder = Path(__file__).parent
+    if (folder / _COMMIT).exists():
+        return (folder / _COMMIT).read_text(encoding="utf-8")
     try:
         out = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
@@ -46,6 +52,13 @@ def code() -> str:
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
     return f"{_version('zoscale')} {digest.hexdigest()[:16]}"
+
+
+def copy_code(folder: Path) -> None:
+    """Copy the package that runs into a folder, from which it can be imported; it keeps its `commit` and `code`."""
+    package = Path(__file__).parent
+    copy = shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / _COMMIT).write_text(commit(), encoding="utf-8")
 
 
 def libraries() -> dict[str, str]:

@@ -10,7 +10,7 @@ from zoscale.engine import ZeroOrderEngine
 from zoscale.export import save_trained, write_origin
 from zoscale.ledger import Ledger
 from zoscale.mesh import Mesh
-from zoscale.preemption import Preempted
+from zoscale.preemption import Preempted, end_on_signals
 from zoscale.recovery import header_of
 from zoscale.run_directory import RunDirectory, write_json
 from zoscale.run_report import conclude, describe, say
@@ -34,6 +34,11 @@ def run(config: RunConfig) -> dict[str, Any]:
         Preempted: if the job was told to stop.
         OSError: if the run directory cannot be written; what was written before stays.
     """
+    with end_on_signals(RunDirectory.of(config).told_to_stop):
+        return _run(config)
+
+
+def _run(config: RunConfig) -> dict[str, Any]:
     made = plan(config)
     accelerator = runtime.start(
         runtime.Runtime(
@@ -132,6 +137,7 @@ def _leave(
         tracker.log_artifacts(directory.adapter, "adapter")
     tracker.log_artifact(directory.journal)
     write_json(directory.summary, summary)
+    directory.told_to_stop.unlink(missing_ok=True)
     tracker.log_artifact(directory.summary)
     conclude(config, summary, made, directory, tracker.how_to_open())
 

@@ -63,6 +63,11 @@ class RunDirectory:
         """Written last: a run that has it is finished."""
         return self.path / "summary.json"
 
+    @property
+    def told_to_stop(self) -> Path:
+        """Mark of a run that was told to stop and can be continued; gone once it is finished."""
+        return self.path / "told_to_stop"
+
     def chosen_checkpoint(self, config: RunConfig) -> Path | None:
         """The checkpoint that `resume` names, if it names one."""
         given = Path(config.resume)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
 from zoscale.config import ConfigError
+from zoscale.launcher import obey
 from zoscale.models import ModelSize
 
 ZERO3: dict[str, Any] = {
@@ -128,12 +128,13 @@ def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> A
         size: of the model to come, for the bounds on memory.
 
     Raises:
-        ConfigError: for a DeepSpeed configuration that cannot train forward-only, or processes that did not join.
+        ConfigError: for a DeepSpeed configuration that cannot train forward-only, a launcher that was told something
+            else than the run, or processes that did not join.
     """
     runtime = runtime or Runtime()
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    _stand_alone()
+    obey(runtime.dtype)
     _skip_shm_build()
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     plugin = _plugin(runtime, size)
@@ -165,18 +166,6 @@ def stop() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def _stand_alone() -> None:
-    """Without a launcher: a group of one process on this machine."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
-        os.environ[name] = str(value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 
 
 def _skip_shm_build() -> None:

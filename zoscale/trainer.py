@@ -128,7 +128,7 @@ class Trainer:
             unit="step",
             mininterval=1.0,
         )
-        with bar, stop_on_signals(self.engine.mesh), self.meters.training():
+        with bar, stop_on_signals(self.engine.mesh, self.ledger.directory.told_to_stop), self.meters.training():
             for step in range(first, self.config.train.steps):
                 with self.watchdog.slow("first step") if step == first else nullcontext():
                     result = self._step(step)

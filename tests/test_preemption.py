@@ -1,0 +1,47 @@
+"""Signals to stop: when they end a run, and when they leave the mark by which a job script knows."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from zoscale.mesh import Mesh
+from zoscale.preemption import Preempted, end_on_signals, stop_on_signals
+
+
+@pytest.mark.parametrize(("number", "left"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
+def test_outside_the_steps_a_signal_ends_the_run_at_once(number: int, left: bool, tmp_path: Path) -> None:
+    """A launcher that ends the ranks beside one that failed sends SIGTERM: no mark, no start again."""
+    mark, before = tmp_path / "mark", signal.getsignal(number)
+    with pytest.raises(Preempted, match="told to stop between its steps"), end_on_signals(mark):
+        os.kill(os.getpid(), number)
+        signal.pause()
+    assert mark.exists() == left
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_within_the_steps_all_must_agree_to_stop(number: int, tmp_path: Path) -> None:
+    mesh, mark = Mesh(ranks=(0, 1)), tmp_path / "mark"
+    with pytest.raises(Preempted), end_on_signals(tmp_path / "no"), stop_on_signals(mesh, mark):
+        os.kill(os.getpid(), number)
+        assert mesh.stop_wanted
+        raise Preempted(3)
+    assert mark.exists()
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_failure_after_sigterm_leaves_no_mark(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    with pytest.raises(RuntimeError), stop_on_signals(Mesh(ranks=(0, 1)), mark):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("another rank is gone")
+    assert not mark.exists()
+
+
+def test_a_mark_that_cannot_be_left_is_no_error(tmp_path: Path) -> None:
+    """A new run has no folder yet."""
+    with pytest.raises(Preempted), end_on_signals(tmp_path / "nowhere" / "mark"):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.pause()
