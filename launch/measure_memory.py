@@ -53,7 +53,7 @@ def batch(vocabulary: int, data: Data) -> list[dict[str, torch.Tensor]]:
 
 
 def planned(config: ModelConfig, data: Data, ranks: int, deepspeed: Path | None) -> dict[str, Any]:
-    """What `zoscale plan` says of the same run."""
+    """What `zoscale plan` says of the same run; before ZeRO-3 is there, which would shard its model of shapes."""
     tree = {
         "model": asdict(config),
         "adapter": ADAPTER,
@@ -97,7 +97,6 @@ def measure(config: ModelConfig, data: Data, steps: int, deepspeed: Path | None 
         "largest_gather": max(size.largest_block, size.outside_blocks) * width,
         "dtype": config.dtype,
         "world_size": engine.mesh.world_size,
-        "planned": planned(config, data, engine.mesh.world_size, deepspeed),
     }
     stop()
     return report
@@ -116,7 +115,9 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = yaml.safe_load(arguments.config.read_text()) if arguments.config else OPT_125M
     data = Data(arguments.rows, arguments.tokens, arguments.micro_batches)
-    report = measure(ModelConfig(config=shapes, dtype=arguments.dtype), data, arguments.steps, arguments.deepspeed)
+    config = ModelConfig(config=shapes, dtype=arguments.dtype)
+    plan = planned(config, data, int(os.environ.get("WORLD_SIZE", "1")), arguments.deepspeed)
+    report = measure(config, data, arguments.steps, arguments.deepspeed) | {"planned": plan}
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=2))
         if arguments.json:
