@@ -104,7 +104,7 @@ def test_scores_are_what_transformers_gives(server: JobServer, tmp_path: Path) -
     task = ["task.name=classification", "task.path=launch/tiny_opt/data", "task.template={sentence} It was"]
     task += ['task.candidates=[" terrible", " great"]', "data.num_validation=11"]
     options = (f"--model={MODEL}", *task, "model.dtype=float32")
-    rows = evaluate(server, 2, tmp_path / "out", *options)["rows"]
+    rows = evaluate(server, 1, tmp_path / "out", *options)["rows"]
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     for row in rows:
@@ -122,8 +122,6 @@ def test_checkpoints_of_a_run(server: JobServer, best: Path, runs: dict[str, Pat
     last, expected = evaluate(server, 1, tmp_path / "last", f"--run={copy}", "--checkpoint=last"), summary(copy)
     assert last["step"] == 9 and last["loss"] == pytest.approx(expected["validation"]["final"]["loss"], rel=1e-6)
     assert evaluate(server, 1, tmp_path / "best", f"--run={copy}") == read(best)
-    text = server.run(1, "evaluate", f"--run={copy}", "--checkpoint=nowhere", expect=2)
-    assert "expected a checkpoint in nowhere" in text
 
 
 @pytest.mark.parametrize(
@@ -133,6 +131,7 @@ def test_checkpoints_of_a_run(server: JobServer, best: Path, runs: dict[str, Pat
         ([f"--model={MODEL}", "sst3"], "sst2"),
         ([f"--model={MODEL}", "sst2", "--checkpoint=last"], "--run with --checkpoint"),
         (["--run=README.md"], "the folder of a run"),
+        (["--run=RUN", "--checkpoint=nowhere"], "step_00000004, step_00000008"),
         (["--run=RUN", "optimizer.lr=3"], "with --run only options of task, data"),
         (["--run=RUN", "--split=dev", "data.num_dev=0"], "examples in split dev"),
         ([f"--model={MODEL}", "sst2", "task.name=completion"], "task sst2, as named"),
@@ -221,7 +220,8 @@ def test_push_through_the_hub_s_own_client(runs: dict[str, Path], tmp_path: Path
     assert hub.created["name"] == "tiny"
     assert hub.created.get("visibility") == "private" or hub.created.get("private"), "the library's old way and its new"
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
-    assert all(token == "Bearer hf_secret" for _, _, token in hub.requests)
+    tokens = {path.partition("?")[0]: token for _, path, token in hub.requests}
+    assert tokens["/api/repos/create"] == tokens["/api/models/me/tiny/commit/main"] == "Bearer hf_secret"
 
 
 def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,13 +53,14 @@ def evaluate_command(argv: Sequence[str]) -> int:
     record = RunRecord.read(arguments.run, arguments.base) if arguments.run else None
     if record is None and (arguments.checkpoint or arguments.base):
         raise ConfigError("--run with --checkpoint and --base", f"--model {arguments.model}", "leave them out")
+    which = _checkpoint(arguments.checkpoint or "best", record)
     configs = _configurations(arguments, record)
     config = next(iter(configs.values()))
     architecture = read_model_config(config.model)
     jobs = [_job(name, own, arguments.split) for name, own in configs.items()]
     engine = _start(config, architecture)
     log = say(engine.mesh)
-    step = _restore(engine, record, arguments.checkpoint or "best") if record is not None else None
+    step = _restore(engine, record, which) if record is not None else None
     if step is not None:
         log(f"weights of step {step}")
     results: dict[str, Any] = {}
@@ -140,7 +141,21 @@ def _start(config: RunConfig, architecture: Any) -> ZeroOrderEngine:
     return build_engine(config, architecture, accelerator)
 
 
-def _restore(engine: ZeroOrderEngine, record: RunRecord, which: str) -> int:
+def _checkpoint(which: str, record: RunRecord | None) -> str | Path:
+    """`best`, `last`, or the folder of a checkpoint, named by its path or within the run's."""
+    if which in ("best", "last") or record is None:
+        return which
+    named = record.directory.checkpoints / which
+    folder = named if named.is_dir() else Path(which)
+    if not folder.is_dir():
+        found = ", ".join(path.name for path in sorted(named.parent.glob("*_*"))) or "none"
+        raise ConfigError(
+            f"best, last or a checkpoint of {record.directory.path} ({found})", which, "choose one of them"
+        )
+    return folder
+
+
+def _restore(engine: ZeroOrderEngine, record: RunRecord, which: str | Path) -> int:
     """Bring an engine at step 0 to a checkpoint of a run; returns its step. A collective."""
     directory, mesh, log = record.directory, engine.mesh, say(engine.mesh)
     journal = mesh.on_main(lambda: Journal.read(directory.journal))
@@ -149,11 +164,10 @@ def _restore(engine: ZeroOrderEngine, record: RunRecord, which: str) -> int:
     best = mesh.on_main(lambda: _best_step(record)) if which == "best" else None
     if best is not None:
         go_to(engine, directory.checkpoints, records, best, config_hash, log)
-    elif which in ("best", "last"):  # without dev, the last step is the best
+    elif isinstance(which, Path):
+        checkpoint.load(engine, which, config_hash)
+    else:  # without dev, the last step is the best
         restore(engine, directory.checkpoints, records, config_hash, log)
-    else:
-        named = directory.checkpoints / which
-        checkpoint.load(engine, named if named.exists() else Path(which), config_hash)
     return engine.num_steps
 
 
