@@ -29,7 +29,8 @@ from zoscale.shards import local_bytes
 
 OPT_125M: dict[str, Any] = {"model_type": "opt", "dropout": 0.0}
 """The defaults of `OPTConfig` are OPT-125M's shapes."""
-ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+Adapter = dict[str, Any] | None
+ADAPTER: Adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ def batch(vocabulary: int, data: Data) -> list[dict[str, torch.Tensor]]:
     ]  # fmt: skip
 
 
-def planned(config: ModelConfig, data: Data, ranks: int, deepspeed: Path | None) -> dict[str, Any]:
+def planned(config: ModelConfig, adapter: Adapter, data: Data, ranks: int, deepspeed: Path | None) -> dict[str, Any]:
     """What `zoscale plan` says of the same run; before ZeRO-3 is there, which would shard its model of shapes."""
     tree = {
         "model": asdict(config),
-        "adapter": ADAPTER,
+        "adapter": adapter,
         "optimizer": {"name": "jaguar_sign_sgd"},
         "data": {"batch_size": data.rows, "micro_batch_size": data.rows // data.micro_batches},
         "mesh": {"shard_size": ranks},
@@ -67,14 +68,14 @@ def planned(config: ModelConfig, data: Data, ranks: int, deepspeed: Path | None)
     return dict(make_plan(run_config, ranks, device, tokens=data.tokens, reserve=0.0)["zero_order"])
 
 
-def measure(config: ModelConfig, data: Data, steps: int, deepspeed: Path | None = None) -> dict[str, Any]:
+def measure(config: ModelConfig, adapter: Adapter, data: Data, steps: int, deepspeed: Path | None) -> dict[str, Any]:
     """Train a few steps; all ranks' numbers in bytes."""
     architecture = read_model_config(config)
     size = count_parameters(architecture)
     accelerator = start(Runtime(dtype=config.dtype, deepspeed=read_deepspeed_config(deepspeed)), size=size)
     meter = MemoryMeter(accelerator.device)
     before = meter.read().current
-    engine = ZeroOrderEngine(add_adapter(load_model(config, architecture), ADAPTER), accelerator=accelerator)
+    engine = ZeroOrderEngine(add_adapter(load_model(config, architecture), adapter), accelerator=accelerator)
     built = meter.read()
     engine.step(batch(architecture.vocab_size, data))  # the first one makes what later ones keep
     meter.reset()
@@ -106,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", type=Path, help="YAML of an architecture, as model.config; default OPT-125M")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed JSON; default: zoscale's ZeRO-3")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", type=int, default=16, help="per step")
@@ -116,8 +118,9 @@ def main() -> None:
     shapes = yaml.safe_load(arguments.config.read_text()) if arguments.config else OPT_125M
     data = Data(arguments.rows, arguments.tokens, arguments.micro_batches)
     config = ModelConfig(config=shapes, dtype=arguments.dtype)
-    plan = planned(config, data, int(os.environ.get("WORLD_SIZE", "1")), arguments.deepspeed)
-    report = measure(config, data, arguments.steps, arguments.deepspeed) | {"planned": plan}
+    adapter = None if arguments.full else ADAPTER
+    plan = planned(config, adapter, data, int(os.environ.get("WORLD_SIZE", "1")), arguments.deepspeed)
+    report = measure(config, adapter, data, arguments.steps, arguments.deepspeed) | {"planned": plan}
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=2))
         if arguments.json:
