@@ -23,7 +23,7 @@ class Job:
         tokens: per row.
         candidates: points whose losses a step takes (K).
         fan: how candidates share a pass; None if each takes its own.
-        max_rows: most rows of such a pass; None = no limit.
+        max_rows: most rows of such a pass.
         state: fp32 values that the zero-order optimizer keeps per trainable element.
         master: whether trainable slices have an fp32 master.
         prefetch: whether ZeRO-3 gathers the next block while one runs.
@@ -36,7 +36,7 @@ class Job:
     tokens: int
     candidates: int
     fan: FanName | None
-    max_rows: int | None
+    max_rows: int
     state: float
     master: bool
     prefetch: bool
@@ -52,7 +52,7 @@ class Job:
         """Candidates of one pass."""
         if self.fan is None:
             return 1
-        return min(self.candidates, max(1, (self.max_rows or self.candidates * self.micro_batch) // self.micro_batch))
+        return min(self.candidates, max(1, self.max_rows // self.micro_batch))
 
     @property
     def passes(self) -> int:

@@ -25,7 +25,7 @@ from zoscale.devices import DEVICES, GIB, Device
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate
 from zoscale.footprint import ModelShapes
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import count_parameters, read_model_config
+from zoscale.models import count_parameters, read_model_config, tokens_per_pass
 from zoscale.noise import Noise
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
@@ -115,7 +115,7 @@ def _job(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, cop
         tokens=tokens,
         candidates=estimator.num_candidates,
         fan=fan,
-        max_rows=config.forward.max_rows,
+        max_rows=config.forward.max_rows or tokens_per_pass(shapes.model) // tokens,
         state=state_per_element(config),
         master=config.master == "fp32",
         prefetch=filled["zero_optimization"].get("stage3_prefetch_bucket_size", 1) > 0,
