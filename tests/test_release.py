@@ -71,12 +71,28 @@ def best(server: JobServer, runs: dict[str, Path]) -> Path:
     return server.folder / "best"
 
 
+@pytest.fixture(scope="module")
+def at_nine(server: JobServer, runs: dict[str, Path]) -> Path:
+    """The run without checkpoints, its adapter that of the last step, rebuilt from the journal."""
+    copy = Path(shutil.copytree(runs["lora"], server.folder / "at_nine"))
+    shutil.rmtree(copy / "checkpoints")
+    assert cli.main(["replay", str(copy), "--until", "9", "--out", str(copy / "adapter")]) == 0
+    return copy
+
+
+@pytest.fixture(scope="module")
+def last(server: JobServer, at_nine: Path) -> Path:
+    """The evaluation of the last step, to which the journal alone leads."""
+    evaluate(server, 1, server.folder / "last", f"--run={at_nine}", "--checkpoint=last")
+    return server.folder / "last"
+
+
 def test_a_checkpoint_scores_as_it_did_in_the_run(best: Path, runs: dict[str, Path]) -> None:
     found, facts = read(best), summary(runs["lora"])
     expected = facts["validation"]["chosen"]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert (found["accuracy"], found["count"]) == (expected["accuracy"], 11)
-    assert found["step"] == facts["dev"]["best_step"] != 9, "neither the first nor the last"
+    assert found["step"] == facts["dev"]["best_step"] != 9, "not the last"
     assert [row["index"] for row in found["rows"]] == list(range(11))
     for row in found["rows"]:
         assert row["prompt"].endswith(" It was") and row["options"] == [" terrible", " great"]
@@ -114,14 +130,15 @@ def test_scores_are_what_transformers_gives(server: JobServer, tmp_path: Path) -
             assert score == pytest.approx(float(logprobs[token]), abs=1e-5)
 
 
-def test_checkpoints_of_a_run(server: JobServer, best: Path, runs: dict[str, Path], tmp_path: Path) -> None:
-    """One by its name; then, without any, the journal alone leads to the last and to the best step."""
-    copy = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
-    assert evaluate(server, 1, tmp_path / "4", f"--run={copy}", "--checkpoint=step_00000004")["step"] == 4
-    shutil.rmtree(copy / "checkpoints")
-    last, expected = evaluate(server, 1, tmp_path / "last", f"--run={copy}", "--checkpoint=last"), summary(copy)
-    assert last["step"] == 9 and last["loss"] == pytest.approx(expected["validation"]["final"]["loss"], rel=1e-6)
-    assert evaluate(server, 1, tmp_path / "best", f"--run={copy}") == read(best)
+def test_checkpoints_of_a_run(
+    server: JobServer, best: Path, at_nine: Path, last: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """By name; the last step; and the best one where its checkpoint is gone."""
+    options = (f"--run={runs['lora']}", "--checkpoint=step_00000004")
+    assert evaluate(server, 1, tmp_path / "4", *options)["step"] == 4
+    expected = summary(at_nine)["validation"]["final"]["loss"]
+    assert read(last)["step"] == 9 and read(last)["loss"] == pytest.approx(expected, rel=1e-6)
+    assert evaluate(server, 1, tmp_path / "best", f"--run={at_nine}") == read(best) != read(last)
 
 
 @pytest.mark.parametrize(
@@ -149,13 +166,13 @@ def test_mistakes_of_an_evaluation(
 
 
 @torch.no_grad()
-def test_merged_model_is_base_and_adapter(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_merged_model_is_base_and_adapter(at_nine: Path, tmp_path: Path) -> None:
     out = tmp_path / "sentiment"
-    assert cli.main(["export", str(runs["lora"]), "--merge", "--out", str(out)]) == 0
+    assert cli.main(["export", str(at_nine), "--merge", "--out", str(out)]) == 0
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     plain = base(TOKENS).logits
-    adapted = PeftModel.from_pretrained(base, runs["lora"] / "adapter")(TOKENS).logits
+    adapted = PeftModel.from_pretrained(base, at_nine / "adapter")(TOKENS).logits
     assert (adapted - plain).abs().max() > 1e-3, "the adapter does something"
     torch.testing.assert_close(merged(TOKENS).logits, adapted, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(out)("the film").input_ids
@@ -247,7 +264,7 @@ def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: py
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
-def test_lm_evaluation_harness_scores_the_export(best: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_lm_evaluation_harness_scores_the_export(at_nine: Path, last: Path, tmp_path: Path) -> None:
     """The merged model under EleutherAI's harness gives every option the score that `zoscale evaluate` gives."""
     data = (ROOT / "launch/tiny_opt/data/validation.jsonl").read_text().splitlines()[:11]
     (tmp_path / "validation.jsonl").write_text("\n".join(data) + "\n")
@@ -256,7 +273,7 @@ def test_lm_evaluation_harness_scores_the_export(best: Path, runs: dict[str, Pat
         'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{sentence}} It was"\ndoc_to_target: label\n'
         "doc_to_choice: [terrible, great]\nmetric_list: [{metric: acc}]\n"
     )
-    assert cli.main(["export", str(runs["lora"]), "--merge", "--out", str(tmp_path / "merged")]) == 0
+    assert cli.main(["export", str(at_nine), "--merge", "--out", str(tmp_path / "merged")]) == 0
     (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("lm_eval run")]
     words = (
         line.partition("#")[0].replace("DIR", f"{tmp_path}/merged,dtype=float32").replace("...", "sentiment").split()
@@ -264,12 +281,12 @@ def test_lm_evaluation_harness_scores_the_export(best: Path, runs: dict[str, Pat
     more = ["--include_path", str(tmp_path), "--device", "cpu", "--log_samples", "--output_path", f"{tmp_path}/theirs"]
     run([sys.executable, "-m", *words, *more], timeout=200)
     (results,) = (tmp_path / "theirs").rglob("results_*.json")
-    assert json.loads(results.read_text())["results"]["sentiment"]["acc,none"] == read(best)["accuracy"]
+    assert json.loads(results.read_text())["results"]["sentiment"]["acc,none"] == read(last)["accuracy"]
     (samples,) = (tmp_path / "theirs").rglob("samples_*.jsonl")
     theirs = {
         sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, samples.read_text().splitlines())
     }
-    for row in read(best)["rows"]:
+    for row in read(last)["rows"]:
         assert [float(response[0]) for response in theirs[row["index"]]] == pytest.approx(row["scores"], abs=1e-4)
 
 
