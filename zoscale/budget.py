@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 from zoscale.devices import Device
 from zoscale.footprint import FanName, Footprint, ModelShapes, Weight
-from zoscale.shards import CHUNK
 
 _FP32 = 4
 _ADAM = 3 * _FP32  # master, first and second moment
-_NOISE = 8 * _FP32  # about eight fp32 buffers of a chunk while noise is drawn and applied
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,10 @@ class Gathers:
 
 
 def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activations: Footprint) -> Memory:
-    """Of one rank in a group of `shard_size`."""
+    """Of one rank in a group of `shard_size`.
+
+    The buffers of the noise (a few of `shards.CHUNK` elements) are left out: they do not lie at the highest point.
+    """
     trainable = [weight for weight in shapes.weights if weight.trainable]
     slices = sum(-(-weight.numel // shard_size) for weight in trainable)
     adapters = sum(weight.numel * weight.width for weight in trainable) * job.candidates
@@ -149,7 +150,6 @@ def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activation
         "fp32 master": slices * _FP32 * job.master,
         "optimizer state": round(slices * _FP32 * job.state),
         "candidates' adapters": adapters * (job.fan == "adapters"),
-        "noise": _NOISE * min(CHUNK, max(weight.numel for weight in trainable)),
     }
     return _with_pass(resident, Gathers(_gathered(shapes, job), shard_size).phases(job, activations))
 
