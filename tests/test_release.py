@@ -117,7 +117,7 @@ def test_readme_command_gives_the_same_predictions_on_two_ranks(
 @torch.no_grad()
 def test_scores_are_what_transformers_gives(server: JobServer, tmp_path: Path) -> None:
     """A Hugging Face model without a run; the options have one token each."""
-    task = ["task.name=classification", "task.path=launch/tiny_opt/data", "task.template={sentence} It was"]
+    task = ["classification", "task.path=launch/tiny_opt/data", "task.template={sentence} It was"]
     task += ['task.candidates=[" terrible", " great"]', "data.num_validation=11"]
     options = (f"--model={MODEL}", *task, "model.dtype=float32")
     rows = evaluate(server, 1, tmp_path / "out", *options)["rows"]
