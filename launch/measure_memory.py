@@ -1,61 +1,95 @@
-"""Memory of each rank while training a model of given shapes, against what its parts should take.
+"""Memory of each rank while training a model of given shapes, against what `zoscale plan` says.
 
 torchrun --nproc_per_node 2 launch/measure_memory.py [--config FILE] [--dtype bfloat16] [--steps 4] [--json FILE]
 
-Random weights, LoRA on q_proj and v_proj, 16 x 48 tokens per step. On a GPU the numbers are the allocator's; on a CPU
-the resident set, less what the process held before the model was built; there, set MALLOC_MMAP_THRESHOLD_=131072 so
-that freed memory goes back to the system and is not counted.
+Random weights, LoRA on q_proj and v_proj, 16 x 48 tokens per step in 4 micro-batches. On a GPU the numbers are the
+allocator's; on a CPU the resident set, less what the process held before the model was built; there, set
+MALLOC_MMAP_THRESHOLD_=131072 so that freed memory goes back to the system and is not counted.
 """
 
 import argparse
 import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from zoscale.config import ModelConfig
+from zoscale.config import ModelConfig, RunConfig
+from zoscale.devices import DEVICES
 from zoscale.engine import ZeroOrderEngine
-from zoscale.meters import MemoryMeter
+from zoscale.meters import CommMeter, MemoryMeter, count_allgathers
+from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
+from zoscale.plan_report import make_plan
 from zoscale.runtime import Runtime, read_deepspeed_config, start, stop
 from zoscale.shards import local_bytes
 
 OPT_125M: dict[str, Any] = {"model_type": "opt", "dropout": 0.0}
 """The defaults of `OPTConfig` are OPT-125M's shapes."""
-ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+Adapter = dict[str, Any] | None
+ADAPTER: Adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
 
-def batch(vocabulary: int, rows: int = 16, tokens: int = 48) -> list[dict[str, torch.Tensor]]:
-    """Four micro-batches of random tokens with a label on the last one of each row."""
-    ids = torch.randint(4, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
+@dataclass(frozen=True)
+class Data:
+    """Rows of a step, tokens per row, and into how many micro-batches the rows are cut."""
+
+    rows: int
+    tokens: int
+    micro_batches: int
+
+
+def batch(vocabulary: int, data: Data) -> list[dict[str, torch.Tensor]]:
+    """Random tokens with a label on the last one of each row."""
+    ids = torch.randint(4, vocabulary, (data.rows, data.tokens), generator=torch.Generator().manual_seed(0))
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]
     return [
         {"input_ids": part, "labels": wanted}
-        for part, wanted in zip(ids.chunk(4), labels.chunk(4), strict=True)
+        for part, wanted in zip(ids.chunk(data.micro_batches), labels.chunk(data.micro_batches), strict=True)
     ]  # fmt: skip
 
 
-def measure(config: ModelConfig, steps: int, deepspeed: Path | None = None) -> dict[str, Any]:
+def planned(config: ModelConfig, adapter: Adapter, data: Data, ranks: int, deepspeed: Path | None) -> dict[str, Any]:
+    """What `zoscale plan` says of the same run; before ZeRO-3 is there, which would shard its model of shapes."""
+    tree = {
+        "model": asdict(config),
+        "adapter": adapter,
+        "optimizer": {"name": "jaguar_sign_sgd"},
+        "data": {"batch_size": data.rows, "micro_batch_size": data.rows // data.micro_batches},
+        "mesh": {"shard_size": ranks},
+        "runtime": {"deepspeed": deepspeed and str(deepspeed)},
+    }
+    device = DEVICES["h100" if torch.cuda.is_available() else "cpu"]
+    run_config = RunConfig.from_dict(tree, TABLES, DEFAULTS)
+    return dict(make_plan(run_config, ranks, device, tokens=data.tokens, reserve=0.0)["zero_order"])
+
+
+def measure(config: ModelConfig, adapter: Adapter, data: Data, steps: int, deepspeed: Path | None) -> dict[str, Any]:
     """Train a few steps; all ranks' numbers in bytes."""
     architecture = read_model_config(config)
     size = count_parameters(architecture)
     accelerator = start(Runtime(dtype=config.dtype, deepspeed=read_deepspeed_config(deepspeed)), size=size)
     meter = MemoryMeter(accelerator.device)
     before = meter.read().current
-    engine = ZeroOrderEngine(add_adapter(load_model(config, architecture), ADAPTER), accelerator=accelerator)
+    engine = ZeroOrderEngine(add_adapter(load_model(config, architecture), adapter), accelerator=accelerator)
     built = meter.read()
+    engine.step(batch(architecture.vocab_size, data))  # the first one makes what later ones keep
     meter.reset()
-    for _ in range(steps):
-        engine.step(batch(architecture.vocab_size))
+    between, exchanged = meter.read().current, engine.mesh.gathered_bytes
+    with count_allgathers(CommMeter()) as comm:
+        for _ in range(steps):
+            engine.step(batch(architecture.vocab_size, data))
     width = torch.empty(0, dtype=getattr(torch, config.dtype)).element_size()
     own = {
         "loading_peak": built.peak - before,
         "resident_after_loading": built.current - before,
         "training_peak": meter.read().peak - before,
+        "step_extra": meter.read().peak - between,
+        "gathered_per_step": (comm.totals.num_bytes + engine.mesh.gathered_bytes - exchanged) // steps,
         "shard": local_bytes(engine.model),
     }
     report = {
@@ -73,12 +107,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", type=Path, help="YAML of an architecture, as model.config; default OPT-125M")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed JSON; default: zoscale's ZeRO-3")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=16, help="per step")
+    parser.add_argument("--tokens", type=int, default=48, help="per row")
+    parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
     shapes = yaml.safe_load(arguments.config.read_text()) if arguments.config else OPT_125M
-    report = measure(ModelConfig(config=shapes, dtype=arguments.dtype), arguments.steps, arguments.deepspeed)
+    data = Data(arguments.rows, arguments.tokens, arguments.micro_batches)
+    config = ModelConfig(config=shapes, dtype=arguments.dtype)
+    adapter = None if arguments.full else ADAPTER
+    plan = planned(config, adapter, data, int(os.environ.get("WORLD_SIZE", "1")), arguments.deepspeed)
+    report = measure(config, adapter, data, arguments.steps, arguments.deepspeed) | {"planned": plan}
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=2))
         if arguments.json:

@@ -1,7 +1,8 @@
 """Starts training jobs quickly: everything is imported once, each rank is a fork. Commands on stdin, JSON lines.
 
 {"argv": [...], "ranks": N, "log": PATH} starts a job and answers {"pids": [...]}, and {"statuses": [...]} when all its
-processes have ended. "argv" may be one list per rank; "plant" is Python code that each rank runs first, with `rank`.
+processes have ended. "argv" is for `zoscale train` unless its first word is another command; it may be one list per
+rank. "plant" is Python code that each rank runs first, with `rank`.
 The ranks are real processes with a real process group; only the imports are shared.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from zoscale import assembly, cli, ledger, run, trainer  # noqa: F401 (imported for the forks)
+from zoscale import assembly, cli, evaluation_job, ledger, run, trainer  # noqa: F401 (imported for the forks)
 from zoscale.methods import TABLES  # noqa: F401
 
 LAUNCHER_PATIENCE = 10.0  # seconds; ranks whose process group is complete end sooner by themselves
@@ -45,7 +46,7 @@ def start_rank(job: dict[str, Any], rank: int, port: int) -> int:
         torch.set_num_threads(1)
         exec(job.get("plant", ""), {"rank": rank})
         own = job["argv"][rank] if isinstance(job["argv"][0], list) else job["argv"]
-        status = cli.train(own)
+        status = cli.main(own) if own[0] in cli.COMMANDS else cli.train(own)
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:

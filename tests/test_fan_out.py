@@ -74,9 +74,9 @@ def test_adapters_are_rounded_as_one_pass_per_candidate_rounds_them(monkeypatch:
         shard.truth.add_(1e-3)  # not a bf16 number
         shard.publish()
     seen: dict[str, torch.Tensor] = {}
-    adapted = LoraFan._adapted
+    adapted = LoraFan.adapted
     monkeypatch.setattr(
-        LoraFan, "_adapted", lambda self, stacks, rows: seen.update(stacks) or adapted(self, stacks, rows)
+        LoraFan, "adapted", lambda self, stacks, rows: seen.update(stacks) or adapted(self, stacks, rows)
     )
     directions = engine.directions(0)
     engine.losses(micro_batches(tiny.batch(0, 1)), directions)

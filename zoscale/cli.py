@@ -13,11 +13,15 @@ _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # which the `deepspeed` launch
 _USAGE = """usage: zoscale COMMAND ...
 
 commands:
-  train    train as configured, or go on; `zoscale train --help` documents every option
-  submit   train on a SLURM cluster: one node or several, one run or a sweep
-  replay   rebuild the weights of any step from the journal alone, and verify the saved ones
-  journal  print or plot the steps of a run
-  compare  which of some runs is better per forward pass, per second and per device hour: tables and a report
+  train     train as configured, or go on; `zoscale train --help` documents every option
+  submit    train on a SLURM cluster: one node or several, one run or a sweep
+  evaluate  score a checkpoint of a run, or a Hugging Face model, on tasks, with the prediction of every example
+  compare   which of some runs is better per forward pass, per second and per device hour: tables and a report
+  export    write a finished run as a PEFT adapter or a merged model with its model card, and push it
+  replay    rebuild the weights of any step from the journal alone, and verify the saved ones
+  journal   print or plot the steps of a run
+  plan      memory and time that a run will take of each GPU, and the shard size to use
+  doctor    check this machine: versions, devices, network, disk, MLflow, compiler, and a step under ZeRO-3
 """
 
 
@@ -66,6 +70,34 @@ def submit(argv: Sequence[str]) -> int:
     return submit_command(argv)
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """`zoscale evaluate`."""
+    from zoscale.evaluation_job import evaluate_command
+
+    return evaluate_command(argv)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """`zoscale doctor`."""
+    from zoscale.doctor import doctor_command
+
+    return doctor_command(argv)
+
+
+def plan(argv: Sequence[str]) -> int:
+    """`zoscale plan`."""
+    from zoscale.plan_report import plan_command
+
+    return plan_command(argv)
+
+
+def export(argv: Sequence[str]) -> int:
+    """`zoscale export`."""
+    from zoscale.release import export_command
+
+    return export_command(argv)
+
+
 def replay(argv: Sequence[str]) -> int:
     """`zoscale replay`."""
     from zoscale.replay import replay_command
@@ -87,12 +119,16 @@ def compare(argv: Sequence[str]) -> int:
     return compare_command(argv)
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "submit": submit,
+    "evaluate": evaluate,
+    "compare": compare,
+    "export": export,
     "replay": replay,
     "journal": journal,
-    "compare": compare,
+    "plan": plan,
+    "doctor": doctor,
 }
 
 
@@ -102,12 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("--help", "-h"):
         print(_USAGE, end="")
         return 0
-    if name not in _COMMANDS:
+    if name not in COMMANDS:
         got = f"got {name!r}" if name else "got nothing"
-        print(f"zoscale: error: expected one of {', '.join(_COMMANDS)}, {got}: see zoscale --help", file=sys.stderr)
+        print(f"zoscale: error: expected one of {', '.join(COMMANDS)}, {got}: see zoscale --help", file=sys.stderr)
         return 2
     try:
-        return _COMMANDS[name](rest)
+        return COMMANDS[name](rest)
     except ConfigError as error:
         exit_with(error, f"zoscale {name}")
     except (OSError, ValueError) as error:

@@ -15,7 +15,8 @@ from zoscale.engine import ZeroOrderEngine
 from zoscale.run_directory import write_json
 from zoscale.shards import gathered
 
-_ORIGIN = "zoscale.json"
+ORIGIN = "zoscale.json"
+"""The note beside saved weights: their step and their run's configuration."""
 
 
 def save_trained(engine: ZeroOrderEngine, folder: Path | str) -> None:
@@ -50,7 +51,7 @@ def _save_virtual_tokens(model: Any, state: dict[str, Tensor], folder: Path) -> 
 
 def write_origin(engine: ZeroOrderEngine, folder: Path, config_hash: str) -> None:
     """Note beside the weights which step of which run they are."""
-    write_json(folder / _ORIGIN, {"step": engine.num_steps, "config_hash": config_hash})
+    write_json(folder / ORIGIN, {"step": engine.num_steps, "config_hash": config_hash})
 
 
 def read_origin(folder: Path) -> int | None:
@@ -59,7 +60,7 @@ def read_origin(folder: Path) -> int | None:
     Raises:
         ConfigError: if the note is malformed.
     """
-    path = folder / _ORIGIN
+    path = folder / ORIGIN
     try:
         step = json.loads(path.read_text(encoding="utf-8"))["step"]
     except FileNotFoundError:

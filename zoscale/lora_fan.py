@@ -74,7 +74,7 @@ class LoraFan:
         stacks = _perturbed(wholes, [shard.live.dtype for shard in self.shards], candidates, self.mesh.device)
 
         def passing(which: slice, rows: Rows) -> AbstractContextManager[None]:
-            return self._adapted({name: stack[which] for name, stack in stacks.items()}, rows)
+            return self.adapted({name: stack[which] for name, stack in stacks.items()}, rows)
 
         return passing
 
@@ -87,7 +87,7 @@ class LoraFan:
         ]
 
     @contextmanager
-    def _adapted(self, adapters: Mapping[str, Tensor], rows: Rows) -> Iterator[None]:
+    def adapted(self, adapters: Mapping[str, Tensor], rows: Rows) -> Iterator[None]:
         """Within, every LoRA layer applies each candidate's matrices to its rows."""
         with ExitStack() as stack:
             for layer, pairs in groupby(self.pairs, key=lambda pair: pair.layer):

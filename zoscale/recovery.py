@@ -68,6 +68,18 @@ def check_header(found: Header, expected: Header, config: RunConfig, path: Path)
             )
 
 
+def check_start(engine: ZeroOrderEngine, header: Header) -> None:
+    """Refuse an engine at step 0 that a journal did not start from. A collective.
+
+    Raises:
+        ConfigError: if its base model or its trainable tensors are others.
+    """
+    for what, expected, trainable in (("base model", header.model, False), ("start", header.trainable, True)):
+        found = fingerprint.of_model(engine.model, engine.mesh, trainable=trainable)
+        if found != expected:
+            raise ConfigError(f"the {what} that was trained ({expected})", f"another ({found})", "name it with --base")
+
+
 def record_of(result: StepResult) -> Record:
     """A step as the journal keeps it."""
     losses, rhos = result.losses, result.estimate.projected_grads
@@ -132,6 +144,27 @@ def restore(
     replay(engine, records[start:], progress)
     if records:
         log(f"resumed at step {len(records)}: checkpoint of step {start}, {len(records) - start} steps replayed")
+
+
+def go_to(
+    engine: ZeroOrderEngine, checkpoints: Path, records: Sequence[Record], step: int, config_hash: str, log: Log
+) -> None:
+    """Bring an engine at step 0 to the weights of a step: from those kept as the best, or by replay. A collective.
+
+    Raises:
+        ConfigError: if the journal does not reach that step.
+    """
+    if step > len(records):
+        raise ConfigError(f"a journal of at least {step} steps", str(len(records)), "restore it from a copy")
+    best = engine.mesh.on_main(lambda: dict(complete(checkpoints, "best")).get(step))
+    try:
+        if best is not None:
+            checkpoint.load(engine, best, config_hash)
+            return
+    except ConfigError as error:
+        log(f"checkpoint passed over: {error}")
+    load_newest(engine, checkpoints, step, config_hash, log)
+    replay(engine, records[engine.num_steps : step])
 
 
 def load_newest(engine: ZeroOrderEngine, checkpoints: Path, limit: int, config_hash: str, log: Log) -> bool:

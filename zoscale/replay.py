@@ -1,7 +1,6 @@
 """`zoscale replay`: the weights of any step from the base model and the journal alone, on one CPU, without the data."""
 
 import argparse
-import dataclasses
 import math
 import tempfile
 import time
@@ -13,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from zoscale import fingerprint
 from zoscale.assembly import build_engine
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
@@ -21,7 +19,8 @@ from zoscale.export import read_origin, save_trained
 from zoscale.journal import Header, Journal
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import read_model_config
-from zoscale.recovery import replay
+from zoscale.recovery import check_start, replay
+from zoscale.run_record import trusted
 
 _ROUNDING = 1e-5  # methods that multiply matrices (Muon) depend on the machine's matrix product
 
@@ -65,13 +64,8 @@ def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
     Raises:
         ConfigError: if the configuration is malformed, or the model is not the one that was trained.
     """
-    config = RunConfig.from_dict(header.config, TABLES, DEFAULTS)
-    if (config.model.trust_remote_code or config.model.allow_pickle) and base is None:
-        got = "one that runs the model's code or loads pickles"
-        raise ConfigError("a journal of a model of safetensors only", got, "name a model that you trust with --base")
-    if base is not None:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, id=base))
-    elif config.hash != header.config_hash:
+    config = trusted(RunConfig.from_dict(header.config, TABLES, DEFAULTS), base)
+    if base is None and config.hash != header.config_hash:
         raise ConfigError(
             f"a header of configuration {header.config_hash}", config.hash, "use the version that wrote it"
         )
@@ -80,10 +74,7 @@ def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
     if counts != (header.num_losses, header.num_directions, header.num_groups):
         got = f"{(header.num_losses, header.num_directions, header.num_groups)}"
         raise ConfigError(f"{counts} losses, directions and groups in the journal's header", got, "it is damaged")
-    for what, expected, trainable in (("base model", header.model, False), ("start", header.trainable, True)):
-        found = fingerprint.of_model(engine.model, engine.mesh, trainable=trainable)
-        if found != expected:
-            raise ConfigError(f"the {what} that was trained ({expected})", f"another ({found})", "name it with --base")
+    check_start(engine, header)
     return engine
 
 

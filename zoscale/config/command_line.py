@@ -2,7 +2,7 @@
 
 import argparse
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ class CommandLine:
     overrides: list[tuple[str, str]] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
 
-    def given(self) -> Given:
-        """The files merged left to right, under the overrides."""
+    def given(self, base: Mapping[str, Any]) -> Given:
+        """The files merged left to right over `base`, under the overrides."""
         given = Given()
+        given.add(plain(dict(base), "the configuration"), "the configuration")
         for name in self.files:
             given.add(_read_file(name), name)
         for key, text in self.overrides:

@@ -171,15 +171,21 @@ def _leaves(value: Any, prefix: str) -> list[tuple[str, Any]]:
 
 
 def parse(
-    argv: Sequence[str], tables: Tables, defaults: Mapping[str, str], *, command: str = "zoscale train"
+    argv: Sequence[str],
+    tables: Tables,
+    defaults: Mapping[str, str],
+    *,
+    command: str = "zoscale train",
+    base: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """The configuration that a command line gives: defaults < --config files, left to right < overrides.
+    """The configuration that a command line gives: defaults < base < --config files, left to right < overrides.
 
     Args:
         argv: `[--config FILE]... [key=value]...`; --help and --print-config print and exit with status 0.
         tables: For each method section (task, probe, estimator, optimizer), its classes by name.
         defaults: For each method section, the name that is used when none is given.
         command: What the user typed before `argv`, for --help.
+        base: A configuration to start from, or any part of one.
 
     Raises:
         ConfigError: The command line or a file is wrong.
@@ -189,7 +195,7 @@ def parse(
     if "--help" in line.flags:
         print(help_text(schema, f"usage: {command} {_USAGE}"))
         raise SystemExit(0)
-    config: RunConfig = schema.fill(line.given())
+    config: RunConfig = schema.fill(line.given(base or {}))
     validate(config)
     if "--print-config" in line.flags:
         print(config.to_yaml(), end="")

@@ -1,0 +1,186 @@
+"""`zoscale plan`: what it says is what a run takes."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from processes import ROOT, torchrun
+
+from zoscale import cli
+from zoscale.config import ModelConfig, RunConfig
+from zoscale.devices import DEVICES, GIB
+from zoscale.footprint import ModelShapes
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models import count_parameters, read_model_config
+from zoscale.plan_report import make_plan, state_per_element
+
+SHAPES = {
+    "model_type": "opt", "vocab_size": 40_000, "hidden_size": 256, "word_embed_proj_dim": 256, "num_hidden_layers": 3,
+    "ffn_dim": 4096, "num_attention_heads": 4, "max_position_embeddings": 128, "dropout": 0.0,
+}  # fmt: skip
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+
+
+def shapes_of(adapter: dict[str, Any] | None, **changes: Any) -> ModelShapes:
+    config = ModelConfig(config={**SHAPES, **changes}, dtype="float32")
+    return ModelShapes(config, read_model_config(config), adapter)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two real ranks under ZeRO-3, and the plan of the same run."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
+    command = ["launch/measure_memory.py", "--config", str(folder / "shapes.yaml"), "--steps", "2", "--rows", "32"]
+    command += ["--tokens", "64", "--micro-batches", "2", "--deepspeed", "ds_configs/zero3_cpu.json"]
+    torchrun(2, *command, "--json", str(folder / "memory.json"), MALLOC_MMAP_THRESHOLD_="131072")
+    report: dict[str, Any] = json.loads((folder / "memory.json").read_text())
+    return report
+
+
+def test_shards_and_gathered_bytes_are_exact(measured: dict[str, Any]) -> None:
+    plan = measured["planned"]
+    assert [rank["shard"] for rank in measured["ranks"]] == [plan["memory"]["weights"]] * 2
+    assert [rank["gathered_per_step"] for rank in measured["ranks"]] == [plan["work"]["gathered"]] * 2
+
+
+def test_the_peak_of_a_step_is_within_a_tenth(measured: dict[str, Any]) -> None:
+    """What a step takes beyond what lies there between steps: gathered weights, activations, candidates' adapters."""
+    parts = measured["planned"]["memory"]
+    predicted = parts["gathered weights"] + parts["activations"] + parts["candidates' adapters"]
+    assert parts["gathered weights"] > 40e6 and parts["activations"] > 40e6, "the parts are large enough to be seen"
+    for rank in measured["ranks"]:
+        assert rank["step_extra"] == pytest.approx(predicted, rel=0.1)
+
+
+def test_flops_are_those_of_the_formula() -> None:
+    """Projections, attention and head of a dense decoder; the head on one position per row."""
+    rows, tokens, h, ffn, layers, vocabulary = 3, 16, 256, 4096, 3, 40_000
+    dense = 2 * rows * tokens * layers * (4 * h * h + 2 * h * ffn) + 2 * rows * h * vocabulary
+    attention = layers * 4 * rows * tokens * tokens * h
+    full = shapes_of(None)
+    assert full.run(rows, tokens).flops == dense + attention
+    assert full.run(rows, tokens, backward=True).flops == pytest.approx(3 * dense, rel=0.05)
+    lora = layers * 2 * 2 * 2 * rows * tokens * 2 * h * 8  # two candidates
+    assert shapes_of(LORA).run(rows, tokens, candidates=2).flops == 2 * (dense + attention) + lora
+
+
+def test_activations_of_a_pass() -> None:
+    """The two wide tensors of the feed-forward layer dominate; nothing is kept without a backward pass."""
+    shapes = shapes_of(LORA)
+    wide = 2 * 8 * 64 * 4096 * 4
+    one, two = shapes.run(8, 64, candidates=1), shapes.run(8, 64, candidates=2)
+    assert wide < one.blocks < 1.4 * wide and one.kept == 0
+    assert two.blocks == pytest.approx(2 * one.blocks, rel=0.01)
+    logits = 8 * 40_000 * 4
+    assert 2 * logits < one.outside < 4 * logits
+    kept = shapes.run(8, 64, backward=True)
+    assert kept.kept > 3 * wide / 2, "what every layer's backward pass needs"
+    assert kept.blocks >= kept.kept / 2 and not any(p.grad is not None for p in shapes.model.parameters())
+    assert torch.empty(1).device.type == "cpu", "the mode is left"
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_weights_are_all_there_once(kind: str) -> None:
+    config = ModelConfig(config={"model_type": kind, "num_hidden_layers": 2}, dtype="bfloat16")
+    architecture = read_model_config(config)
+    shapes, size = ModelShapes(config, architecture, LORA), count_parameters(architecture)
+    assert sum(weight.numel for weight in shapes.weights if not weight.trainable) == size.total
+    tied = [weight for weight in shapes.weights if weight.is_embedding and weight.is_head]
+    assert len(tied) == (kind == "opt")
+    block = sum(weight.numel for weight in shapes.weights if weight.block == 1 and not weight.trainable)
+    assert block == size.largest_block
+    assert {weight.width for weight in shapes.weights if weight.trainable} == {4}, "PEFT keeps adapters in fp32"
+
+
+def plan_of(ranks: int, gib: float, **changes: Any) -> dict[str, Any]:
+    tree = {
+        "model": {"config": SHAPES, "dtype": "float32"},
+        "data": {"batch_size": 8, "micro_batch_size": 1},
+        **changes,
+    }
+    device = dataclasses.replace(DEVICES["h100"], memory=gib * GIB)
+    return make_plan(RunConfig.from_dict(tree, TABLES, DEFAULTS), ranks, device, tokens=16, reserve=0.0)
+
+
+def test_the_smallest_shard_size_that_fits() -> None:
+    """A divisor of the ranks; one more than needed is never taken."""
+    full = {"adapter": None, "optimizer": {"name": "jaguar_sign_sgd"}}
+    columns = [(gib, plan_of(6, gib, **full)["zero_order"]) for gib in (8, 0.16, 0.13, 0.1, 0.01)]
+    assert [column["shard_size"] for _, column in columns] == [1, 2, 3, 6, 6]
+    assert all(column["fits"] == (column["total"] <= gib * GIB) for gib, column in columns)
+    assert [column["fits"] for _, column in columns] == [True, True, True, True, False]
+    column = plan_of(6, 8, **full)["zero_order"]
+    assert column["memory"]["gathered weights"] == 0 == column["work"]["received"], "replicas gather nothing"
+    weights = sum(weight.numel for weight in shapes_of(None).weights) * 4
+    assert (
+        column["memory"]["weights"] == column["memory"]["fp32 master"] == column["memory"]["optimizer state"] == weights
+    )
+
+
+def test_work_of_a_step() -> None:
+    """Fan-out gathers once for all candidates, else once for each; AdamW gathers for both passes."""
+    estimator = {"name": "two_point", "num_directions": 2}
+    lora = plan_of(2, 8, adapter=LORA, estimator=estimator, mesh={"shard_size": 2})
+    full = plan_of(2, 8, adapter=None, estimator=estimator, mesh={"shard_size": 2})
+    one_by_one = plan_of(
+        2, 8, adapter=None, estimator=estimator, mesh={"shard_size": 2}, forward={"name": "sequential"}
+    )
+    model = full["parameters"] * 4
+    turns = 4
+    assert lora["zero_order"]["work"]["gathered"] == pytest.approx(turns * model, rel=0.02)
+    assert full["zero_order"]["work"]["gathered"] == turns * model
+    assert one_by_one["zero_order"]["work"]["gathered"] == turns * 4 * model
+    assert one_by_one["zero_order"]["work"]["flops"] == full["zero_order"]["work"]["flops"]
+    assert one_by_one["zero_order"]["total"] < full["zero_order"]["total"], "activations of one candidate only"
+    assert full["first_order"]["work"]["gathered"] == turns * 2 * model
+    assert full["first_order"]["memory"]["fp32 master and moments"] == full["parameters"] * 3 * 4 / 2
+    cut = plan_of(2, 8, adapter=LORA, estimator=estimator, mesh={"shard_size": 2}, forward={"max_rows": 2})
+    assert cut["job"]["together"] == 2
+    adapters = lora["trainable"] * 4
+    twice = 2 * (lora["zero_order"]["work"]["gathered"] - adapters)
+    assert cut["zero_order"]["work"]["gathered"] == twice + adapters, "the adapters travel once"
+    assert cut["zero_order"]["work"]["flops"] == lora["zero_order"]["work"]["flops"]
+    for column in (lora["zero_order"], full["first_order"]):
+        seconds = column["seconds"]
+        assert seconds["compute"] == column["work"]["flops"] / 67e12
+        assert seconds["link"] == column["work"]["received"] / 450e9
+        assert seconds[column["bound"]] == max(seconds.values())
+
+
+@pytest.mark.parametrize(("name", "values"), [("zo_sgd", 0), ("jaguar_sign_sgd", 1), ("jaguar_muon", 1)])
+def test_state_of_the_optimizers(name: str, values: int) -> None:
+    assert (
+        state_per_element(RunConfig.from_dict({"model": {"id": "x"}, "optimizer": {"name": name}}, TABLES, DEFAULTS))
+        == values
+    )
+
+
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The README's line with the bundled model; a file of shapes; mistakes."""
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("zoscale plan")]
+    words = line.partition("#")[0].split()[1:]
+    words[words.index("--model") + 1] = str(ROOT / "launch/tiny_opt/model")
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "1,027,456 parameters" in text and "set mesh.shard_size=1: 8 replicas" in text and "bound by" in text
+    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
+    shapes = ["plan", "--model", str(tmp_path / "shapes.yaml"), "--gpus", "2", "--reserve", "0", "adapter=null"]
+    assert cli.main([*shapes, "--json", "--gpu-memory", "0.01"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["parameters"] == sum(weight.numel for weight in shapes_of(None).weights)
+    assert cli.main([*shapes, "--gpu-memory", "0.01"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+    for options, message in (
+        (["--gpus", "0", "--model", str(tmp_path / "shapes.yaml")], "--gpus"),
+        (["--gpus", "2"], "model.id"),
+        (["--gpus", "2", "--model", "/nowhere"], "/nowhere"),
+        ([*shapes[1:], "--link", "-1"], "link above 0"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["plan", *options])
+        assert end.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,300 @@
+"""`zoscale evaluate` and `zoscale export`: any checkpoint on any number of ranks; the result as others load it."""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_hub import FakeHub
+from huggingface_hub import ModelCard
+from jobs import FULL, SHORT, SIGN, JobServer, run_dir_of
+from peft import PeftModel
+from processes import ROOT, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from zoscale import cli
+
+MODEL = ROOT / "launch/tiny_opt/model"
+TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+KINDS = {
+    "lora": [*SIGN, "optimizer.lr=1e-2", "train.steps=9", "train.eval_every=3", "data.num_dev=8", "checkpoint.every=4"],
+    "full": [*FULL, "train.steps=3"],
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
+    server = JobServer(tmp_path_factory.mktemp("jobs"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def runs(server: JobServer) -> dict[str, Path]:
+    """Finished runs of two ranks by kind."""
+    found = {}
+    for kind, options in KINDS.items():
+        server.run(2, *SHORT, *options, "data.num_validation=11", f"output_dir={server.folder / kind}")
+        run_dir = run_dir_of(server.folder / kind)
+        assert run_dir is not None
+        found[kind] = run_dir
+    return found
+
+
+def summary(run_dir: Path) -> Any:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def read(out: Path) -> dict[str, Any]:
+    """The results and the predictions that an evaluation wrote."""
+    results = json.loads((out / "results.json").read_text())
+    rows = [json.loads(line) for line in (out / "classification.jsonl").read_text().splitlines()]
+    return results["results"]["classification"] | {"rows": rows, "step": results["step"]}
+
+
+def evaluate(server: JobServer, ranks: int, out: Path, *options: str) -> dict[str, Any]:
+    server.run(ranks, "evaluate", *options, f"--out={out}")
+    return read(out)
+
+
+@pytest.fixture(scope="module")
+def best(server: JobServer, runs: dict[str, Path]) -> Path:
+    """The evaluation of the weights that were best on dev, on one rank."""
+    evaluate(server, 1, server.folder / "best", f"--run={runs['lora']}")
+    return server.folder / "best"
+
+
+@pytest.fixture(scope="module")
+def at_nine(server: JobServer, runs: dict[str, Path]) -> Path:
+    """The run without checkpoints, its adapter that of the last step, rebuilt from the journal."""
+    copy = Path(shutil.copytree(runs["lora"], server.folder / "at_nine"))
+    shutil.rmtree(copy / "checkpoints")
+    assert cli.main(["replay", str(copy), "--until", "9", "--out", str(copy / "adapter")]) == 0
+    return copy
+
+
+@pytest.fixture(scope="module")
+def last(server: JobServer, at_nine: Path) -> Path:
+    """The evaluation of the last step, to which the journal alone leads."""
+    evaluate(server, 1, server.folder / "last", f"--run={at_nine}", "--checkpoint=last")
+    return server.folder / "last"
+
+
+def test_a_checkpoint_scores_as_it_did_in_the_run(best: Path, runs: dict[str, Path]) -> None:
+    found, facts = read(best), summary(runs["lora"])
+    expected = facts["validation"]["chosen"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert (found["accuracy"], found["count"]) == (expected["accuracy"], 11)
+    assert found["step"] == facts["dev"]["best_step"] != 9, "not the last"
+    assert [row["index"] for row in found["rows"]] == list(range(11))
+    for row in found["rows"]:
+        assert row["prompt"].endswith(" It was") and row["options"] == [" terrible", " great"]
+        assert row["prediction"] == max((0, 1), key=row["scores"].__getitem__)
+    assert sum(row["prediction"] == row["gold"] for row in found["rows"]) / 11 == found["accuracy"]
+
+
+def test_readme_command_gives_the_same_predictions_on_two_ranks(
+    best: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """The line as the README has it, on CPUs; every prediction is the same, bit for bit."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("accelerate launch") and "evaluate" in line]
+    words = line.partition("#")[0].replace("gpu.yaml", "cpu.yaml").split()[2:]
+    words = [{"RUN": str(runs["lora"]), "DIR": str(tmp_path / "out")}.get(word, word) for word in words]
+    text = run([sys.executable, "-m", "accelerate.commands.launch", *words]).stdout
+    assert "classification validation: accuracy " in text
+    assert (tmp_path / "out/classification.jsonl").read_bytes() == (best / "classification.jsonl").read_bytes()
+    assert read(tmp_path / "out") == read(best)
+
+
+@torch.no_grad()
+def test_scores_are_what_transformers_gives(server: JobServer, tmp_path: Path) -> None:
+    """A Hugging Face model without a run; the options have one token each."""
+    task = ["classification", "task.path=launch/tiny_opt/data", "task.template={sentence} It was"]
+    task += ['task.candidates=[" terrible", " great"]', "data.num_validation=11"]
+    options = (f"--model={MODEL}", *task, "model.dtype=float32")
+    rows = evaluate(server, 1, tmp_path / "out", *options)["rows"]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    for row in rows:
+        logprobs = model(torch.tensor([tokenizer(row["prompt"]).input_ids])).logits[0, -1].log_softmax(-1)
+        for option, score in zip(row["options"], row["scores"], strict=True):
+            (token,) = tokenizer(option, add_special_tokens=False).input_ids
+            assert score == pytest.approx(float(logprobs[token]), abs=1e-5)
+
+
+def test_checkpoints_of_a_run(
+    server: JobServer, best: Path, at_nine: Path, last: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """By name; the last step; and the best one where its checkpoint is gone."""
+    options = (f"--run={runs['lora']}", "--checkpoint=step_00000004")
+    assert evaluate(server, 1, tmp_path / "4", *options)["step"] == 4
+    expected = summary(at_nine)["validation"]["final"]["loss"]
+    assert read(last)["step"] == 9 and read(last)["loss"] == pytest.approx(expected, rel=1e-6)
+    assert evaluate(server, 1, tmp_path / "best", f"--run={at_nine}") == read(best) != read(last)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model=/nowhere", "sst2"], "/nowhere"),
+        ([f"--model={MODEL}", "sst3"], "sst2"),
+        ([f"--model={MODEL}", "sst2", "--checkpoint=last"], "--run with --checkpoint"),
+        (["--run=README.md"], "the folder of a run"),
+        (["--run=RUN", "--checkpoint=nowhere"], "step_00000004, step_00000008"),
+        (["--run=RUN", "optimizer.lr=3"], "with --run only options of task, data"),
+        (["--run=RUN", "--split=dev", "data.num_dev=0"], "examples in split dev"),
+        ([f"--model={MODEL}", "sst2", "task.name=completion"], "task sst2, as named"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_an_evaluation(
+    options: list[str], message: str, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused("evaluate", *[option.replace("RUN", str(runs["lora"])) for option in options], capsys=capsys).count(
+        message
+    )
+
+
+# --- export
+
+
+@torch.no_grad()
+def test_merged_model_is_base_and_adapter(at_nine: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sentiment"
+    assert cli.main(["export", str(at_nine), "--merge", "--out", str(out)]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    plain = base(TOKENS).logits
+    adapted = PeftModel.from_pretrained(base, at_nine / "adapter")(TOKENS).logits
+    assert (adapted - plain).abs().max() > 1e-3, "the adapter does something"
+    torch.testing.assert_close(merged(TOKENS).logits, adapted, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out)("the film").input_ids
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@torch.no_grad()
+def test_adapter_loads_as_its_card_says(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of the card as it stands, in the folder where the export lies."""
+    out = tmp_path / "sentiment"
+    for _ in range(2):  # an earlier export is replaced
+        assert cli.main(["export", str(runs["lora"]), "--adapter", "--out", str(out), "--base", str(MODEL)]) == 0
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, runs["lora"] / "adapter")(TOKENS).logits
+    assert torch.equal(names["model"].eval()(TOKENS).logits, expected)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "zoscale.json",
+    ]  # fmt: skip
+
+
+def test_all_weights_are_exported_as_they_are(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", str(runs["full"]), "--merge"]) == 0
+    out = runs["full"] / "export/merged"
+    assert str(out) in capsys.readouterr().out
+    weights, saved = load_file(out / "model.safetensors"), load_file(runs["full"] / "adapter/model.safetensors")
+    assert all(torch.equal(weights[name], saved[name]) for name in weights)
+    assert "one that trained all weights" in refused("export", str(runs["full"]), "--adapter", capsys=capsys)
+    assert "model" in ModelCard.load(out / "README.md").content
+
+
+def test_card_is_written_from_the_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "sentiment"
+    assert cli.main(["export", str(runs["lora"]), "--adapter", "--out", str(out), "--base", "someone/tiny-opt"]) == 0
+    card, facts = ModelCard.load(out / "README.md"), summary(runs["lora"])
+    assert card.data.base_model == "someone/tiny-opt"
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/tiny-opt"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
+    assert {"zoscale", "lora", "jaguar_sign_sgd"} <= set(card.data.tags or [])
+    assert card.data.metrics == ["accuracy", "loss", "lm_loss"]
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
+    assert results["accuracy"] == pytest.approx(facts["validation"]["chosen"]["accuracy"], abs=1e-6)
+    for fact in (facts["commit"], facts["config_hash"], f"{facts['forwards']}", f"{facts['dev']['best_step']} of 9"):
+        assert fact in card.text
+    dev = [json.loads(line) for line in (runs["lora"] / "evaluations.jsonl").read_text().splitlines()]
+    for row in dev:
+        if row["name"] == "dev":
+            assert f"| {row['step']} | {row['result']['accuracy']:.4f} |" in card.text
+    assert str(ROOT) not in card.content and "mlflow" not in card.text.partition("Configuration")[2], "no places"
+
+
+def test_push_through_the_hub_s_own_client(runs: dict[str, Path], tmp_path: Path) -> None:
+    hub = FakeHub()
+    command = [sys.executable, "-m", "zoscale", "export", str(runs["lora"]), "--adapter", "--out", str(tmp_path / "x")]
+    online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path)}
+    text = run([*command, "--push", "me/tiny", "--private", "--base", "someone/tiny-opt"], **online).stdout
+    hub.shutdown()
+    assert "hf_secret" not in text and f"pushed: {hub.url}/me/tiny/commit/abc" in text
+    assert hub.created["name"] == "tiny"
+    assert hub.created.get("visibility") == "private" or hub.created.get("private"), "the library's old way and its new"
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+    tokens = {path.partition("?")[0]: token for _, path, token in hub.requests}
+    assert tokens["/api/repos/create"] == tokens["/api/models/me/tiny/commit/main"] == "Bearer hf_secret"
+
+
+def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = str(runs["lora"])
+    (tmp_path / "file").write_text("mine")
+    for options, message in (
+        ([str(tmp_path), "--merge"], "the folder of a run"),
+        ([lora, "--merge", "--out", str(tmp_path)], "a new folder, or one of an earlier export"),
+        ([lora, "--adapter", "--out", str(runs["lora"] / "adapter")], "a new folder, or one of an earlier export"),
+        ([lora, "--adapter", "--push", "me/tiny"], "a base model on the hub"),
+        ([lora, "--adapter", "--push", "me/tiny/x"], "me/tiny/x"),
+        ([lora, "--merge", "--push", "me/tiny"], "offline mode"),
+    ):
+        assert message in refused("export", *options, capsys=capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+    copy = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    assert "name a model that you trust with --base" in refused("export", str(copy), "--merge", capsys=capsys)
+    shutil.copy(runs["lora"] / "config.yaml", config)
+    (copy / "summary.json").unlink()
+    assert "zoscale replay" in refused("export", str(copy), "--merge", capsys=capsys)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_lm_evaluation_harness_scores_the_export(at_nine: Path, last: Path, tmp_path: Path) -> None:
+    """The merged model under EleutherAI's harness gives every option the score that `zoscale evaluate` gives."""
+    data = (ROOT / "launch/tiny_opt/data/validation.jsonl").read_text().splitlines()[:11]
+    (tmp_path / "validation.jsonl").write_text("\n".join(data) + "\n")
+    (tmp_path / "sentiment.yaml").write_text(
+        f"task: sentiment\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/validation.jsonl}}}}\n"
+        'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{sentence}} It was"\ndoc_to_target: label\n'
+        "doc_to_choice: [terrible, great]\nmetric_list: [{metric: acc}]\n"
+    )
+    assert cli.main(["export", str(at_nine), "--merge", "--out", str(tmp_path / "merged")]) == 0
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("lm_eval run")]
+    words = (
+        line.partition("#")[0].replace("DIR", f"{tmp_path}/merged,dtype=float32").replace("...", "sentiment").split()
+    )
+    more = ["--include_path", str(tmp_path), "--device", "cpu", "--log_samples", "--output_path", f"{tmp_path}/theirs"]
+    run([sys.executable, "-m", *words, *more], timeout=200)
+    (results,) = (tmp_path / "theirs").rglob("results_*.json")
+    assert json.loads(results.read_text())["results"]["sentiment"]["acc,none"] == read(last)["accuracy"]
+    (samples,) = (tmp_path / "theirs").rglob("samples_*.jsonl")
+    theirs = {
+        sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, samples.read_text().splitlines())
+    }
+    for row in read(last)["rows"]:
+        assert [float(response[0]) for response in theirs[row["index"]]] == pytest.approx(row["scores"], abs=1e-4)
+
+
+def refused(*argv: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that ends with status 2."""
+    try:
+        status = cli.main(list(argv))
+    except SystemExit as end:
+        status = int(end.code or 0)
+    assert status == 2
+    return capsys.readouterr().err

@@ -1,0 +1,230 @@
+"""Memory and time of one rank's step, by arithmetic on shapes: zero-order, and AdamW under ZeRO-3."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zoscale.devices import Device
+from zoscale.footprint import FanName, Footprint, ModelShapes, Weight
+
+_FP32 = 4
+_ADAM = 3 * _FP32  # master, first and second moment
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how the work is cut.
+
+    Args:
+        ranks: of the job.
+        batch: rows of a step, over all ranks.
+        micro_batch: rows of one pass of one candidate.
+        tokens: per row.
+        candidates: points whose losses a step takes (K).
+        fan: how candidates share a pass; None if each takes its own.
+        max_rows: most rows of such a pass.
+        state: fp32 values that the zero-order optimizer keeps per trainable element.
+        master: whether trainable slices have an fp32 master.
+        prefetch: whether ZeRO-3 gathers the next block while one runs.
+        copies: whether the gather itself needs its output once more (gloo does).
+    """
+
+    ranks: int
+    batch: int
+    micro_batch: int
+    tokens: int
+    candidates: int
+    fan: FanName | None
+    max_rows: int
+    state: float
+    master: bool
+    prefetch: bool
+    copies: bool
+
+    @property
+    def turns(self) -> int:
+        """Micro-batches of the rank that has most."""
+        return -(-self.batch // (self.micro_batch * self.ranks))
+
+    @property
+    def together(self) -> int:
+        """Candidates of one pass."""
+        if self.fan is None:
+            return 1
+        return min(self.candidates, max(1, self.max_rows // self.micro_batch))
+
+    @property
+    def passes(self) -> int:
+        """Passes of one rank in a step."""
+        return self.turns * -(-self.candidates // self.together)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the highest point of a step.
+
+    Args:
+        parts: by name; they add up.
+        phase: of the pass in which the highest point lies: embedding, blocks or head.
+    """
+
+    parts: dict[str, int]
+    phase: str
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step asks of one rank.
+
+    Args:
+        flops: of matrix products.
+        traffic: bytes read from and written to the device's memory.
+        gathered: bytes of the whole weights that are put together, as `RunMeters` counts them.
+        received: bytes that come over the link.
+    """
+
+    flops: float
+    traffic: float
+    gathered: int
+    received: float
+
+    def seconds(self, device: Device, dtype: str) -> dict[str, float]:
+        """By what bounds the step; if all overlap, the longest is its time at the device's peak rates."""
+        return {
+            "compute": self.flops / device.flops(dtype),
+            "memory": self.traffic / device.bandwidth,
+            "link": self.received / device.link,
+        }
+
+
+class Gathers:
+    """Bytes that ZeRO-3 puts together in one pass.
+
+    Args:
+        weights: of the model.
+        shard_size: ranks that share one copy; 1 gathers nothing.
+    """
+
+    def __init__(self, weights: Sequence[Weight], shard_size: int) -> None:
+        padded = [_padded(weight.numel, shard_size) * weight.width for weight in weights]
+        blocks: dict[int, int] = {}
+        for weight, num_bytes in zip(weights, padded, strict=True):
+            if weight.block is not None:
+                blocks[weight.block] = blocks.get(weight.block, 0) + num_bytes
+        self.model = sum(padded)
+        self.block = max(blocks.values(), default=self.model)
+        self.embedding = sum(size for weight, size in zip(weights, padded, strict=True) if weight.is_embedding)
+        self.head = sum(size for weight, size in zip(weights, padded, strict=True) if weight.is_head)
+        self.is_tied = any(weight.is_embedding and weight.is_head for weight in weights)
+
+    def phases(self, job: Job, activations: Footprint) -> dict[str, tuple[int, int]]:
+        """(gathered, activations) in bytes at the highest point of each phase of a pass.
+
+        A block of several tensors is gathered flat and then cut into its tensors, which takes it twice for a moment;
+        with prefetching, the next block lies beside it as well. A tied embedding stays for the whole pass.
+        """
+        times = 2 if job.copies else 1
+        kept = self.embedding if self.is_tied else 0
+        blocks = [(kept + 2 * self.block, activations.blocks if job.prefetch else 0)]
+        blocks.append((kept + self.block, activations.blocks))
+        ends = [(kept, activations.outside)] if self.is_tied else [(self.head, activations.outside)]
+        ends.append((kept if self.is_tied else self.head * times, 0))
+        phases = {"embedding": [(self.embedding * times, 0)], "blocks": blocks, "head": ends}
+        return {name: max(points, key=sum) for name, points in phases.items()}
+
+
+def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activations: Footprint) -> Memory:
+    """Of one rank in a group of `shard_size`.
+
+    The buffers of the noise (a few of `shards.CHUNK` elements) are left out: they do not lie at the highest point.
+    """
+    trainable = [weight for weight in shapes.weights if weight.trainable]
+    slices = sum(-(-weight.numel // shard_size) for weight in trainable)
+    adapters = sum(weight.numel * weight.width for weight in trainable) * job.candidates
+    resident = {
+        "weights": sum(_shard(weight, shard_size) for weight in shapes.weights),
+        "fp32 master": slices * _FP32 * job.master,
+        "optimizer state": round(slices * _FP32 * job.state),
+        "candidates' adapters": adapters * (job.fan == "adapters"),
+    }
+    return _with_pass(resident, Gathers(_gathered(shapes, job), shard_size).phases(job, activations))
+
+
+def first_order_memory(shapes: ModelShapes, job: Job, activations: Footprint) -> Memory:
+    """Of one rank under ZeRO-3 over all ranks, without activation checkpointing and without DeepSpeed's buckets."""
+    trainable = [weight for weight in shapes.weights if weight.trainable]
+    slices = sum(-(-weight.numel // job.ranks) for weight in trainable)
+    resident = {
+        "weights": sum(_shard(weight, job.ranks) for weight in shapes.weights),
+        "gradients": sum(_shard(weight, job.ranks) for weight in trainable),
+        "fp32 master and moments": slices * _ADAM,
+    }
+    return _with_pass(resident, Gathers(shapes.weights, job.ranks).phases(job, activations))
+
+
+def zero_order_work(shapes: ModelShapes, job: Job, shard_size: int, footprint: Footprint) -> Work:
+    """Of one step; `footprint` is that of a pass of `job.together` candidates."""
+    gathers, others = Gathers(_gathered(shapes, job), shard_size), (shard_size - 1) / shard_size
+    trainable = [weight for weight in shapes.weights if weight.trainable]
+    whole = job.turns * job.candidates / job.together  # passes, the last one as full as it is
+    slices = sum(weight.numel for weight in trainable) / shard_size
+    updates = slices * _FP32 * (2 * job.master + 2 * job.state)  # read and written
+    perturbed = slices if job.fan is None else job.turns * slices * shard_size * (job.fan == "weights")
+    perturbations = 3 * _FP32 * perturbed * job.candidates  # weights and noise read, weights written
+    gathered = job.passes * gathers.model
+    if job.fan == "adapters":  # the truth of all of them, once
+        gathered += sum(_padded(w.numel, shard_size) * (_FP32 if job.master else w.width) for w in trainable)
+    return Work(
+        flops=footprint.flops * whole,
+        traffic=job.passes * _weight_bytes(shapes) + 2 * footprint.written * whole + updates + perturbations,
+        gathered=gathered,
+        received=gathered * others,
+    )
+
+
+def first_order_work(shapes: ModelShapes, job: Job, footprint: Footprint) -> Work:
+    """Of one step: weights gathered for the forward and the backward pass, gradients reduced to their shards once."""
+    gathers, others = Gathers(shapes.weights, job.ranks), (job.ranks - 1) / job.ranks
+    trainable = [weight for weight in shapes.weights if weight.trainable]
+    gradients = sum(weight.numel * weight.width for weight in trainable)
+    updates = sum(weight.numel for weight in trainable) / job.ranks * 2 * _ADAM
+    return Work(
+        flops=footprint.flops * job.turns,
+        traffic=job.turns * (2 * _weight_bytes(shapes) + 2 * footprint.written) + updates,
+        gathered=2 * job.turns * gathers.model,
+        received=(2 * job.turns * gathers.model + gradients) * others,
+    )
+
+
+def smallest_shard(shapes: ModelShapes, job: Job, activations: Footprint, budget: float) -> int | None:
+    """The smallest divisor of the ranks whose groups fit into `budget` bytes per rank; None if none does."""
+    divisors = [size for size in range(1, job.ranks + 1) if job.ranks % size == 0]
+    return next((d for d in divisors if zero_order_memory(shapes, job, d, activations).total <= budget), None)
+
+
+def _with_pass(resident: dict[str, int], phases: dict[str, tuple[int, int]]) -> Memory:
+    phase = max(phases, key=lambda name: sum(phases[name]))
+    gathered, activations = phases[phase]
+    return Memory({**resident, "gathered weights": gathered, "activations": activations}, phase)
+
+
+def _gathered(shapes: ModelShapes, job: Job) -> list[Weight]:
+    """What ZeRO-3 gathers for the modules: not the adapters, where candidates have their own."""
+    return [weight for weight in shapes.weights if not (weight.trainable and job.fan == "adapters")]
+
+
+def _padded(numel: int, shard_size: int) -> int:
+    """Elements of a gather; none where every rank holds all."""
+    return -(-numel // shard_size) * shard_size if shard_size > 1 else 0
+
+
+def _shard(weight: Weight, shard_size: int) -> int:
+    return -(-weight.numel // shard_size) * weight.width
+
+
+def _weight_bytes(shapes: ModelShapes) -> int:
+    return sum(weight.numel * weight.width for weight in shapes.weights)

@@ -1,0 +1,205 @@
+"""`zoscale evaluate`: any checkpoint of a run, or any Hugging Face model, on any tasks, on any number of ranks."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoscale import checkpoint, provenance, runtime
+from zoscale.agreement import check_agreement
+from zoscale.assembly import build_engine
+from zoscale.batch import MicroBatch
+from zoscale.config import ConfigError, RunConfig, build, parse
+from zoscale.data import Encoder, Splits, evaluation_batches
+from zoscale.engine import ZeroOrderEngine
+from zoscale.export import read_origin
+from zoscale.journal import Journal
+from zoscale.manifest import complete
+from zoscale.mesh import Mesh
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models import count_parameters, load_tokenizer, read_model_config
+from zoscale.recovery import check_start, go_to, restore
+from zoscale.run_directory import write_json
+from zoscale.run_record import RunRecord
+from zoscale.run_report import say
+from zoscale.scoring import score, write_predictions
+from zoscale.tasks import TASKS, Example, Task
+
+_OF_THE_EVALUATION = ("task", "data", "train", "mesh", "forward", "runtime")  # what may differ from the run's
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One task to evaluate on, read before any process group starts."""
+
+    name: str
+    task: Task
+    examples: Sequence[Example]
+    batches: list[MicroBatch]
+
+
+def evaluate_command(argv: Sequence[str]) -> int:
+    """Every rank calls it; rank 0 prints and writes.
+
+    Returns:
+        0.
+
+    Raises:
+        ConfigError: for a mistake of the user.
+        OSError: if the results cannot be written.
+    """
+    arguments = _parser().parse_args(argv)
+    record = RunRecord.read(arguments.run, arguments.base) if arguments.run else None
+    if record is None and (arguments.checkpoint or arguments.base):
+        raise ConfigError("--run with --checkpoint and --base", f"--model {arguments.model}", "leave them out")
+    which = _checkpoint(arguments.checkpoint or "best", record)
+    configs = _configurations(arguments, record)
+    config = next(iter(configs.values()))
+    architecture = read_model_config(config.model)
+    jobs = [_job(name, own, arguments.split) for name, own in configs.items()]
+    engine = _start(config, architecture)
+    log = say(engine.mesh)
+    step = _restore(engine, record, which) if record is not None else None
+    if step is not None:
+        log(f"weights of step {step}")
+    results: dict[str, Any] = {}
+    for job in jobs:
+        result, predictions = score(engine.answers, job.examples, job.batches, engine.mesh)
+        results[job.name] = vars(result)
+        shown = ", ".join(f"{metric} {getattr(result, metric):.4f}" for metric in job.task.metrics)
+        log(f"{job.name} {arguments.split}: {shown} ({result.count} examples)")
+        if arguments.out and engine.mesh.is_main:
+            Path(arguments.out).mkdir(parents=True, exist_ok=True)
+            write_predictions(Path(arguments.out) / f"{job.name}.jsonl", predictions)
+    if arguments.out and engine.mesh.is_main:
+        about = {"model": config.model.id, "run": arguments.run, "step": step, "split": arguments.split}
+        write_json(Path(arguments.out) / "results.json", {**about, "results": results, **provenance.facts(config)})
+        log(f"results: {arguments.out}")
+    runtime.stop()
+    return 0
+
+
+def _configurations(arguments: argparse.Namespace, record: RunRecord | None) -> dict[str, RunConfig]:
+    """The configuration of each task to evaluate on, by its name."""
+    files = [word for file in arguments.config for word in ("--config", file)]
+    overrides = [word for word in arguments.words if "=" in word]
+    if record is None:
+        overrides += [f"model.id={arguments.model}", "adapter=null", "master=none"]
+    tree = record.config.to_dict() if record is not None else {}
+    names = [word for word in arguments.words if "=" not in word]
+    configs = {}
+    for name in names or [None]:
+        base = {**tree, "task": {"name": name}} if name else tree
+        own = parse([*files, *overrides], TABLES, DEFAULTS, command="zoscale evaluate", base=base)
+        if name is not None and own.task.name != name:
+            raise ConfigError(f"task {name}, as named", own.task.name, "leave task.name out, or the word")
+        if record is not None:
+            _check_same_run(own, record.config)
+        configs[own.task.name] = own
+    return configs
+
+
+def _check_same_run(config: RunConfig, trained: RunConfig) -> None:
+    old = trained.flatten()
+    for key, value in config.flatten().items():
+        if key.partition(".")[0] not in _OF_THE_EVALUATION and old.get(key) != value:
+            sections = ", ".join(_OF_THE_EVALUATION)
+            raise ConfigError(f"with --run only options of {sections}", key, f"leave {key} out")
+
+
+def _job(name: str, config: RunConfig, split: str) -> Job:
+    try:
+        task: Task = build(config.task, TASKS)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError("options that the task takes", str(error), "correct the configuration") from error
+    encoder = Encoder(load_tokenizer(config.model), config.data.max_length)
+    if split == "validation":
+        examples = task.examples(split)[: config.data.num_validation]
+    else:
+        examples = getattr(Splits.of(task, config.data, config.seed), split)
+    if not examples:
+        raise ConfigError(f"examples in split {split}", "none", "choose another --split, or raise data.num_dev")
+    return Job(name, task, examples, evaluation_batches(examples, encoder, config.train.eval_micro_batch_size))
+
+
+def _start(config: RunConfig, architecture: Any) -> ZeroOrderEngine:
+    """All ranks with the model at step 0."""
+    accelerator = runtime.start(
+        runtime.Runtime(
+            dtype=config.model.dtype,
+            deepspeed=runtime.read_deepspeed_config(config.runtime.deepspeed),
+            shard_size=config.mesh.shard_size,
+            timeout_minutes=config.runtime.timeout_minutes,
+            threads=config.runtime.threads,
+        ),
+        size=count_parameters(architecture, trust_remote_code=config.model.trust_remote_code),
+    )
+    check_agreement(Mesh(accelerator.device), {**config.flatten(), **provenance.libraries()})
+    return build_engine(config, architecture, accelerator)
+
+
+def _checkpoint(which: str, record: RunRecord | None) -> str | Path:
+    """`best`, `last`, or the folder of a checkpoint, named by its path or within the run's."""
+    if which in ("best", "last") or record is None:
+        return which
+    named = record.directory.checkpoints / which
+    folder = named if named.is_dir() else Path(which)
+    if not folder.is_dir():
+        found = ", ".join(path.name for path in sorted(named.parent.glob("*_*"))) or "none"
+        raise ConfigError(
+            f"best, last or a checkpoint of {record.directory.path} ({found})", which, "choose one of them"
+        )
+    return folder
+
+
+def _restore(engine: ZeroOrderEngine, record: RunRecord, which: str | Path) -> int:
+    """Bring an engine at step 0 to a checkpoint of a run; returns its step. A collective."""
+    directory, mesh, log = record.directory, engine.mesh, say(engine.mesh)
+    journal = mesh.on_main(lambda: Journal.read(directory.journal))
+    check_start(engine, journal.header)
+    records, config_hash = journal.records, journal.header.config_hash
+    best = mesh.on_main(lambda: _best_step(record)) if which == "best" else None
+    if best is not None:
+        go_to(engine, directory.checkpoints, records, best, config_hash, log)
+    elif isinstance(which, Path):
+        checkpoint.load(engine, which, config_hash)
+    else:  # without dev, the last step is the best
+        restore(engine, directory.checkpoints, records, config_hash, log)
+    return engine.num_steps
+
+
+def _best_step(record: RunRecord) -> int | None:
+    """The step that was best on dev, of a finished run or so far."""
+    kept = [step for step, _ in complete(record.directory.checkpoints, "best")]
+    return kept[-1] if kept else read_origin(record.directory.adapter)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zoscale evaluate",
+        description=__doc__,
+        epilog="On several ranks: accelerate launch --config_file FILE -m zoscale evaluate ...",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="ID", help="Hugging Face id or folder of a causal LM")
+    which.add_argument("--run", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="best|last|PATH",
+        help="of the run: the weights that were best on dev (default), those of the last step in the journal, or those "
+        "of a checkpoint by its path or name",
+    )
+    parser.add_argument("--base", metavar="MODEL", help="id or folder of the run's base model, if it has moved")
+    parser.add_argument("--split", default="validation", choices=["validation", "dev", "train"])
+    parser.add_argument("--out", metavar="DIR", help="write results.json, and the predictions as <task>.jsonl")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML as for zoscale train")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="TASK|key=value",
+        help="tasks by name (default: the run's, or task.name), and options as for zoscale train: task.path=DIR",
+    )
+    return parser

@@ -1,0 +1,88 @@
+"""`RunRecord`: what a run has left, read only."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoscale.config import ConfigError, RunConfig, load_yaml
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run directory and its configuration.
+
+    Args:
+        directory: of the run.
+        config: as the run was started, with the base model where it is now.
+    """
+
+    directory: RunDirectory
+    config: RunConfig
+
+    @classmethod
+    def read(cls, path: Path | str, base: str | None = None) -> "RunRecord":
+        """The record in a folder.
+
+        Args:
+            base: id or folder of the base model, if it has moved.
+
+        Raises:
+            ConfigError: if it is not a run's, or `trusted` refuses it.
+        """
+        directory = RunDirectory(Path(path))
+        try:
+            tree = load_yaml(directory.config.read_text(encoding="utf-8"), str(directory.config))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("the folder of a run, with config.yaml", str(path), "check the path") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"a configuration in {directory.config}", repr(tree)[:80], "restore it from a copy")
+        return cls(directory, trusted(RunConfig.from_dict(tree, TABLES, DEFAULTS), base))
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of the finished run.
+
+        Raises:
+            ConfigError: if the run is not finished, or the file is damaged.
+        """
+        summary = self.directory.read_summary()
+        if summary is None:
+            remedy = f"finish it, or take its weights now: zoscale replay {self.directory.path} --out DIR"
+            raise ConfigError("a finished run, with summary.json", str(self.directory.path), remedy)
+        return summary
+
+    def evaluations(self, name: str) -> list[tuple[int, dict[str, Any]]]:
+        """(step, metrics) of the evaluations of a name, in the order in which they were taken.
+
+        Raises:
+            ConfigError: if the file is damaged.
+        """
+        path = self.directory.evaluations
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [(int(row["step"]), dict(row["result"])) for row in rows if row["name"] == name]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"evaluations in {path}", repr(error), "restore the file from a copy") from error
+
+
+def trusted(config: RunConfig, base: str | None) -> RunConfig:
+    """A configuration that came with a run, fit to load its model.
+
+    Args:
+        config: as it was read.
+        base: id or folder of the base model, if it has moved, or if the user trusts it to run code.
+
+    Raises:
+        ConfigError: if the configuration asks to run code that comes with the model, and the user has not named one.
+    """
+    if (config.model.trust_remote_code or config.model.allow_pickle) and base is None:
+        got = "one that runs the model's code or loads pickles"
+        raise ConfigError("a run of a model of safetensors only", got, "name a model that you trust with --base")
+    if base is None:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, id=base))
