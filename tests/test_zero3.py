@@ -61,7 +61,7 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
     "sgd_full": FULL | SGD | {"probe": "gaussian"} | TWO,
     "momentum_full": FULL | METHODS["momentum"] | {"probe": "gaussian"} | TWO,
     "adam_lora": LORA | METHODS["adam"] | {"probe": "gaussian"} | TWO,
-    "sign_rho_full_layers": FULL | METHODS["sign_rho"] | LAYERS | TWO | {"forward": "fan_out"},
+    "layers_full": FULL | METHODS["sign_rho"] | LAYERS | TWO | {"forward": "fan_out"},
     "conservative_lora": LORA | METHODS["conservative"] | BLOCK | TWO,
     "fzoo_lora": LORA | METHODS["fzoo"] | {"probe": "rademacher"} | FOUR,
     "power_muon_lora": LORA | METHODS["power"] | {"probe": "gaussian"} | FOUR,
