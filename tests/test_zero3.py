@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fzoo": {"optimizer": "fzoo", "optimizer_args": {"lr": 1e-5}, "estimator": "fzoo"},
     "power": {
         "optimizer": "zo_muon",
-        "optimizer_args": {"lr": 1e-2, "beta": 0.5, "iteration": "power", "power_rank": 2},
+        "optimizer_args": {"lr": 3e-3, "beta": 0.5, "iteration": "power", "power_rank": 2},
     },
     "orthogonal": {"optimizer": "zo_muon_orthogonal", "optimizer_args": {"lr": 1e-1}},
     "subspace": {"optimizer": "zo_muon_subspace", "optimizer_args": {"lr": 1e-2}, "estimator": "one_sided"},
