@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fzoo": {"optimizer": "fzoo", "optimizer_args": {"lr": 1e-5}, "estimator": "fzoo"},
     "power": {
         "optimizer": "zo_muon",
-        "optimizer_args": {"lr": 1e-2, "beta": 0.5, "iteration": "power", "power_rank": 2},
+        "optimizer_args": {"lr": 3e-3, "beta": 0.5, "iteration": "power", "power_rank": 2},
     },
     "orthogonal": {"optimizer": "zo_muon_orthogonal", "optimizer_args": {"lr": 1e-1}},
     "subspace": {"optimizer": "zo_muon_subspace", "optimizer_args": {"lr": 1e-2}, "estimator": "one_sided"},
@@ -63,7 +63,7 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
     "sgd_full": FULL | SGD | {"probe": "gaussian"} | TWO,
     "momentum_full": FULL | METHODS["momentum"] | {"probe": "gaussian"} | TWO,
     "adam_lora": LORA | METHODS["adam"] | {"probe": "gaussian"} | TWO,
-    "sign_rho_full_layers": FULL | METHODS["sign_rho"] | LAYERS | TWO | {"forward": "fan_out"},
+    "layers_full": FULL | METHODS["sign_rho"] | LAYERS | TWO | {"forward": "fan_out"},
     "conservative_lora": LORA | METHODS["conservative"] | BLOCK | TWO,
     "fzoo_lora": LORA | METHODS["fzoo"] | {"probe": "rademacher"} | FOUR,
     "power_muon_lora": LORA | METHODS["power"] | {"probe": "gaussian"} | FOUR,
