@@ -292,6 +292,8 @@ def test_the_report_in_a_browser(report: Path, tmp_path: Path) -> None:
         tab.locator("#chart-learning .updatemenu-header").click()
         tab.locator("#chart-learning .updatemenu-dropdown-button", has_text="dev/lm_loss").click()
         tab.wait_for_function("document.querySelector('#chart-learning .ytitle').textContent === 'dev/lm_loss'")
+        buttons = tab.locator("[data-title]").evaluate_all("found => found.map(one => one.dataset.title.toLowerCase())")
+        assert any("png" in button for button in buttons) and not any("cloud" in button for button in buttons)
         assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing is cut off"
         screenshot(tab, tmp_path / "whole.png")
         assert tab.problems == []

@@ -86,7 +86,14 @@ def _section(name: str, title: str, content: str) -> str:
 
 
 def _chart(name: str, title: str, figure: object) -> str:
-    config = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"filename": name, "scale": 2}}
+    config = {
+        "displaylogo": False,
+        "responsive": True,
+        "showSendToCloud": False,  # on by default: a click would upload the data
+        "plotlyServerURL": "",
+        "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+        "toImageButtonOptions": {"filename": name, "scale": 2},
+    }
     div = to_html(figure, full_html=False, include_plotlyjs=False, div_id=f"chart-{name}", config=config)
     return _section(name, title, f'<div class="chart">{div}</div>')
 
