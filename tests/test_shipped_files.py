@@ -17,6 +17,7 @@ from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
 from zoscale.submit import submit_command
 
 README = (ROOT / "README.md").read_text()
+METHODS = (ROOT / "launch/METHODS.md").read_text()
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
@@ -61,8 +62,8 @@ def test_readme_names_only_what_is_there() -> None:
         assert set(names) <= set(re.findall(r"`(\w+)`", row)), "the support matrix is complete"
 
 
-def test_readme_lists_every_method_with_its_company() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*?\| (\S+), (\S+) \|", README, re.MULTILINE)
+def test_every_method_is_listed_with_its_company() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| (\S+), (\S+) \|", METHODS, re.MULTILINE)
     listed = {name: (probe, estimator) for name, probe, estimator in rows}
     assert set(listed) == set(OPTIMIZERS)
     for name, optimizer in OPTIMIZERS.items():
@@ -71,9 +72,18 @@ def test_readme_lists_every_method_with_its_company() -> None:
             assert shown == f"{'**' * needed}`{getattr(optimizer.goes_with, section)}`{'**' * needed}", name
 
 
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 250
+
+
+def test_every_task_is_listed() -> None:
+    table = METHODS[: METHODS.index("## Trained weights")]
+    assert set(TABLES["task"]) <= set(re.findall(r"`(\w+)`", table))
+
+
 def test_faq_names_only_what_is_there() -> None:
     faq = (ROOT / "launch/FAQ.md").read_text()
-    for path in re.findall(r"\b(?:launch|tests|ds_configs)/[\w./-]+\.\w+", faq):
+    for path in re.findall(r"\b(?:launch|tests|ds_configs)/[\w./-]+\.\w+", faq + METHODS):
         assert (ROOT / path).exists(), path
     options = set(re.findall(r"`([a-z]+(?:\.[a-z_]+)?=[\w.-]+)`", faq))
     assert len(options) >= 8
