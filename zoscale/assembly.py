@@ -1,17 +1,19 @@
 """From a configuration to what it names: everything that can be refused early, and the engine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from torch import nn
 
 from zoscale import runtime
-from zoscale.config import ConfigError, RunConfig, build
+from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS
+from zoscale.fit import Demand
 from zoscale.models import (
     ModelSize,
     add_adapter,
@@ -19,11 +21,13 @@ from zoscale.models import (
     count_parameters,
     load_model,
     load_tokenizer,
+    new_model,
     read_model_config,
 )
 from zoscale.objectives import OBJECTIVES
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
+from zoscale.shard_groups import GroupedAccelerator
 from zoscale.shards import ShardedParam, TensorSpec
 from zoscale.tasks import TASKS, Task
 
@@ -78,6 +82,16 @@ def _check_methods(config: RunConfig) -> Task:
     return task
 
 
+def demand_of(config: RunConfig) -> Demand:
+    """The memory that a run needs beside its frozen weights."""
+    rows = config.data.micro_batch_size
+    if config.forward.name != "sequential":
+        candidates = -(-build(config.estimator, ESTIMATORS).num_candidates // config.mesh.candidates)
+        rows = max(rows, min(rows * candidates, config.forward.max_rows or rows * candidates))
+    state = 0 if config.adapter is not None else 4 + (4 if config.master == "fp32" else 0)
+    return Demand(getattr(torch, config.model.dtype).itemsize, state, rows, config.data.max_length)
+
+
 def build_engine(config: RunConfig, architecture: Any, accelerator: Accelerator | None) -> ZeroOrderEngine:
     """The engine of a run at step 0; without an accelerator, whole in this process.
 
@@ -87,9 +101,8 @@ def build_engine(config: RunConfig, architecture: Any, accelerator: Accelerator 
         accelerator: from `runtime.start`.
     """
     _seed(config.seed)
-    model = add_adapter(load_model(config.model, architecture), config.adapter)
     return ZeroOrderEngine(
-        model,
+        build_model(config.model, architecture, config.adapter, accelerator),
         accelerator=accelerator,
         optimizer=lambda shards, mesh: build(config.optimizer, OPTIMIZERS, shards, mesh),
         probe=build(config.probe, PROBES),
@@ -100,7 +113,32 @@ def build_engine(config: RunConfig, architecture: Any, accelerator: Accelerator 
         noise=config.runtime.noise,
         forward=config.forward.name,
         max_rows=config.forward.max_rows,
+        candidate_parts=config.mesh.candidates,
     )
+
+
+def build_model(
+    config: ModelConfig, architecture: Any, adapter: Mapping[str, Any] | None, accelerator: Accelerator | None
+) -> nn.Module:
+    """The model with its adapter; in shard groups, the first rank of each reads the weights and the others build it
+    empty.
+
+    Raises:
+        ConfigError: see `load_model` and `add_adapter`; in shard groups on all ranks together.
+    """
+    if not isinstance(accelerator, GroupedAccelerator):
+        return add_adapter(load_model(config, architecture), adapter)
+    built: list[nn.Module] = []
+
+    def build_own() -> None:
+        if accelerator.mesh.shard_rank == 0:
+            built.append(add_adapter(load_model(config, architecture), adapter))
+        else:
+            with init_empty_weights(include_buffers=False):
+                built.append(add_adapter(new_model(config, architecture), adapter))
+
+    accelerator.mesh.together(build_own)
+    return built[0]
 
 
 def _seed(seed: int) -> None:

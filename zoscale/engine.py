@@ -19,6 +19,7 @@ from zoscale.noise import Noise
 from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.probes import Block, Direction, Probe
+from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up
 from zoscale.shards import Master, ShardedParam, shard_parameters
 from zoscale.weight_fan import WeightFan, find_units
 
@@ -64,8 +65,8 @@ class ZeroOrderEngine:
 
     Args:
         model: a Hugging Face (or PEFT) causal LM.
-        accelerator: from `zoscale.start`: the model is sharded by ZeRO-3 over all ranks, or whole on each
-            (`Runtime(shard_size=1)`); None = this process alone.
+        accelerator: from `zoscale.start`: the model is sharded by ZeRO-3 over all ranks, within groups of them, or
+            whole on each (`Runtime(shard_size=...)`); None = this process alone.
         optimizer: makes the update rule from this rank's shards and the mesh; a class with its defaults will do.
         probe: what directions look like.
         estimator: which points are evaluated.
@@ -76,6 +77,8 @@ class ZeroOrderEngine:
         forward: `fan_out` takes all candidates in one pass; `sequential` takes one pass each; `auto` fans out where
             it can, which is wherever modules keep the rows of a batch in order.
         max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
+        candidate_parts: parts that the candidates are cut into, so that ranks share out the candidates of a
+            micro-batch and not only the micro-batches.
 
     Raises:
         ValueError: if nothing is trainable, or `fan_out` is asked for and not possible.
@@ -95,11 +98,15 @@ class ZeroOrderEngine:
         noise: NoiseBackend = "auto",
         forward: ForwardName = "auto",
         max_rows: int | None = None,
+        candidate_parts: int = 1,
     ) -> None:
         self.model = model
         module = model
         if accelerator is None:
             self.mesh = Mesh(next(model.parameters()).device, ranks=(0, 1))
+        elif isinstance(accelerator, GroupedAccelerator):
+            module = _shard_in_groups(model, accelerator)
+            self.mesh = accelerator.mesh
         elif accelerator.distributed_type == DistributedType.DEEPSPEED:
             module = _shard(model, accelerator)
             self.mesh = Mesh(accelerator.device)
@@ -114,20 +121,20 @@ class ZeroOrderEngine:
         compiled = noise == "compiled" or (noise == "auto" and self.num_trainable >= _COMPILE_ABOVE)
         self.noise = Noise(seed, compiled=compiled)
         self.answers = AnswerModel(module, model)
-        self.forward = self._choose_forward(forward, max_rows)
+        self.forward = self._choose_forward(forward, max_rows, candidate_parts)
         self.optimizer = optimizer(self.shards, self.mesh)
         self.num_steps = 0
 
-    def _choose_forward(self, name: ForwardName, max_rows: int | None) -> Forward:
+    def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int) -> Forward:
         fan = None if name == "sequential" else self._choose_fan()
         if fan is not None:
-            return FanOutForward(self.answers, self.mesh, fan, max_rows=max_rows)
+            return FanOutForward(self.answers, self.mesh, fan, max_rows=max_rows, num_parts=num_parts)
         if name == "fan_out":
             raise ValueError(
                 "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA or a "
                 "weight outside such a module: use auto or sequential"
             )
-        return SequentialForward(self.answers, self.shards, self.mesh)
+        return SequentialForward(self.answers, self.shards, self.mesh, num_parts=num_parts)
 
     def _choose_fan(self) -> Fan | None:
         pairs = find_lora_pairs(self.model, self.specs)
@@ -181,18 +188,35 @@ def micro_batches(batch: Batch) -> list[MicroBatch]:
 
 def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Hand the model to ZeRO-3 for forward passes only: no optimizer, no gradient hooks, blocks gathered whole."""
-    import deepspeed
-
-    blocks = {type(module) for module in model.modules() if is_block(model, module)}
-    if blocks:
-        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
+    _gather_blocks_whole(model)
     engine: Any = accelerator.prepare(model)
     zero: Any = getattr(engine, "optimizer", None)
     if type(zero).__name__ != "DeepSpeedZeRoOffload":
         raise ValueError(
             f"expected a ZeRO-3 engine without an optimizer, got {type(zero).__name__}; start with zoscale.start()"
         )
+    _remove_gradient_hooks(zero)
+    return engine  # type: ignore[no-any-return]
+
+
+def _shard_in_groups(model: nn.Module, accelerator: GroupedAccelerator) -> nn.Module:
+    """The same within every shard group."""
+    cut_up(model, accelerator.mesh, accelerator.deepspeed)
+    _gather_blocks_whole(model)
+    sharded = GroupSharded(model, accelerator.deepspeed)
+    _remove_gradient_hooks(sharded.optimizer)
+    return sharded
+
+
+def _gather_blocks_whole(model: nn.Module) -> None:
+    import deepspeed
+
+    blocks = {type(module) for module in model.modules() if is_block(model, module)}
+    if blocks:
+        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
+
+
+def _remove_gradient_hooks(zero: Any) -> None:
     for handle in zero.backward_hooks:
         handle.remove()
     zero.backward_hooks.clear()
-    return engine  # type: ignore[no-any-return]
