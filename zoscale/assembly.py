@@ -128,16 +128,16 @@ def build_model(
     """
     if not isinstance(accelerator, GroupedAccelerator):
         return add_adapter(load_model(config, architecture), adapter)
-    built: list[nn.Module] = []
+    mesh, built = accelerator.mesh, list[nn.Module]()
 
     def build_own() -> None:
-        if accelerator.mesh.shard_rank == 0:
+        if mesh.shard_rank == 0:
             built.append(add_adapter(load_model(config, architecture), adapter))
         else:
             with init_empty_weights(include_buffers=False):
                 built.append(add_adapter(new_model(config, architecture), adapter))
 
-    accelerator.mesh.together(build_own)
+    mesh.together(build_own)
     return built[0]
 
 

@@ -180,8 +180,16 @@ def _accelerator(runtime: Runtime, size: ModelSize | None, shard_size: int, time
     config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
     filled = fill_deepspeed_config(config, runtime.dtype, size)
     if not is_one_group:
+        _refuse_hpz(filled)
         return GroupedAccelerator(shard_size=shard_size, deepspeed=filled, timeout=timeout, **options)
     return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=True), **options)
+
+
+def _refuse_hpz(config: Mapping[str, Any]) -> None:
+    """Secondary shards make groups over all ranks, whatever the shard groups are."""
+    if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+        remedy = "remove it, or set mesh.shard_size to null"
+        raise ConfigError("no zero_hpz_partition_size beside mesh.shard_size", "one", remedy)
 
 
 def stop() -> None:
