@@ -1,5 +1,6 @@
 """Which shard groups fit the memory of a rank: a rough estimate that knows no more of a model than its size."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ def rank_bytes(size: ModelSize, demand: Demand, shard_size: int) -> float:
     """
     shard = size.total * (demand.weight_bytes + demand.state_bytes) / shard_size
     gathered = 2 * size.largest_block + size.outside_blocks if shard_size > 1 else 0
-    width = (size.largest_block / 12) ** 0.5
+    width = math.sqrt(size.largest_block / 12)
     activations = 16 * width * demand.rows * demand.tokens
     logits = 4 * demand.rows * size.outside_blocks / width
     return shard + demand.weight_bytes * (gathered + activations) + (demand.weight_bytes + 8) * logits

@@ -186,5 +186,5 @@ def new_shard_group(size: int, timeout: timedelta) -> dist.ProcessGroup:
         size: consecutive ranks per group; divides the number of ranks.
         timeout: of its collectives.
     """
-    group, _ = dist.new_subgroups(size, timeout=timeout)
+    group: dist.ProcessGroup = dist.new_subgroups(size, timeout=timeout)[0]  # type: ignore[no-untyped-call]
     return group

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoscale.mesh import Mesh, new_shard_group
 
 
-class GroupedAccelerator(Accelerator):
+class GroupedAccelerator(Accelerator):  # type: ignore[misc]  # accelerate is untyped
     """The launched processes, in shard groups of more than one rank and fewer than all.
 
     Args:
@@ -130,8 +130,10 @@ def _parameters(model: nn.Module, mesh: Mesh) -> Iterator[nn.Parameter]:
             param = model.get_parameter(outline.names[0])
             param.data = param.data.to(mesh.device).contiguous()
         else:
-            value = torch.empty(outline.shape, dtype=outline.dtype, device=mesh.device)
-            param = nn.Parameter(value, requires_grad=outline.requires_grad)
+            param = nn.Parameter(
+                torch.empty(outline.shape, dtype=outline.dtype, device=mesh.device),
+                requires_grad=outline.requires_grad,
+            )
             for owner, name in _places(model, outline):
                 owner.register_parameter(name, param)
         yield param
