@@ -84,12 +84,12 @@ def _check_methods(config: RunConfig) -> Task:
 
 def demand_of(config: RunConfig) -> Demand:
     """The memory that a run needs beside its frozen weights."""
-    rows = config.data.micro_batch_size
-    if config.forward.name != "sequential":
-        candidates = -(-build(config.estimator, ESTIMATORS).num_candidates // config.mesh.candidates)
-        rows = max(rows, min(rows * candidates, config.forward.max_rows or rows * candidates))
+    rows, candidates = config.data.micro_batch_size, build(config.estimator, ESTIMATORS).num_candidates
+    limit = config.forward.max_rows or rows * candidates
+    copies = 1 if config.forward.name == "sequential" else max(1, min(candidates, limit // rows))
     state = 0 if config.adapter is not None else 4 + (4 if config.master == "fp32" else 0)
-    return Demand(getattr(torch, config.model.dtype).itemsize, state, rows, config.data.max_length)
+    width = getattr(torch, config.model.dtype).itemsize
+    return Demand(width, state, rows=rows, tokens=config.data.max_length, copies=copies)
 
 
 def build_engine(config: RunConfig, architecture: Any, accelerator: Accelerator | None) -> ZeroOrderEngine:

@@ -20,26 +20,31 @@ class Demand:
     Args:
         weight_bytes: bytes per weight in the compute dtype.
         state_bytes: bytes per weight of master copy and optimizer state; 0 with an adapter, whose weights are few.
-        rows: rows of one pass.
+        rows: of a micro-batch.
         tokens: of the longest row.
+        copies: most candidates of one pass; fewer are taken where their activations are large.
     """
 
     weight_bytes: int
     state_bytes: int = 0
     rows: int = 16
     tokens: int = 512
+    copies: int = 2
 
 
 def rank_bytes(size: ModelSize, demand: Demand, shard_size: int) -> float:
     """Memory of a rank in a step: shard, what is gathered at once, activations and the logits of the answers.
 
-    A block of width h has about 12 h^2 weights, a forward pass without gradients holds about 16 h values per token.
+    A block of width h has about 12 h^2 weights, a forward pass without gradients holds about 16 h values per token; see
+    `models.tokens_per_pass` for what candidates together may hold.
     """
     shard = size.total * (demand.weight_bytes + demand.state_bytes) / shard_size
     gathered = 2 * size.largest_block + size.outside_blocks if shard_size > 1 else 0
     width = math.sqrt(size.largest_block / 12)
-    activations = 16 * width * demand.rows * demand.tokens
-    logits = 4 * demand.rows * size.outside_blocks / width
+    one_candidate = 16 * width * demand.rows * demand.tokens
+    most = max(one_candidate, size.total / 8, 2**30 / demand.weight_bytes)
+    activations = min(demand.copies * one_candidate, most)
+    logits = 4 * demand.copies * demand.rows * size.outside_blocks / width
     return shard + demand.weight_bytes * (gathered + activations) + (demand.weight_bytes + 8) * logits
 
 

@@ -48,7 +48,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         demand=demand_of(config),
     )
     mesh = Mesh(accelerator.device)
-    check_agreement(mesh, {**_facts(config, made), "mesh.shard_size": shard_size_of(accelerator)})
+    check_agreement(mesh, {**_facts(config, made), "number of ranks per copy": shard_size_of(accelerator)})
     directory = _enter(config, mesh)
     summary = mesh.on_main(directory.read_summary)
     if summary is None:
