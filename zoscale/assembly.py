@@ -84,9 +84,10 @@ def _check_methods(config: RunConfig) -> Task:
 
 def demand_of(config: RunConfig) -> Demand:
     """The memory that a run needs beside its frozen weights."""
-    rows, candidates = config.data.micro_batch_size, build(config.estimator, ESTIMATORS).num_candidates
-    limit = config.forward.max_rows or rows * candidates
-    copies = 1 if config.forward.name == "sequential" else max(1, min(candidates, limit // rows))
+    rows = config.data.micro_batch_size
+    together = -(-build(config.estimator, ESTIMATORS).num_candidates // config.mesh.candidates)
+    limit = config.forward.max_rows or rows * together
+    copies = 1 if config.forward.name == "sequential" else max(1, min(together, limit // rows))
     state = 0 if config.adapter is not None else 4 + (4 if config.master == "fp32" else 0)
     width = getattr(torch, config.model.dtype).itemsize
     return Demand(width, state, rows=rows, tokens=config.data.max_length, copies=copies)
