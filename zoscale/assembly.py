@@ -1,11 +1,12 @@
 """From a configuration to what it names: everything that can be refused early, and the engine."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator, DistributedType, init_empty_weights
 from torch import nn
 
 from zoscale import runtime
@@ -14,6 +15,7 @@ from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS
 from zoscale.fit import Demand
+from zoscale.mesh import Mesh
 from zoscale.models import (
     ModelSize,
     add_adapter,
@@ -27,7 +29,7 @@ from zoscale.models import (
 from zoscale.objectives import OBJECTIVES
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
-from zoscale.shard_groups import GroupedAccelerator
+from zoscale.shard_groups import GroupedAccelerator, cut_up
 from zoscale.shards import ShardedParam, TensorSpec
 from zoscale.tasks import TASKS, Task
 
@@ -121,15 +123,19 @@ def build_engine(config: RunConfig, architecture: Any, accelerator: Accelerator 
 def build_model(
     config: ModelConfig, architecture: Any, adapter: Mapping[str, Any] | None, accelerator: Accelerator | None
 ) -> nn.Module:
-    """The model with its adapter; in shard groups, the first rank of each reads the weights and the others build it
-    empty.
+    """The model with its adapter.
+
+    In shard groups, and where weights are random, the first rank of each group builds it as it would alone, and the
+    others build it empty: the weights are the same bits for any number of ranks and shard size.
 
     Raises:
-        ConfigError: see `load_model` and `add_adapter`; in shard groups on all ranks together.
+        ConfigError: see `load_model` and `add_adapter`.
     """
-    if not isinstance(accelerator, GroupedAccelerator):
+    is_grouped = isinstance(accelerator, GroupedAccelerator)
+    is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
+    if accelerator is None or not (is_grouped or (is_sharded and config.id is None)):
         return add_adapter(load_model(config, architecture), adapter)
-    mesh, built = accelerator.mesh, list[nn.Module]()
+    mesh, built = accelerator.mesh if is_grouped else Mesh(accelerator.device), list[nn.Module]()
 
     def build_own() -> None:
         if mesh.shard_rank == 0:
@@ -138,8 +144,24 @@ def build_model(
             with init_empty_weights(include_buffers=False):
                 built.append(add_adapter(new_model(config, architecture), adapter))
 
-    mesh.together(build_own)
+    with _no_zero(accelerator):
+        mesh.together(build_own)
+    if is_sharded:
+        cut_up(built[0], mesh, accelerator.state.deepspeed_plugin.deepspeed_config)
     return built[0]
+
+
+@contextmanager
+def _no_zero(accelerator: Accelerator) -> Iterator[None]:
+    """Within, transformers builds models as if there were no ZeRO-3."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if accelerator.state.deepspeed_plugin is not None:
+            set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
 
 
 def _seed(seed: int) -> None:
