@@ -301,6 +301,7 @@ MISTAKES = [
     ("runtime.stall_seconds=0", "runtime.stall_seconds above 0"),
     ("checkpoint.keep=0", "checkpoint.keep to be at least 1"),
     ("mesh.shard_size=0", "mesh.shard_size to be at least 1"),
+    ("mesh.candidates=0", "mesh.candidates to be at least 1"),
     ("name=a/b", "'a/b'"),
     ("--config=nowhere.yaml", "No such file"),
     ("--config=.", "directory"),
@@ -516,11 +517,11 @@ def test_the_hash_is_the_same_in_another_process_with_other_hash_seeds() -> None
 
 
 SAME = ["name=x", "output_dir=/y", "overwrite=true", "tracking.tags.a=b", "runtime.timeout_minutes=1",
-        "runtime.threads=2", "runtime.stall_seconds=9", "resume=never", "mesh.shard_size=1", "checkpoint.every=7",
-        "optimizer.lr=0.010"]  # fmt: skip
+        "runtime.threads=2", "runtime.stall_seconds=9", "resume=never", "mesh.shard_size=1", "mesh.shard_size=auto",
+        "checkpoint.every=7", "optimizer.lr=0.010"]  # fmt: skip
 OTHER = ["seed=1", "model.id=x", "adapter.r=4", "adapter=null", "optimizer.lr=0.02", "runtime.noise=eager",
          "optimizer.groups=[]", "data.micro_batch_size=2", "task.name=rte", "master=none",
-         "forward.name=sequential"]  # fmt: skip
+         "forward.name=sequential", "mesh.candidates=2"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("override", "same"), [(o, True) for o in SAME] + [(o, False) for o in OTHER])

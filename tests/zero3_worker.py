@@ -8,16 +8,19 @@ from typing import Any
 
 import tiny
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from deepspeed.utils import groups
 from safetensors.torch import save_file
 
+from zoscale.assembly import build_model
 from zoscale.config import ModelConfig
 from zoscale.engine import ZeroOrderEngine, micro_batches
 from zoscale.estimators import ESTIMATORS
+from zoscale.fingerprint import of_model
 from zoscale.meters import CommMeter, Traffic, count_allgathers
 from zoscale.methods import TABLES
-from zoscale.models import add_adapter, count_parameters, is_block, load_model, read_model_config
+from zoscale.models import count_parameters, is_block, read_model_config
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import orthogonalize
 from zoscale.optim.owners import CAPACITY, on_owners
@@ -25,19 +28,35 @@ from zoscale.runtime import ZERO3, Runtime, start, stop
 from zoscale.shards import ShardedParam, local_bytes
 
 
+def model_config(scenario: dict[str, Any]) -> ModelConfig:
+    """A saved model, or the architecture of one with random weights."""
+    place = {"config": scenario["config"]} if "config" in scenario else {"id": scenario["model"]}
+    return ModelConfig(**place, dtype=scenario.get("dtype", "float32"))
+
+
 def build(scenario: dict[str, Any]) -> ZeroOrderEngine:
     """An engine on a model loaded directly sharded, with known values in the trainable tensors."""
-    config = ModelConfig(id=scenario["model"], dtype=scenario.get("dtype", "float32"))
-    architecture = read_model_config(config)
+    config = model_config(scenario)
     deepspeed = json.loads(json.dumps(ZERO3))
     deepspeed["zero_optimization"] |= scenario.get("zero", {})
     AcceleratorState._reset_state()
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # DeepSpeed makes it once per process
     accelerator = start(
-        Runtime(dtype=config.dtype, deepspeed=deepspeed, threads=1, timeout_minutes=2),
-        size=count_parameters(architecture),
+        Runtime(
+            dtype=config.dtype, deepspeed=deepspeed, shard_size=scenario.get("shard_size"), threads=1, timeout_minutes=2
+        ),
+        size=count_parameters(read_model_config(config)),
     )
-    model = add_adapter(load_model(config, architecture), tiny.LORA if scenario["lora"] else None)
+    return engine_of(scenario, accelerator)
+
+
+def engine_of(scenario: dict[str, Any], accelerator: Accelerator | None) -> ZeroOrderEngine:
+    """The same on the ranks of an accelerator, or alone in this process."""
+    torch.manual_seed(5)
+    config = model_config(scenario)
+    adapter = tiny.LORA if scenario["lora"] else None
+    model = build_model(config, read_model_config(config), adapter, accelerator)
+    num_empty = sum(param.is_meta for param in model.parameters())
     optimizer, arguments = TABLES["optimizer"][scenario["optimizer"]], scenario.get("optimizer_args", {})
     engine = ZeroOrderEngine(
         model,
@@ -48,8 +67,11 @@ def build(scenario: dict[str, Any]) -> ZeroOrderEngine:
         seed=7,
         master=scenario.get("master", "fp32"),
         forward=scenario.get("forward", "sequential"),
+        max_rows=scenario.get("max_rows"),
+        candidate_parts=scenario.get("parts", 1),
     )
-    for shard in engine.shards:
+    scenario["num_empty"] = num_empty
+    for shard in engine.shards if scenario.get("check") != "beginning" else ():
         whole = tiny.values(shard.spec.name, shard.spec.shape).reshape(-1)
         shard.truth.copy_(whole[shard.offset : shard.offset + len(shard)])
         shard.publish()
@@ -144,7 +166,14 @@ def traffic(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]
             own = Traffic(engine.mesh.gathered_bytes, engine.mesh.num_gathers) - before
             steps.append(astuple(meter.take() + own))
     blocks = sum(is_block(engine.model, module) for module in engine.model.modules())
-    return {"steps": steps, "model_bytes": local_bytes(engine.model) * engine.mesh.world_size, "blocks": blocks}
+    return {"steps": steps, "model_bytes": local_bytes(engine.model) * engine.mesh.shard_size, "blocks": blocks}
+
+
+def beginning(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """What every rank starts from, as it was built."""
+    prints = [of_model(engine.model, engine.mesh, trainable=trainable) for trainable in (False, True)]
+    buffers = {name: buffer.double().sum().item() for name, buffer in engine.model.named_buffers()}
+    return {"ranks": engine.mesh.gather_objects([prints, buffers, scenario["num_empty"]])}
 
 
 def owners(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +217,7 @@ def merged_rows(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, 
 
 CHECKS = {
     "merged_rows": merged_rows,
+    "beginning": beginning,
     "trajectory": trajectory,
     "exactness": exactness,
     "non_finite": non_finite,

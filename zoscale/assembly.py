@@ -1,20 +1,23 @@
 """From a configuration to what it names: everything that can be refused early, and the engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, init_empty_weights
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale import runtime
 from zoscale.adapters import check_scheme
-from zoscale.config import ConfigError, RunConfig, build
+from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS
+from zoscale.fit import Demand
+from zoscale.mesh import Mesh
 from zoscale.metrics import METRICS, score
 from zoscale.models import (
     ModelSize,
@@ -23,11 +26,13 @@ from zoscale.models import (
     count_parameters,
     load_model,
     load_tokenizer,
+    new_model,
     read_model_config,
 )
 from zoscale.objectives import OBJECTIVES, ChosenLoss, GeneratedLoss, Objective, language_modeling
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
+from zoscale.shard_groups import GroupedAccelerator, cut_up
 from zoscale.shards import ShardedParam, TensorSpec
 from zoscale.tasks import TASKS, Task
 
@@ -126,6 +131,17 @@ def find_objective(name: str, task: Task) -> Objective:
     return GeneratedLoss(score(name)) if task.generates else ChosenLoss(score(name))
 
 
+def demand_of(config: RunConfig) -> Demand:
+    """The memory that a run needs beside its frozen weights."""
+    rows = config.data.micro_batch_size
+    together = -(-build(config.estimator, ESTIMATORS).num_candidates // config.mesh.candidates)
+    limit = config.forward.max_rows or rows * together
+    copies = 1 if config.forward.name == "sequential" else max(1, min(together, limit // rows))
+    state = 0 if config.adapter is not None else 4 + (4 if config.master == "fp32" else 0)
+    width = getattr(torch, config.model.dtype).itemsize
+    return Demand(width, state, rows=rows, tokens=config.data.max_length, copies=copies)
+
+
 def build_engine(
     config: RunConfig,
     architecture: Any,
@@ -144,9 +160,8 @@ def build_engine(
         tokenizer: of the model, where answers are generated.
     """
     _seed(config.seed)
-    model = add_adapter(load_model(config.model, architecture), config.adapter, config.trainable)
     return ZeroOrderEngine(
-        model,
+        build_model(config.model, architecture, config.adapter, accelerator, trainable=config.trainable),
         accelerator=accelerator,
         optimizer=lambda shards, mesh: build(config.optimizer, OPTIMIZERS, shards, mesh),
         probe=build(config.probe, PROBES),
@@ -158,7 +173,57 @@ def build_engine(
         forward=config.forward.name,
         max_rows=config.forward.max_rows,
         tokenizer=tokenizer,
+        candidate_parts=config.mesh.candidates,
     )
+
+
+def build_model(
+    config: ModelConfig,
+    architecture: Any,
+    adapter: Mapping[str, Any] | None,
+    accelerator: Accelerator | None,
+    *,
+    trainable: str | None = None,
+) -> nn.Module:
+    """The model with its adapter, or with the weights that are trained marked.
+
+    In shard groups, and where weights are random, the first rank of each group builds it as it would alone, and the
+    others build it empty: the weights are the same bits for any number of ranks and shard size.
+
+    Raises:
+        ConfigError: see `load_model` and `add_adapter`.
+    """
+    is_grouped = isinstance(accelerator, GroupedAccelerator)
+    is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
+    if accelerator is None or not (is_grouped or (is_sharded and config.id is None)):
+        return add_adapter(load_model(config, architecture), adapter, trainable)
+    mesh, built = accelerator.mesh if is_grouped else Mesh(accelerator.device), list[nn.Module]()
+
+    def build_own() -> None:
+        if mesh.shard_rank == 0:
+            built.append(add_adapter(load_model(config, architecture), adapter, trainable))
+        else:
+            with init_empty_weights(include_buffers=False):
+                built.append(add_adapter(new_model(config, architecture), adapter, trainable))
+
+    with _no_zero(accelerator):
+        mesh.together(build_own)
+    if is_sharded:
+        cut_up(built[0], mesh, accelerator.state.deepspeed_plugin.deepspeed_config)
+    return built[0]
+
+
+@contextmanager
+def _no_zero(accelerator: Accelerator) -> Iterator[None]:
+    """Within, transformers builds models as if there were no ZeRO-3."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if accelerator.state.deepspeed_plugin is not None:
+            set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)  # type: ignore[no-untyped-call]
 
 
 def _seed(seed: int) -> None:

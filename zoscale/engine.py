@@ -22,6 +22,7 @@ from zoscale.noise import Noise
 from zoscale.objectives import GeneratedLoss, Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.probes import PROBES, Direction, Probe
+from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up
 from zoscale.shards import Master, ShardedParam, shard_parameters
 from zoscale.tangent import TangentForward
 from zoscale.weight_fan import WeightFan, find_units
@@ -68,8 +69,8 @@ class ZeroOrderEngine:
 
     Args:
         model: a Hugging Face (or PEFT) causal LM.
-        accelerator: from `zoscale.start`: the model is sharded by ZeRO-3 over all ranks, or whole on each
-            (`Runtime(shard_size=1)`); None = this process alone.
+        accelerator: from `zoscale.start`: the model is sharded by ZeRO-3 over all ranks, within groups of them, or
+            whole on each (`Runtime(shard_size=...)`); None = this process alone.
         optimizer: makes the update rule from this rank's shards and the mesh; a class with its defaults will do.
         probe: what directions look like; None = what goes with the optimizer.
         estimator: which points are evaluated; likewise.
@@ -81,6 +82,8 @@ class ZeroOrderEngine:
             it can, which is wherever modules keep the rows of a batch in order.
         max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
         tokenizer: of the model; needed where answers are generated.
+        candidate_parts: parts that the candidates are cut into, so that ranks share out the candidates of a
+            micro-batch and not only the micro-batches.
 
     Raises:
         ValueError: if nothing is trainable, `fan_out` is asked for and not possible, the optimizer needs another
@@ -102,11 +105,15 @@ class ZeroOrderEngine:
         forward: ForwardName = "auto",
         max_rows: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        candidate_parts: int = 1,
     ) -> None:
         self.model = model
         module = model
         if accelerator is None:
             self.mesh = Mesh(next(model.parameters()).device, ranks=(0, 1))
+        elif isinstance(accelerator, GroupedAccelerator):
+            module = _shard_in_groups(model, accelerator)
+            self.mesh = accelerator.mesh
         elif accelerator.distributed_type == DistributedType.DEEPSPEED:
             module = _shard(model, accelerator)
             self.mesh = Mesh(accelerator.device)
@@ -124,29 +131,30 @@ class ZeroOrderEngine:
         self.noise = Noise(seed, compiled=compiled)
         self.answers = AnswerModel(module, model)
         self.generator = Generator(self.answers, tokenizer, self.mesh) if tokenizer is not None else None
-        self.forward = self._choose_forward(forward, max_rows)
+        self.forward = self._choose_forward(forward, max_rows, candidate_parts)
         self.num_steps = 0
 
-    def _choose_forward(self, name: ForwardName, max_rows: int | None) -> Forward:
+    def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int) -> Forward:
         if self.estimator.takes_derivatives:
-            return self._tangent_forward(name)
+            return self._tangent_forward(name, num_parts)
         if isinstance(self.objective, GeneratedLoss):
             if self.generator is None or name == "fan_out":
                 raise ValueError(
                     "expected a tokenizer and the forward sequential or auto for an objective that generates"
                 )
-            return SequentialForward(self.answers, self.shards, self.mesh, answer=self.generator.texts)
+            answer = self.generator.texts
+            return SequentialForward(self.answers, self.shards, self.mesh, num_parts=num_parts, answer=answer)
         fan = None if name == "sequential" else self._choose_fan()
         if fan is not None:
-            return FanOutForward(self.answers, self.mesh, fan, max_rows=max_rows)
+            return FanOutForward(self.answers, self.mesh, fan, max_rows=max_rows, num_parts=num_parts)
         if name == "fan_out":
             raise ValueError(
                 "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA or a "
                 "weight outside such a module: use auto or sequential"
             )
-        return SequentialForward(self.answers, self.shards, self.mesh)
+        return SequentialForward(self.answers, self.shards, self.mesh, num_parts=num_parts)
 
-    def _tangent_forward(self, name: ForwardName) -> Forward:
+    def _tangent_forward(self, name: ForwardName, num_parts: int) -> Forward:
         if self.answers.module is not self.model:
             raise ValueError(
                 "expected the whole model on every rank (mesh.shard_size=1) for forward gradients, got ZeRO-3, which "
@@ -154,7 +162,7 @@ class ZeroOrderEngine:
             )
         if name == "fan_out":
             raise ValueError("expected the forward auto or sequential for forward gradients, got fan_out")
-        return TangentForward(self.answers, self.shards, self.mesh)
+        return TangentForward(self.answers, self.shards, self.mesh, num_parts=num_parts)
 
     def _choose_fan(self) -> Fan | None:
         pairs = find_lora_pairs(self.model, self.specs)
@@ -224,18 +232,35 @@ def micro_batches(batch: Batch) -> list[MicroBatch]:
 
 def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Hand the model to ZeRO-3 for forward passes only: no optimizer, no gradient hooks, blocks gathered whole."""
-    import deepspeed
-
-    blocks = {type(module) for module in model.modules() if is_block(model, module)}
-    if blocks:
-        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
+    _gather_blocks_whole(model)
     engine: Any = accelerator.prepare(model)
     zero: Any = getattr(engine, "optimizer", None)
     if type(zero).__name__ != "DeepSpeedZeRoOffload":
         raise ValueError(
             f"expected a ZeRO-3 engine without an optimizer, got {type(zero).__name__}; start with zoscale.start()"
         )
+    _remove_gradient_hooks(zero)
+    return engine  # type: ignore[no-any-return]
+
+
+def _shard_in_groups(model: nn.Module, accelerator: GroupedAccelerator) -> nn.Module:
+    """The same within every shard group."""
+    cut_up(model, accelerator.mesh, accelerator.deepspeed)
+    _gather_blocks_whole(model)
+    sharded = GroupSharded(model, accelerator.deepspeed)
+    _remove_gradient_hooks(sharded.optimizer)
+    return sharded
+
+
+def _gather_blocks_whole(model: nn.Module) -> None:
+    import deepspeed
+
+    blocks = {type(module) for module in model.modules() if is_block(model, module)}
+    if blocks:
+        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
+
+
+def _remove_gradient_hooks(zero: Any) -> None:
     for handle in zero.backward_hooks:
         handle.remove()
     zero.backward_hooks.clear()
-    return engine  # type: ignore[no-any-return]

@@ -1,13 +1,14 @@
 """`FanOutForward`: the losses of all candidates in one pass; each layer is gathered and read once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from zoscale.batch import MicroBatch
+from zoscale.division import Division, Item, cut
 from zoscale.estimators import Candidate
 from zoscale.fan import Fan, Rows
-from zoscale.forward import Losses, local_batches, reduce_losses
+from zoscale.forward import Losses, reduce_losses
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel, tokens_per_pass
 from zoscale.objectives import Objective
@@ -22,38 +23,53 @@ class FanOutForward:
         mesh: the ranks that share the micro-batches.
         fan: gives each candidate its weights.
         max_rows: rows of one pass; more are cut by candidates. None = as `tokens_per_pass` says.
+        num_parts: parts of the candidates that are shared out to the ranks, like micro-batches.
     """
 
-    def __init__(self, model: AnswerModel, mesh: Mesh, fan: Fan, *, max_rows: int | None = None) -> None:
+    def __init__(
+        self, model: AnswerModel, mesh: Mesh, fan: Fan, *, max_rows: int | None = None, num_parts: int = 1
+    ) -> None:
         self.model = model
         self.mesh = mesh
         self.fan = fan
         self.max_rows = max_rows
         self.max_tokens = tokens_per_pass(model.model)
+        self.num_parts = num_parts
         self.shared = SharedRows(model.model)
 
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
         """See `Forward`."""
-        own, local = local_batches(self.mesh, batches)
-        passing = self.fan.prepare(candidates)
-        table = torch.zeros(len(candidates) + 1, len(local), dtype=torch.float64, device=self.mesh.device)
-        for turn, batch in enumerate(local):
-            for which in self._chunks(len(candidates), batch):
+        division = Division(self.mesh, len(batches), len(candidates), self.num_parts, together=False)
+        items = division.items()
+        places = _places(items)
+        passing = self.fan.prepare([candidates[number] for number in places])
+        num_passes = max(self._num_passes(part, batch) for part in division.parts for batch in batches)
+        table = division.new_table(items)
+        for turn, item in enumerate(items):
+            batch = batches[item.batch].to(self.mesh.device)
+            for which in cut(item.candidates, num_passes):
                 shared = self.shared.blocks(candidates[which])
                 rows = _rows(batch, which.stop - which.start, shared)
-                with self.shared.once(shared, rows), passing(which, rows):
+                prepared = slice(places[which.start], places[which.start] + rows.copies)
+                with self.shared.once(shared, rows), passing(prepared, rows):
                     answers = self.model.answer_logprobs(batch.repeat(rows.copies)).chunk(rows.copies)
-                for number, logprobs in enumerate(answers, start=which.start):
-                    table[number, turn], table[-1, turn] = objective(logprobs, batch)
-        return reduce_losses(self.mesh.gather_items(table, len(batches)).tolist(), local[:own])
+                for row, logprobs in enumerate(answers, start=which.start - item.candidates.start):
+                    table[row, turn], table[-1, turn] = objective(logprobs, batch)
+        return reduce_losses(division.gather(table), items, batches)
 
-    def _chunks(self, num_candidates: int, batch: MicroBatch) -> Iterator[slice]:
+    def _num_passes(self, part: slice, batch: MicroBatch) -> int:
+        """Passes that a part of the candidates takes on a micro-batch; all ranks do as many as the longest takes."""
+        length: int = part.stop - part.start
         rows, tokens = batch.input_ids.shape
         limit = self.max_tokens // tokens if self.max_rows is None else self.max_rows
-        size = max(1, limit // rows)
-        for first in range(0, num_candidates, size):
-            yield slice(first, min(first + size, num_candidates))
+        return -(-length // max(1, limit // rows))
+
+
+def _places(items: Sequence[Item]) -> dict[int, int]:
+    """The numbers of the candidates that the items name, each with its place among them."""
+    numbers = sorted({number for item in items for number in range(item.candidates.start, item.candidates.stop)})
+    return {number: place for place, number in enumerate(numbers)}
 
 
 def _rows(batch: MicroBatch, copies: int, shared: Sequence[torch.nn.Module]) -> Rows:

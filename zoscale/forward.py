@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, Protocol, Self
 
 import torch
 
 from zoscale.batch import MicroBatch
+from zoscale.division import Division, Item
 from zoscale.estimators import Candidate
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel
@@ -56,6 +58,8 @@ class SequentialForward:
         model: answers for micro-batches.
         shards: this rank's slices of the trainable tensors.
         mesh: the ranks that share the micro-batches.
+        num_parts: parts of the candidates that are shared out too, to shard groups: within one, all ranks read the
+            same perturbed shards.
         answer: what the objective reads of a micro-batch; None = the log-probabilities of its answer tokens.
     """
 
@@ -65,30 +69,30 @@ class SequentialForward:
         shards: Sequence[ShardedParam],
         mesh: Mesh,
         *,
+        num_parts: int = 1,
         answer: Callable[[MicroBatch], Any] | None = None,
     ) -> None:
         self.model = model
         self.shards = shards
         self.mesh = mesh
+        self.num_parts = num_parts
         self.answer = answer or model.answer_logprobs
 
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
         """See `Forward`."""
-        own, local = local_batches(self.mesh, batches)
-        table = torch.zeros(len(candidates) + 1, len(local), dtype=torch.float64, device=self.mesh.device)
-        for number, candidate in enumerate(candidates):
-            with perturbed(self.shards, candidate):
-                for turn, batch in enumerate(local):
-                    table[number, turn], table[-1, turn] = objective(self.answer(batch), batch)
-        return reduce_losses(self.mesh.gather_items(table, len(batches)).tolist(), local[:own])
-
-
-def local_batches(mesh: Mesh, batches: Sequence[MicroBatch]) -> tuple[int, list[MicroBatch]]:
-    """How many micro-batches are this rank's own, and as many as every rank runs: its own, then repeated ones."""
-    mine, turns = mesh.share(len(batches))
-    surplus = [mesh.rank % len(batches)] * (turns - len(mine))
-    return len(mine), [batches[item].to(mesh.device) for item in mine + surplus]
+        division = Division(self.mesh, len(batches), len(candidates), self.num_parts, together=True)
+        items = division.items()
+        local = {item.batch: batches[item.batch].to(self.mesh.device) for item in items}
+        table = division.new_table(items)
+        for _, run in groupby(enumerate(items), key=lambda turn: turn[1].candidates):
+            turns = list(run)
+            for row, candidate in enumerate(candidates[turns[0][1].candidates]):
+                with perturbed(self.shards, candidate):
+                    for turn, item in turns:
+                        batch = local[item.batch]
+                        table[row, turn], table[-1, turn] = objective(self.answer(batch), batch)
+        return reduce_losses(division.gather(table), items, batches)
 
 
 @contextmanager
@@ -110,13 +114,20 @@ def perturbed(shards: Sequence[ShardedParam], candidate: Candidate) -> Iterator[
             shard.restore()
 
 
-def reduce_losses(table: list[list[float]], own: Sequence[MicroBatch]) -> Losses:
-    """Sum in micro-batch order in float64: the same bits at any world size."""
+def reduce_losses(table: list[list[float]], items: Sequence[Item], batches: Sequence[MicroBatch]) -> Losses:
+    """Sum in micro-batch order in float64: the same bits at any world size.
+
+    Args:
+        table: [K + 1][B], from `Division.gather`.
+        items: that this rank computed.
+        batches: the micro-batches.
+    """
     *sums, counts = table
     count = sum(counts)
+    own = [(batches[i.batch], i.candidates.stop - i.candidates.start) for i in items if i.is_own]
     return Losses(
         tuple(sum(row) / count for row in sums),
         count,
-        len(sums) * sum(batch.num_tokens for batch in own),
-        len(sums) * sum(batch.num_examples for batch in own),
+        sum(times * batch.num_tokens for batch, times in own),
+        sum(times * batch.num_examples for batch, times in own),
     )

@@ -5,6 +5,7 @@ out the micro-batches, whatever their group.
 """
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -24,10 +25,11 @@ class Mesh:
     Args:
         device: where this rank computes.
         ranks: (rank, world size) instead of the process group's; (0, 1) is this process alone.
-        shard_size: ranks per shard group: all (None), or 1, where every rank holds the whole model.
+        shard_size: consecutive ranks per shard group: all (None), down to 1, where every rank holds the whole model.
+        shard_group: from `new_shard_group`, for sizes between one and all.
 
     Raises:
-        ValueError: for another size.
+        ValueError: for a size that does not divide the number of ranks.
     """
 
     def __init__(
@@ -36,14 +38,16 @@ class Mesh:
         *,
         ranks: tuple[int, int] | None = None,
         shard_size: int | None = None,
+        shard_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.device = torch.device(device)
         joined = dist.is_available() and dist.is_initialized()
         group = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         self.rank, self.world_size = ranks or group
         self.shard_size = self.world_size if shard_size is None else shard_size
-        if self.shard_size not in (1, self.world_size):
-            raise ValueError(f"expected shard_size 1 or {self.world_size} (all ranks), got {shard_size}")
+        if self.world_size % self.shard_size:
+            raise ValueError(f"expected a shard_size that divides {self.world_size} ranks, got {shard_size}")
+        self.shard_group = shard_group
         self.stop_wanted = False
         self.stop_agreed = False
         self.num_gathers = 0
@@ -113,15 +117,15 @@ class Mesh:
         """
         if self.shard_size == 1:
             return [local for local, _ in slices]
-        sizes = [-(-numel // self.world_size) for _, numel in slices]
+        sizes = [-(-numel // self.shard_size) for _, numel in slices]
         packed = torch.zeros(sum(sizes), dtype=slices[0][0].dtype, device=self.device)
         for part, (local, _) in zip(torch.split(packed, sizes), slices, strict=True):
             part[: local.numel()] = local
-        flat = torch.empty(self.world_size * packed.numel(), dtype=packed.dtype, device=self.device)
-        dist.all_gather_into_tensor(flat, packed)
+        flat = torch.empty(self.shard_size * packed.numel(), dtype=packed.dtype, device=self.device)
+        dist.all_gather_into_tensor(flat, packed, group=self.shard_group)
         self.num_gathers += 1
         self.gathered_bytes += flat.nbytes
-        whole = flat.view(self.world_size, -1)
+        whole = flat.view(self.shard_size, -1)
         return [
             part.reshape(-1)[:numel].to(local.device)
             for part, (local, numel) in zip(torch.split(whole, sizes, dim=1), slices, strict=True)
@@ -140,7 +144,7 @@ class Mesh:
         if self.shard_size == 1:
             return lambda: packed
         into = packed.new_empty(sum(received))
-        work = dist.all_to_all_single(into, packed, list(received), list(sent), async_op=True)
+        work = dist.all_to_all_single(into, packed, list(received), list(sent), group=self.shard_group, async_op=True)
         self.num_gathers += 1
         self.gathered_bytes += into.nbytes
 
@@ -149,6 +153,18 @@ class Mesh:
             return into
 
         return finish
+
+    def spread(self, tensor: Tensor) -> None:
+        """Overwrite a contiguous tensor on the mesh's device with that of the shard group's first rank."""
+        if self.shard_size > 1:
+            dist.broadcast(tensor.view(-1).view(torch.uint8), group=self.shard_group, group_src=0)
+
+    def spread_object(self, value: Any) -> Any:
+        """The small picklable value of the shard group's first rank."""
+        values = [value]
+        if self.shard_size > 1:
+            dist.broadcast_object_list(values, group=self.shard_group, group_src=0)
+        return values[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Small picklable values of all ranks, in rank order."""
@@ -185,3 +201,14 @@ class Mesh:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
+
+
+def new_shard_group(size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """The process group of this rank's shard group. A collective of all ranks: each makes all groups, in one order.
+
+    Args:
+        size: consecutive ranks per group; divides the number of ranks.
+        timeout: of its collectives.
+    """
+    group: dist.ProcessGroup = dist.new_subgroups(size, timeout=timeout)[0]  # type: ignore[no-untyped-call]
+    return group

@@ -154,30 +154,45 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
         ConfigError: if there are no safetensors weights and pickles were not allowed, the weights cannot be read, or
             an option does not fit the model.
     """
-    dtype = getattr(torch, config.dtype)
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
-    if config.attention is not None:
-        options["attn_implementation"] = config.attention
+    if config.id is None:
+        return new_model(config, architecture)
     try:
-        if config.id is None:
-            return cast(PreTrainedModel, _auto_model().from_config(architecture, **options))
         loaded = _auto_model().from_pretrained(
             config.id,
             config=architecture,
             revision=config.revision,
             use_safetensors=None if config.allow_pickle else True,
             weights_only=True,
-            **options,
+            **_model_options(config),
         )
         return cast(PreTrainedModel, loaded)
     except (ValueError, ImportError) as error:
-        raise ConfigError(
-            "model options that fit the model", _first_line(error), "correct the section model"
-        ) from error
+        raise _misfit(error) from error
     except OSError as error:
         pickles = "pickled weights are loaded only with model.allow_pickle=true"
         remedy = "check model.id" if config.allow_pickle else pickles
         raise ConfigError(f"readable safetensors weights at {config.id}", _first_line(error), remedy) from error
+
+
+def new_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
+    """The model with random weights; whatever `config.id` says, nothing is read.
+
+    Raises:
+        ConfigError: if an option does not fit the model.
+    """
+    try:
+        return cast(PreTrainedModel, _auto_model().from_config(architecture, **_model_options(config)))
+    except (ValueError, ImportError) as error:
+        raise _misfit(error) from error
+
+
+def _model_options(config: ModelConfig) -> dict[str, Any]:
+    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    return options | ({} if config.attention is None else {"attn_implementation": config.attention})
+
+
+def _misfit(error: Exception) -> ConfigError:
+    return ConfigError("model options that fit the model", _first_line(error), "correct the section model")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -66,7 +66,8 @@ def make_plan(config: RunConfig, ranks: int, device: Device, *, tokens: int | No
     fo = shapes.run(job.micro_batch, job.tokens, backward=True)
     budget = device.memory - reserve * GIB
     fitting = smallest_shard(shapes, job, zo, budget)
-    shard_size = config.mesh.shard_size or fitting or ranks
+    wanted = config.mesh.shard_size
+    shard_size = wanted if isinstance(wanted, int) else fitting or ranks
     base = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code).total
     return {
         "model": config.model.id or architecture.model_type,

@@ -4,7 +4,7 @@ from typing import Any
 
 from zoscale import provenance, runtime
 from zoscale.agreement import check_agreement
-from zoscale.assembly import Plan, build_engine, plan
+from zoscale.assembly import Plan, build_engine, demand_of, plan
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.export import save_trained, write_origin
@@ -14,6 +14,7 @@ from zoscale.preemption import Preempted, end_on_signals
 from zoscale.recovery import header_of
 from zoscale.run_directory import RunDirectory, write_json
 from zoscale.run_report import conclude, describe, say
+from zoscale.shard_groups import shard_size_of
 from zoscale.tracking import NullTracker, Tracker
 from zoscale.trainer import Trainer
 from zoscale.watchdog import Watchdog
@@ -49,9 +50,10 @@ def _run(config: RunConfig) -> dict[str, Any]:
             threads=config.runtime.threads,
         ),
         size=made.size,
+        demand=demand_of(config),
     )
     mesh = Mesh(accelerator.device)
-    check_agreement(mesh, _facts(config, made))
+    check_agreement(mesh, {**_facts(config, made), "number of ranks per copy": shard_size_of(accelerator)})
     directory = _enter(config, mesh)
     summary = mesh.on_main(directory.read_summary)
     if summary is None:

@@ -27,7 +27,8 @@ def describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan, directory: 
     log(f"run directory: {directory.path}")
     log(
         f"model: {size.total:,} parameters, {config.model.dtype}; trainable: {engine.num_trainable:,} in "
-        f"{len(engine.specs)} tensors; ranks: {engine.mesh.world_size}; slices: {slices}"
+        f"{len(engine.specs)} tensors; ranks: {engine.mesh.world_size}, {engine.mesh.shard_size} per copy; "
+        f"slices: {slices}"
     )
     log(
         f"expected memory per rank: {_mb(max(resident))} shard + {_mb(masters)} master + about {_mb(largest)} gathered "

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
 from zoscale.config import ConfigError
+from zoscale.fit import Demand, memory_of_a_rank, smallest_shard_size
 from zoscale.launcher import obey
 from zoscale.models import ModelSize
+from zoscale.shard_groups import GroupedAccelerator
 
 ZERO3: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -42,15 +44,15 @@ class Runtime:
     Args:
         dtype: compute dtype of the frozen weights: float32, bfloat16 or float16.
         deepspeed: DeepSpeed configuration (ZeRO-3, no optimizer); None = `ZERO3`.
-        shard_size: ranks that hold the model together: all of them (None), or 1, where each holds it whole and
-            nothing is gathered.
+        shard_size: consecutive ranks that hold one copy of the model together: all of them (None), fewer, or 1,
+            where each holds it whole and nothing is gathered; "auto" is as few as have the memory.
         timeout_minutes: of collectives; a rank that waits longer takes the job down.
         threads: torch CPU threads per rank; None = torch's default.
     """
 
     dtype: str = "float32"
     deepspeed: Mapping[str, Any] | None = None
-    shard_size: int | None = None
+    shard_size: int | Literal["auto"] | None = None
     timeout_minutes: float = 10.0
     threads: int | None = None
 
@@ -118,7 +120,9 @@ def fill_deepspeed_config(config: Mapping[str, Any], dtype: str, size: ModelSize
     return filled
 
 
-def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> Accelerator:
+def start(
+    runtime: Runtime | None = None, *, size: ModelSize | None = None, demand: Demand | None = None
+) -> Accelerator:
     """Join the processes that the launcher started, or be the only one. Call it before the model is built.
 
     Models built afterwards with `from_pretrained` or `from_config` are sharded at once.
@@ -126,10 +130,12 @@ def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> A
     Args:
         runtime: how to run.
         size: of the model to come, for the bounds on memory.
+        demand: memory that the run takes beside it, for `shard_size="auto"`.
 
     Raises:
         ConfigError: for a DeepSpeed configuration that cannot train forward-only, a launcher that was told something
-            else than the run, or processes that did not join.
+            else than the run, a shard size that does not divide the number of processes, or processes that did not
+            join.
     """
     runtime = runtime or Runtime()
     if runtime.threads is not None:
@@ -137,28 +143,54 @@ def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> A
     obey(runtime.dtype)
     _skip_shm_build()
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
-    plugin = _plugin(runtime, size)
-    group = InitProcessGroupKwargs(
-        backend="nccl" if torch.cuda.is_available() else "gloo",
-        timeout=timedelta(minutes=runtime.timeout_minutes),
-    )
-    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[group])
     launched = int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(minutes=runtime.timeout_minutes)
+    accelerator = _accelerator(runtime, size, _shard_size(runtime, size, demand, launched), timeout)
     if accelerator.num_processes != launched:
         raise ConfigError(f"{launched} processes", str(accelerator.num_processes), "check the launcher")
     return accelerator
 
 
-def _plugin(runtime: Runtime, size: ModelSize | None) -> DeepSpeedPlugin | None:
-    """ZeRO-3 over all ranks, or no DeepSpeed at all, whatever the launcher was told."""
-    if runtime.shard_size == 1:
+def _shard_size(runtime: Runtime, size: ModelSize | None, demand: Demand | None, launched: int) -> int:
+    """A size that divides the number of processes."""
+    if runtime.shard_size == "auto":
+        if size is None:
+            raise ConfigError("the model's size for shard_size auto", "none", "pass size=count_parameters(...)")
+        demand = demand or Demand(weight_bytes=getattr(torch, runtime.dtype).itemsize)
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
+        memory = memory_of_a_rank(per_node)
+        return smallest_shard_size(size, demand, world_size=launched, ranks_per_node=per_node, memory=memory)
+    shard_size = launched if runtime.shard_size is None else runtime.shard_size
+    if shard_size < 1 or launched % shard_size:
+        sizes = ", ".join(str(size) for size in range(1, launched + 1) if launched % size == 0)
+        remedy = f"set mesh.shard_size to one of {sizes}, or start another number of ranks"
+        raise ConfigError(f"mesh.shard_size to divide the number of ranks ({launched})", str(shard_size), remedy)
+    return shard_size
+
+
+def _accelerator(runtime: Runtime, size: ModelSize | None, shard_size: int, timeout: timedelta) -> Accelerator:
+    """ZeRO-3 over all ranks or within groups, or no DeepSpeed at all, whatever the launcher was told."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    options: dict[str, Any] = {"kwargs_handlers": [InitProcessGroupKwargs(backend=backend, timeout=timeout)]}
+    is_one_group = shard_size == int(os.environ["WORLD_SIZE"])
+    is_whole = shard_size == 1 and runtime.shard_size is not None
+    if is_whole or not is_one_group:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
-        return None
-    if runtime.shard_size is not None and runtime.shard_size != int(os.environ["WORLD_SIZE"]):
-        expected = f"shard_size 1 or all {os.environ['WORLD_SIZE']} ranks"
-        raise ConfigError(expected, str(runtime.shard_size), "set mesh.shard_size to 1 or null")
+    if is_whole:
+        return Accelerator(**options)
     config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
-    return DeepSpeedPlugin(hf_ds_config=fill_deepspeed_config(config, runtime.dtype, size), zero3_init_flag=True)
+    filled = fill_deepspeed_config(config, runtime.dtype, size)
+    if not is_one_group:
+        _refuse_hpz(filled)
+        return GroupedAccelerator(shard_size=shard_size, deepspeed=filled, timeout=timeout, **options)
+    return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=True), **options)
+
+
+def _refuse_hpz(config: Mapping[str, Any]) -> None:
+    """Secondary shards make groups over all ranks, whatever the shard groups are."""
+    if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+        remedy = "remove it, or set mesh.shard_size to null"
+        raise ConfigError("no zero_hpz_partition_size beside mesh.shard_size", "one", remedy)
 
 
 def stop() -> None:

@@ -12,8 +12,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoscale.batch import MicroBatch
+from zoscale.division import Division
 from zoscale.estimators import Candidate
-from zoscale.forward import Losses, local_batches, perturbed, reduce_losses
+from zoscale.forward import Losses, perturbed, reduce_losses
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel
 from zoscale.objectives import Objective
@@ -30,24 +31,28 @@ class TangentForward:
         model: answers for micro-batches; whole in this process.
         shards: the trainable tensors, whole.
         mesh: the ranks that share the micro-batches.
+        num_parts: parts of the candidates that are shared out too.
     """
 
-    def __init__(self, model: AnswerModel, shards: Sequence[ShardedParam], mesh: Mesh) -> None:
+    def __init__(self, model: AnswerModel, shards: Sequence[ShardedParam], mesh: Mesh, *, num_parts: int = 1) -> None:
         self.model = model
         self.shards = shards
         self.mesh = mesh
+        self.num_parts = num_parts
 
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
         """See `Forward`."""
-        own, local = local_batches(self.mesh, batches)
-        table = torch.zeros(len(candidates) + 1, len(local), dtype=torch.float64, device=self.mesh.device)
-        for number, candidate in enumerate(candidates):
-            with self._model_at(candidate) as model:
-                for turn, batch in enumerate(local):
+        division = Division(self.mesh, len(batches), len(candidates), self.num_parts, together=False)
+        items = division.items()
+        table = division.new_table(items)
+        for turn, item in enumerate(items):
+            batch = batches[item.batch].to(self.mesh.device)
+            for row, candidate in enumerate(candidates[item.candidates]):
+                with self._model_at(candidate) as model:
                     loss, table[-1, turn] = objective(model.answer_logprobs(batch), batch)
-                    table[number, turn] = _tangent(loss) if candidate.is_derivative else loss
-        return reduce_losses(self.mesh.gather_items(table, len(batches)).tolist(), local[:own])
+                    table[row, turn] = _tangent(loss) if candidate.is_derivative else loss
+        return reduce_losses(division.gather(table), items, batches)
 
     @contextmanager
     def _model_at(self, candidate: Candidate) -> Iterator[AnswerModel]:

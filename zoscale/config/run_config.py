@@ -120,9 +120,9 @@ class RunConfig:
         """Ten hex digits that name what is computed.
 
         Left out, because they change where results go, how long one waits or who computes, not what is computed:
-        name, output_dir, resume, overwrite, mesh, checkpoint, tracking and of runtime all but deepspeed and noise. Of
-        a model, tokenizer or DeepSpeed file the path counts, not its content; of a function its name. Equal numbers
-        count alike: 1 is 1.0.
+        name, output_dir, resume, overwrite, checkpoint, tracking, of mesh all but candidates, which shapes the passes,
+        and of runtime all but deepspeed and noise. Of a model, tokenizer or DeepSpeed file the path counts, not its
+        content; of a function its name. Equal numbers count alike: 1 is 1.0.
         """
         text = json.dumps(_canonical(self.identity()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -130,8 +130,9 @@ class RunConfig:
     def identity(self) -> dict[str, Any]:
         """The part of `to_dict` that `hash` names."""
         tree = self.to_dict()
-        for key in ("name", "output_dir", "resume", "overwrite", "mesh", "checkpoint", "tracking"):
+        for key in ("name", "output_dir", "resume", "overwrite", "checkpoint", "tracking"):
             del tree[key]
+        tree["mesh"] = {"candidates": tree["mesh"]["candidates"]}
         for key in ("timeout_minutes", "stall_seconds", "threads"):
             del tree["runtime"][key]
         return tree
@@ -253,7 +254,8 @@ _MINIMUM = {
     "train.steps": 0, "train.eval_every": 0,
     "train.log_every": 1, "train.eval_micro_batch_size": 1, "train.max_skipped_in_row": 0,
     "schedule.warmup_steps": 0, "runtime.threads": 1, "checkpoint.every": 0, "checkpoint.keep": 1,
-    "checkpoint.journal_sync_every": 1, "mesh.shard_size": 1, "forward.max_rows": 1, "mesh.check_every": 1,
+    "checkpoint.journal_sync_every": 1, "mesh.shard_size": 1, "mesh.candidates": 1,
+    "forward.max_rows": 1, "mesh.check_every": 1,
 }  # fmt: skip
 
 

@@ -109,15 +109,19 @@ class ForwardConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How ranks hold the model; the trajectory does not depend on it.
+    """How ranks hold the model and share out the work; the estimates do not depend on it.
 
     Args:
-        shard_size: Ranks that hold one copy of the model together; null is all of them (ZeRO-3), 1 puts the whole
-            model on every rank, which then gathers nothing.
+        shard_size: Ranks that hold one copy of the model together, which divides their number; null is all of them
+            (ZeRO-3), 1 puts the whole model on every rank, which then gathers nothing; auto is as few as have the
+            memory, by an estimate.
+        candidates: Parts that the candidates are cut into, so that ranks take different candidates of the same
+            micro-batch; for more ranks than micro-batches.
         check_every: Steps between comparisons of the replicas' weights, which stop the run if they differ.
     """
 
-    shard_size: int | None = None
+    shard_size: int | Literal["auto"] | None = None
+    candidates: int = 1
     check_every: int = 100
 
 

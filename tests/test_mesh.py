@@ -1,0 +1,256 @@
+"""Shard groups between one rank and all: four ranks as 2 x 2 under real ZeRO-3, against one rank alone."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import zero3_worker
+from jobs import FULL as FULL_TUNING
+from jobs import SHORT, JobServer, result_bytes, run_dir_of, steps_done, wait_for_step
+from processes import ROOT, torchrun
+from safetensors.torch import load_file
+from test_zero3 import BLOCK, FOUR, FULL, LLAMA, LORA, MUON, ONE_SIDED, SIGN, STEPS, TWO, assert_same_bits
+
+from zoscale.config import ConfigError
+from zoscale.division import Division
+from zoscale.fit import Demand, rank_bytes, smallest_shard_size
+from zoscale.mesh import Mesh
+from zoscale.models import ModelSize
+from zoscale.runtime import Runtime, start
+
+FAN = {"forward": "fan_out"}
+TWO_BY_TWO = {"shard_size": 2}
+TRAJECTORIES: dict[str, dict[str, Any]] = {
+    "sign_full": FULL | SIGN | BLOCK | TWO | TWO_BY_TWO,
+    "sign_full_fan": FULL | SIGN | BLOCK | TWO | FAN | TWO_BY_TWO,
+    "sign_lora": LORA | SIGN | BLOCK | TWO | TWO_BY_TWO | {"zero": {"stage3_param_persistence_threshold": 640}},
+    "sign_lora_fan": LLAMA | SIGN | BLOCK | FOUR | FAN | TWO_BY_TWO,
+    "sign_lora_fan_bf16": LLAMA | SIGN | BLOCK | TWO | FAN | TWO_BY_TWO | {"dtype": "bfloat16"},
+    "sign_full_parts": FULL | SIGN | BLOCK | FOUR | TWO_BY_TWO | {"parts": 3},
+    "sign_full_fan_parts": FULL | SIGN | BLOCK | FOUR | FAN | TWO_BY_TWO | {"parts": 4, "max_rows": 2},
+    "sign_lora_fan_parts": LORA | SIGN | BLOCK | ONE_SIDED | FAN | TWO_BY_TWO | {"parts": 2},
+    "sign_lora_whole_parts": LORA | SIGN | BLOCK | FOUR | FAN | {"shard_size": 1, "parts": 3},
+    "muon_full": FULL | MUON | BLOCK | TWO | TWO_BY_TWO,
+    "muon_lora_fan": LORA | MUON | BLOCK | FOUR | FAN | TWO_BY_TWO,
+}  # fmt: skip
+RANDOM = {"config": tiny.ARCHITECTURES["llama"], "check": "beginning"}
+CHECKS: dict[str, dict[str, Any]] = {
+    "beginning_loaded": LLAMA | SIGN | BLOCK | TWO | TWO_BY_TWO | {"check": "beginning"},
+    "beginning_random": LORA | SIGN | BLOCK | TWO | TWO_BY_TWO | RANDOM,
+    "resident": LORA | SIGN | BLOCK | TWO | TWO_BY_TWO | {"check": "resident", "dtype": "bfloat16"},
+    "traffic": FULL | SIGN | BLOCK | FOUR | FAN | TWO_BY_TWO | {"check": "traffic"},
+    "beginning_all": LORA | SIGN | BLOCK | TWO | RANDOM,  # last: Accelerate does not forget that it used DeepSpeed
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("models")
+    models = {name: str(tiny.save_model(name, folder / name)) for name in tiny.ARCHITECTURES}
+    both = (TRAJECTORIES | CHECKS).items()
+    return {name: {"name": name, "model": models[s["arch"]], "steps": STEPS, **s} for name, s in both}
+
+
+@pytest.fixture(scope="module")
+def job(scenarios: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All scenarios in one job of four ranks."""
+    out = tmp_path_factory.mktemp("groups")
+    (out / "scenarios.json").write_text(json.dumps(list(scenarios.values())))
+    torchrun(4, zero3_worker.__file__, str(out / "scenarios.json"), str(out), timeout=420)
+    return out
+
+
+def alone(scenario: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What the scenario gives in this process, without any sharding."""
+    torch.set_num_threads(1)
+    engine = zero3_worker.engine_of(dict(scenario), None)
+    report = zero3_worker.CHECKS[scenario.get("check", "trajectory")](engine, {**scenario, "num_empty": 0})
+    return json.loads(json.dumps(report)), zero3_worker.weights(engine)
+
+
+@pytest.mark.parametrize("name", TRAJECTORIES)
+def test_groups_equal_one_rank(job: Path, scenarios: dict[str, Any], name: str) -> None:
+    """Losses, projected gradients and weights: the same bits; Muon's to 1e-5."""
+    report = json.loads((job / f"{name}.json").read_text())
+    weights = load_file(job / f"{name}.safetensors")
+    expected, expected_weights = alone(scenarios[name])
+    if "muon" in name:
+        torch.testing.assert_close(torch.tensor(report["losses"]), torch.tensor(expected["losses"]), rtol=0, atol=1e-5)
+        for tensor, value in weights.items():
+            torch.testing.assert_close(value, expected_weights[tensor], rtol=1e-5, atol=1e-5)
+    else:
+        assert report == expected
+        assert_same_bits(weights, expected_weights)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAJECTORIES if "parts" in name])
+def test_parts_of_the_candidates_give_the_same_estimate(job: Path, scenarios: dict[str, Any], name: str) -> None:
+    """As one rank that takes all candidates together, to rounding; pass by pass it is the same bits."""
+    losses = json.loads((job / f"{name}.json").read_text())["losses"]
+    unsplit = alone({**scenarios[name], "parts": 1, "max_rows": None, "steps": 2})[0]["losses"]
+    if "fan" in name or "whole" in name:
+        torch.testing.assert_close(torch.tensor(losses[:2]), torch.tensor(unsplit), rtol=1e-5, atol=1e-5)
+    else:
+        assert losses[:2] == unsplit
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("beginning")])
+def test_every_group_starts_from_the_bits_of_one_rank(job: Path, scenarios: dict[str, Any], name: str) -> None:
+    """Loaded and random weights, LoRA's A, buffers that no checkpoint holds; only a group's first rank builds them."""
+    ranks = json.loads((job / f"{name}.json").read_text())["ranks"]
+    ((prints, buffers, _),) = alone(scenarios[name])[0]["ranks"]
+    assert any("inv_freq" in buffer for buffer in buffers)
+    assert [rank[:2] for rank in ranks] == [[prints, buffers]] * 4
+    empty = [rank[2] > 0 for rank in ranks]
+    assert empty == ([False, True] * 2 if "shard_size" in scenarios[name] else [False] * 4)
+
+
+def test_a_group_holds_one_copy_and_gathers_within(job: Path) -> None:
+    """Half the model per rank; a step gathers the model once, whatever the number of candidates."""
+    report = json.loads((job / "resident.json").read_text())
+    assert report["zero"] == "DeepSpeedZeRoOffload"
+    assert report["held"] == 0
+    assert report["dtypes"] == ["torch.bfloat16"]
+    assert report["total"] / 2 <= report["local"] <= report["total"] / 2 * 1.02 + 1024
+    report = json.loads((job / "traffic.json").read_text())
+    for num_bytes, calls in report["steps"][1:]:
+        assert 0.99 * report["model_bytes"] < num_bytes <= report["model_bytes"]
+        assert calls <= report["blocks"] + 6
+
+
+# ------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
+    started = JobServer(tmp_path_factory.mktemp("jobs"))
+    yield started
+    started.close()
+
+
+def test_resume_on_other_groups(server: JobServer) -> None:
+    """2 x 2 -> 2 -> 4 -> 1 along one run: the bytes of one rank; replicas are compared on the way."""
+    options = [*SHORT, *FULL_TUNING, "train.steps=20", "checkpoint.every=3", "mesh.check_every=2", "mesh.candidates=2"]
+    whole, out = server.folder / "whole", server.folder / "elastic"
+    server.run(1, *options, f"output_dir={whole}")
+    for ranks, until, shard_size in ((4, 5, "2"), (2, 10, "auto"), (4, 14, "null")):
+        job = server.start(ranks, *options, f"output_dir={out}", f"mesh.shard_size={shard_size}")
+        wait_for_step(job, out, until)
+        job.kill()
+        job.wait()
+        assert until <= steps_done(out) < 20
+    text = server.run(1, *options, f"output_dir={out}")
+    assert "steps replayed" in text
+    assert result_bytes(out) == result_bytes(whole)
+
+
+def test_groups_that_do_not_come_out_even_are_refused(server: JobServer) -> None:
+    out = server.folder / "uneven"
+    text = server.run(3, *SHORT, f"output_dir={out}", "mesh.shard_size=2", expect=2)
+    assert "expected mesh.shard_size to divide the number of ranks (3), got 2" in text
+    assert "one of 1, 3" in text
+    assert run_dir_of(out) is None
+
+
+def test_weights_that_only_some_ranks_read_are_refused_on_all(server: JobServer, tmp_path: Path) -> None:
+    """The others wait for the first rank of their group: they end with it, and for its reason."""
+    model = shutil.copytree(ROOT / "launch/tiny_opt/model", tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    options = [f"model.id={model}", f"output_dir={server.folder / 'unreadable'}", "mesh.shard_size=2"]
+    assert "expected readable safetensors weights" in server.run(4, *SHORT, *options, expect=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard_size": 3}, "mesh.shard_size to one of 1, 2, 4"),
+        ({"shard_size": 0}, "mesh.shard_size to one of 1, 2, 4"),
+        ({"shard_size": "auto"}, "the model's size"),
+        ({"shard_size": 2, "deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}}, "hpz"),
+    ],
+)
+def test_refused_before_a_process_group_is_joined(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    with pytest.raises(ConfigError, match=message):
+        start(Runtime(**options))
+    assert not torch.distributed.is_initialized()
+
+
+# ------------------------------------------------------------ who takes what
+
+
+@pytest.mark.parametrize(("world", "shard_size"), [(1, 1), (2, 2), (4, 2), (4, 1), (6, 3), (8, 2)])
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 9])
+@pytest.mark.parametrize("num_batches", [1, 3, 4])
+@pytest.mark.parametrize("together", [True, False])
+def test_every_loss_is_taken_once(
+    world: int, shard_size: int, num_parts: int, num_batches: int, *, together: bool
+) -> None:
+    """All ranks take as many turns, those of a group the same candidates where they must; each loss finds its place."""
+    meshes = [Mesh(ranks=(rank, world), shard_size=shard_size) for rank in range(world)]
+    divisions = [Division(mesh, num_batches, 5, num_parts, together=together) for mesh in meshes]
+    turns = [division.items() for division in divisions]
+    assert len({len(items) for items in turns}) == 1
+    own = [(i.batch, k) for items in turns for i in items if i.is_own for k in _numbers(i.candidates)]
+    assert sorted(own) == [(batch, k) for batch in range(num_batches) for k in range(5)]
+    for rank, items in enumerate(turns):
+        first = turns[rank - rank % shard_size]
+        assert not together or [i.candidates for i in items] == [i.candidates for i in first]
+    columns = [_column(divisions[0], turns[rank][turn]) for turn in range(len(turns[0])) for rank in range(world)]
+    meshes[0].gather_items = lambda local, num_items: torch.stack(columns[:num_items], dim=1)  # type: ignore[method-assign]
+    *losses, counts = divisions[0].gather(torch.empty(0))
+    assert losses == [[100.0 * batch + k for batch in range(num_batches)] for k in range(5)]
+    assert counts == [float(batch) for batch in range(num_batches)]
+
+
+def _numbers(part: slice) -> range:
+    return range(part.start, part.stop)
+
+
+def _column(division: Division, item: Any) -> torch.Tensor:
+    column = division.new_table([item])[:, 0]
+    for row, k in enumerate(_numbers(item.candidates)):
+        column[row] = 100 * item.batch + k
+    column[-1] = item.batch
+    return column
+
+
+# ------------------------------------------------------------ automatic shard size
+
+GIB = 2**30
+OPT_13B = ModelSize(total=12_853_473_280, largest_block=314_644_480, outside_blocks=267_694_080)
+LLAMA_70B = ModelSize(total=70_553_706_496, largest_block=855_654_400, outside_blocks=2_101_354_496)
+
+
+@pytest.mark.parametrize(
+    ("size", "world", "per_node", "memory", "expected"),
+    [
+        (OPT_13B, 8, 8, 80, 1),
+        (OPT_13B, 8, 8, 24, 2),
+        (LLAMA_70B, 16, 8, 80, 4),
+        (LLAMA_70B, 6, 6, 80, 3),
+        (LLAMA_70B, 12, 4, 80, 4),  # not 3: groups lie within nodes
+        (LLAMA_70B, 16, 8, 24, 16),  # whole nodes
+        (LLAMA_70B, 2, 2, 24, 2),  # fits nowhere: as small as it goes
+    ],
+)
+def test_the_smallest_group_that_fits(size: ModelSize, world: int, per_node: int, memory: int, expected: int) -> None:
+    demand = Demand(weight_bytes=2, rows=16, tokens=512)
+    found = smallest_shard_size(size, demand, world_size=world, ranks_per_node=per_node, memory=memory * GIB)
+    assert found == expected
+
+
+def test_more_work_or_state_takes_more_memory() -> None:
+    plain = rank_bytes(OPT_13B, Demand(weight_bytes=2), 4)
+    assert OPT_13B.total / 2 < plain < OPT_13B.total
+    assert rank_bytes(OPT_13B, Demand(weight_bytes=2, state_bytes=8), 4) == pytest.approx(plain + 2 * OPT_13B.total)
+    assert rank_bytes(OPT_13B, Demand(weight_bytes=2, rows=32), 4) > plain
+    assert rank_bytes(OPT_13B, Demand(weight_bytes=2), 1) > plain
