@@ -156,12 +156,12 @@ def _no_zero(accelerator: Accelerator) -> Iterator[None]:
     """Within, transformers builds models as if there were no ZeRO-3."""
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()
+    unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if accelerator.state.deepspeed_plugin is not None:
-            set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)
+            set_hf_deepspeed_config(accelerator.state.deepspeed_plugin.dschf)  # type: ignore[no-untyped-call]
 
 
 def _seed(seed: int) -> None:
