@@ -131,17 +131,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
 
 
 def test_resume_on_other_groups(server: JobServer) -> None:
-    """2 x 2 -> 2 -> 4 -> 1 along one run: the bytes of one rank; replicas are compared on the way."""
-    options = [*SHORT, *FULL_TUNING, "train.steps=20", "checkpoint.every=3", "mesh.check_every=2", "mesh.candidates=2"]
+    """2 x 2 -> 2 replicas -> 4 along one run: the bytes of one rank; replicas are compared on the way."""
+    options = [*SHORT, *FULL_TUNING, "train.steps=14", "checkpoint.every=3", "mesh.check_every=2", "mesh.candidates=2"]
     whole, out = server.folder / "whole", server.folder / "elastic"
     server.run(1, *options, f"output_dir={whole}")
-    for ranks, until, shard_size in ((4, 5, "2"), (2, 10, "auto"), (4, 14, "null")):
+    for ranks, until, shard_size in ((4, 5, "2"), (2, 9, "auto")):
         job = server.start(ranks, *options, f"output_dir={out}", f"mesh.shard_size={shard_size}")
         wait_for_step(job, out, until)
         job.kill()
         job.wait()
-        assert until <= steps_done(out) < 20
-    text = server.run(1, *options, f"output_dir={out}")
+        assert until <= steps_done(out) < 14
+    text = server.run(4, *options, f"output_dir={out}")
     assert "steps replayed" in text
     assert result_bytes(out) == result_bytes(whole)
 
