@@ -14,7 +14,7 @@ from jobs import FULL as FULL_TUNING
 from jobs import SHORT, JobServer, result_bytes, run_dir_of, steps_done, wait_for_step
 from processes import ROOT, torchrun
 from safetensors.torch import load_file
-from test_zero3 import BLOCK, FOUR, FULL, LLAMA, LORA, MUON, ONE_SIDED, SIGN, STEPS, TWO, assert_same_bits
+from test_zero3 import BLOCK, FOUR, FULL, LLAMA, LORA, MUON, ONE_SIDED, SIGN, TWO, assert_same_bits
 
 from zoscale.config import ConfigError
 from zoscale.division import Division
@@ -27,16 +27,13 @@ FAN = {"forward": "fan_out"}
 TWO_BY_TWO = {"shard_size": 2}
 TRAJECTORIES: dict[str, dict[str, Any]] = {
     "sign_full": FULL | SIGN | BLOCK | TWO | TWO_BY_TWO,
-    "sign_full_fan": FULL | SIGN | BLOCK | TWO | FAN | TWO_BY_TWO,
     "sign_lora": LORA | SIGN | BLOCK | TWO | TWO_BY_TWO | {"zero": {"stage3_param_persistence_threshold": 640}},
     "sign_lora_fan": LLAMA | SIGN | BLOCK | FOUR | FAN | TWO_BY_TWO,
     "sign_lora_fan_bf16": LLAMA | SIGN | BLOCK | TWO | FAN | TWO_BY_TWO | {"dtype": "bfloat16"},
     "sign_full_parts": FULL | SIGN | BLOCK | FOUR | TWO_BY_TWO | {"parts": 3},
     "sign_full_fan_parts": FULL | SIGN | BLOCK | FOUR | FAN | TWO_BY_TWO | {"parts": 4, "max_rows": 2},
     "sign_lora_fan_parts": LORA | SIGN | BLOCK | ONE_SIDED | FAN | TWO_BY_TWO | {"parts": 2},
-    "sign_lora_whole_parts": LORA | SIGN | BLOCK | FOUR | FAN | {"shard_size": 1, "parts": 3},
     "muon_full": FULL | MUON | BLOCK | TWO | TWO_BY_TWO,
-    "muon_lora_fan": LORA | MUON | BLOCK | FOUR | FAN | TWO_BY_TWO,
 }  # fmt: skip
 RANDOM = {"config": tiny.ARCHITECTURES["llama"], "check": "beginning"}
 CHECKS: dict[str, dict[str, Any]] = {
@@ -53,7 +50,7 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     folder = tmp_path_factory.mktemp("models")
     models = {name: str(tiny.save_model(name, folder / name)) for name in tiny.ARCHITECTURES}
     both = (TRAJECTORIES | CHECKS).items()
-    return {name: {"name": name, "model": models[s["arch"]], "steps": STEPS, **s} for name, s in both}
+    return {name: {"name": name, "model": models[s["arch"]], "steps": 4, **s} for name, s in both}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +90,7 @@ def test_parts_of_the_candidates_give_the_same_estimate(job: Path, scenarios: di
     """As one rank that takes all candidates together, to rounding; pass by pass it is the same bits."""
     losses = json.loads((job / f"{name}.json").read_text())["losses"]
     unsplit = alone({**scenarios[name], "parts": 1, "max_rows": None, "steps": 2})[0]["losses"]
-    if "fan" in name or "whole" in name:
+    if "fan" in name:
         torch.testing.assert_close(torch.tensor(losses[:2]), torch.tensor(unsplit), rtol=1e-5, atol=1e-5)
     else:
         assert losses[:2] == unsplit
@@ -134,17 +131,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
 
 
 def test_resume_on_other_groups(server: JobServer) -> None:
-    """2 x 2 -> 2 -> 4 -> 1 along one run: the bytes of one rank; replicas are compared on the way."""
-    options = [*SHORT, *FULL_TUNING, "train.steps=20", "checkpoint.every=3", "mesh.check_every=2", "mesh.candidates=2"]
+    """2 x 2 -> 2 replicas -> 4 along one run: the bytes of one rank; replicas are compared on the way."""
+    options = [*SHORT, *FULL_TUNING, "train.steps=14", "checkpoint.every=3", "mesh.check_every=2", "mesh.candidates=2"]
     whole, out = server.folder / "whole", server.folder / "elastic"
     server.run(1, *options, f"output_dir={whole}")
-    for ranks, until, shard_size in ((4, 5, "2"), (2, 10, "auto"), (4, 14, "null")):
+    for ranks, until, shard_size in ((4, 5, "2"), (2, 9, "auto")):
         job = server.start(ranks, *options, f"output_dir={out}", f"mesh.shard_size={shard_size}")
         wait_for_step(job, out, until)
         job.kill()
         job.wait()
-        assert until <= steps_done(out) < 20
-    text = server.run(1, *options, f"output_dir={out}")
+        assert until <= steps_done(out) < 14
+    text = server.run(4, *options, f"output_dir={out}")
     assert "steps replayed" in text
     assert result_bytes(out) == result_bytes(whole)
 
