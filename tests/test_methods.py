@@ -325,11 +325,9 @@ RUNS: dict[str, list[str]] = {
     "zo_sgd_conservative": ["optimizer.lr=1e-2"],
     "fzoo": ["optimizer.lr=1e-6", "estimator.num_directions=3"],
     "zo_sgd": ["optimizer.lr=1e-3", "estimator.name=forward_grad", "mesh.shard_size=1"],
-    "zo_muon": ["optimizer.beta=0.5", "optimizer.iteration=power"],
-    "zo_muon_orthogonal": ["optimizer.lr=1e-1"],
     "zo_muon_subspace": ["probe.rank=2", "probe.resample_every=2", "estimator.num_directions=3"],
 }
-STEPS = 6
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +337,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     own = server.folder / "own.yaml"  # without the methods, which each run chooses
     own.write_text("\n".join(line for line in recipe if not line.startswith(("probe:", "estimator:", "optimizer:"))))
     short = [str(own) if word.endswith("quickstart.yaml") else word for word in SHORT]
-    length = [f"train.steps={STEPS}", "checkpoint.every=3", "checkpoint.keep=3"]
+    length = [f"train.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=3"]
     found: dict[str, Path] = {}
     for name, options in RUNS.items():
         out = server.folder / name
@@ -359,7 +357,7 @@ def test_journal_and_checkpoint_lead_to_the_weights_of_the_run(
     journal = Journal.read(run / "journal.bin")
     (path,) = (run / "adapter").glob("*.safetensors")
     expected = load_file(path)
-    for start in (0, 3):
+    for start in (0, 2):
         engine = rebuild(journal.header)
         if start:
             checkpoint.load(engine, run / f"checkpoints/step_{start:08d}", journal.header.config_hash)
