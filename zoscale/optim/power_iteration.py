@@ -7,7 +7,7 @@ from zoscale.noise import Key, Noise, Range
 
 _SWEEPS = 3
 _NOISE = 1e-5  # singular values below this share of the largest are the rounding of the arithmetic
-_EPS = 1e-7
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def partially_orthogonalize(matrix: Tensor, *, rank: int, num_sweeps: int = _SWEEPS) -> Tensor:
@@ -31,7 +31,7 @@ def partially_orthogonalize(matrix: Tensor, *, rank: int, num_sweeps: int = _SWE
     (start,) = Noise(0).normal(Key(0), [Range(0, 0, matrix.shape[1] * k)], matrix.device)
     v = start.view(-1, k)
     a = matrix.float()
-    a = a / (torch.linalg.matrix_norm(a) + _EPS)
+    a = a / a.abs().max().clamp(min=_TINY)
     for _ in range(num_sweeps):
         v = torch.linalg.qr(a.mT @ (a @ v)).Q
     left, values, right = torch.linalg.svd(a @ v, full_matrices=False)
