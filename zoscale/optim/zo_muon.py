@@ -9,7 +9,7 @@ from torch import Tensor
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
 from zoscale.optim.base import Company
-from zoscale.optim.jaguar import JaguarMuon
+from zoscale.optim.jaguar import JaguarMuon, Precision
 from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
 from zoscale.optim.spectral import SpectralOptimizer
 from zoscale.probes import Piece, SubspaceDirection, pieces, product_slice
@@ -29,6 +29,7 @@ class ZOMuon(JaguarMuon):
         scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
         iteration: how to orthogonalise, see `jaguar_muon`.
         power_rank: singular directions that `power` keeps.
+        precision: of the orthogonalisation, see `jaguar_muon`.
         sign_lr_scale: lr factor of the tensors under the sign rule.
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
@@ -46,12 +47,13 @@ class ZOMuon(JaguarMuon):
         scale: Scale = "none",
         iteration: Iteration = "quintic",
         power_rank: int = 16,
+        precision: Precision = "auto",
         sign_lr_scale: float = 0.1,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(
             shards, mesh, lr=lr, beta=beta, weight_decay=weight_decay, scale=scale, iteration=iteration,
-            power_rank=power_rank, sign_lr_scale=sign_lr_scale, groups=groups,
+            power_rank=power_rank, precision=precision, sign_lr_scale=sign_lr_scale, groups=groups,
         )  # fmt: skip
 
     def remember(
