@@ -9,4 +9,8 @@ ruff check zoscale launch tests
 ruff format --check zoscale launch tests
 mypy
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-python -m pytest "$@"
+if [ "$#" -gt 0 ]; then
+  exec python -m pytest "$@"
+fi
+python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
+python -m pytest -m alone
