@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def worker(out: Path) -> None:
     with meters.count_allgathers(meter), deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         pass
     result["gathered_parameters"] = meter.take().num_bytes
-    out.write_text(json.dumps(result))
+    out.write_text(json.dumps(result, default=astuple))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
