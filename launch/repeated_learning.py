@@ -77,7 +77,7 @@ class Settings:
             raise ValueError(f"expected rounds, warmup, steps >= 1, users >= {2 * BATCH}, lr > 0, got {self}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoredBatch(MicroBatch):
     """A micro-batch with the score of each example.
 

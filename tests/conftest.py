@@ -6,8 +6,8 @@ import torch
 ALONE = {
     "test_benchmark", "test_compare_command", "test_doctor", "test_faults", "test_launchers", "test_mesh",
     "test_meters", "test_methods", "test_noise", "test_phases", "test_plan", "test_recipes", "test_recovery",
-    "test_release", "test_replay", "test_schemes", "test_shipped_files", "test_slurm", "test_task_runs", "test_tracking",
-    "test_training", "test_untrusted", "test_watchdog", "test_zero3",
+    "test_release", "test_replay", "test_schemes", "test_shipped_files", "test_slurm", "test_task_runs",
+    "test_tracking", "test_training", "test_untrusted", "test_watchdog", "test_zero3",
 }  # fmt: skip
 """Files that start several processes, or compare times or memory: nothing runs beside them."""
 

@@ -131,7 +131,8 @@ def judge(groups: Sequence[Group], axis: Axis, goal: Goal) -> Verdict | None:
         if (value := Spread.of(values)) is not None:
             cost = _cost_to(target, paid[group.label], goal)
             standings.append(Standing(group, _by_seed(group, values), value, cost))
-    standings.sort(key=lambda standing: standing.value.mean, reverse=not goal.lower_is_better)
+    sign = 1 if goal.lower_is_better else -1
+    standings.sort(key=lambda standing: (sign * standing.value.mean, standing.group.label))
     return Verdict(axis, budget, target, tuple(standings), *_certainty(standings, goal))
 
 
