@@ -1,0 +1,144 @@
+"""Seconds, bytes and collectives of a cell's variants, taken in turns in one process per rank.
+
+python -m bench.measure CELL_JSON OUT_FILE        started by `launch/benchmark.py`, under torchrun for several ranks
+"""
+
+import ctypes
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cells import Cell
+from bench.variants import Bench, build
+from zoscale.mesh import Mesh
+from zoscale.meters import CommMeter, MemoryMeter, Traffic, count_allgathers
+from zoscale.models import is_block
+from zoscale.runtime import stop
+from zoscale.shards import local_bytes, true_numel
+
+_SETTLE = 2  # steps before the timed one where ZeRO-3 has to learn a variant's order of modules anew
+_M_MMAP_THRESHOLD = -3  # of mallopt
+Steps = dict[str, Callable[[], None]]
+
+
+def measure(cell: Cell) -> list[dict[str, Any]]:
+    """One row per variant, the same on every rank."""
+    bench = build(cell)
+    mesh = bench.engine.mesh
+    for step in bench.steps.values():  # compilation, first touches
+        step()
+        step()
+    seconds = alternate(bench.steps, mesh, cell.repetitions)
+    traffic = {name: _traffic(step, bench) for name, step in bench.steps.items()}
+    peaks = {name: _peak(step, mesh) for name, step in bench.steps.items()}
+    model = bench.engine.model
+    blocks = [m for m in model.modules() if is_block(model, m)]
+    shared = {
+        "scheme": cell.scheme, "probe": cell.probe, "dtype": cell.dtype, "ranks": cell.ranks, "q": cell.q,
+        "batch": cell.batch, "tokens": cell.tokens,
+        "model_bytes": sum(true_numel(p) * p.element_size() for p in model.parameters()),
+        "shard_bytes": max(mesh.gather_objects(local_bytes(model))),
+        "block_bytes": max(sum(true_numel(p) * p.element_size() for p in b.parameters()) for b in blocks),
+        "blocks": len(blocks),
+    }  # fmt: skip
+    return [
+        {
+            "variant": name,
+            **shared,
+            "seconds_per_step": statistics.median(taken),
+            "ratio_to_bare": statistics.median(t / b for t, b in zip(taken, seconds["bare"], strict=True)),
+            "bare_peak_bytes": peaks["bare"],
+            "peak_extra_bytes": peaks[name] - peaks["bare"],
+            "gathered_bytes_per_step": traffic[name].num_bytes,
+            "collectives_per_step": traffic[name].num_calls,
+        }
+        for name, taken in seconds.items()
+    ]
+
+
+def alternate(steps: Steps, mesh: Mesh, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each variant's steps, of the slowest rank; the variants take turns, every other round backwards."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repetition in range(repetitions):
+        names = list(steps) if repetition % 2 == 0 else list(reversed(steps))
+        for name in names:
+            for _ in range(_SETTLE if mesh.world_size > 1 else 0):
+                steps[name]()
+            seconds[name].append(_seconds(steps[name], mesh))
+    ranks = mesh.gather_objects(seconds)
+    return {name: [max(own) for own in zip(*(rank[name] for rank in ranks), strict=True)] for name in steps}
+
+
+def _seconds(step: Callable[[], None], mesh: Mesh) -> float:
+    _synchronize(mesh)
+    mesh.barrier()
+    started = time.perf_counter()
+    step()
+    _synchronize(mesh)
+    return time.perf_counter() - started
+
+
+def _synchronize(mesh: Mesh) -> None:
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize(mesh.device)
+
+
+def _traffic(step: Callable[[], None], bench: Bench) -> Traffic:
+    """Of weights and adapters in one step on this rank; the exchange of the K losses is not among them."""
+    mesh, meter = bench.engine.mesh, CommMeter()
+    for _ in range(_SETTLE):
+        step()
+    before = Traffic(mesh.gathered_bytes, mesh.num_gathers)
+    with count_allgathers(meter) if mesh.world_size > 1 else _nothing():
+        step()
+    return meter.totals + Traffic(mesh.gathered_bytes, mesh.num_gathers) - before
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _peak(step: Callable[[], None], mesh: Mesh) -> int:
+    """Bytes that a step takes at its highest above what lies there before it; the most of all ranks.
+
+    On a CPU freed memory is given back to the system at once, else what earlier steps left would hide the peak.
+    """
+    if mesh.device.type == "cpu":
+        _give_memory_back()
+    step()
+    gc.collect()
+    if mesh.device.type == "cpu":
+        _give_memory_back()
+    meter = MemoryMeter(mesh.device)
+    before = meter.read().current
+    step()
+    return max(mesh.gather_objects(meter.read().peak - before))
+
+
+def _give_memory_back() -> None:
+    """glibc: return free memory, and from now on that of large tensors when they are freed; elsewhere nothing."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 131072)
+        libc.malloc_trim(0)
+
+
+def main() -> None:
+    cell, out = Cell.read(sys.argv[1]), Path(sys.argv[2])
+    rows = measure(cell)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        out.write_text(json.dumps(rows))
+    stop()
+
+
+if __name__ == "__main__":
+    main()
