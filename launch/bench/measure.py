@@ -9,8 +9,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
     bench = build(cell)
     mesh = bench.engine.mesh
     for step in bench.steps.values():  # compilation, first touches
-        step()
         step()
     seconds = alternate(bench.steps, mesh, cell.repetitions)
     traffic = {name: _traffic(step, bench) for name, step in bench.steps.items()}
@@ -94,17 +92,14 @@ def _synchronize(mesh: Mesh) -> None:
 def _traffic(step: Callable[[], None], bench: Bench) -> Traffic:
     """Of weights and adapters in one step on this rank; the exchange of the K losses is not among them."""
     mesh, meter = bench.engine.mesh, CommMeter()
+    if mesh.world_size == 1:
+        return meter.totals
     for _ in range(_SETTLE):
         step()
     before = Traffic(mesh.gathered_bytes, mesh.num_gathers)
-    with count_allgathers(meter) if mesh.world_size > 1 else _nothing():
+    with count_allgathers(meter):
         step()
     return meter.totals + Traffic(mesh.gathered_bytes, mesh.num_gathers) - before
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _peak(step: Callable[[], None], mesh: Mesh) -> int:
@@ -112,9 +107,6 @@ def _peak(step: Callable[[], None], mesh: Mesh) -> int:
 
     On a CPU freed memory is given back to the system at once, else what earlier steps left would hide the peak.
     """
-    if mesh.device.type == "cpu":
-        _give_memory_back()
-    step()
     gc.collect()
     if mesh.device.type == "cpu":
         _give_memory_back()

@@ -10,9 +10,9 @@ blocks and what lies outside of them (embeddings, head) a step takes
     t(outside, g) + t(b, g) + (L - 1) max(c, t(b, g)) + c + (n - 1) * latency
 
 The last term is the exchange of the losses of n ranks. Communication is hidden if t(b, g) <= c. Within a node the
-bandwidth is `node_link`; a group larger than a node runs at the slower of both links, which is its ring's slowest. `all`
-shards over all n ranks (g = n); `groups` shards within groups of g and only losses cross them. The batch of a rank stays
-the same at every n. Left out: contention, uneven ranks, and that gathers and kernels slow each other down.
+bandwidth is `node_link`; a group larger than a node runs at the slower of both links, its ring's slowest. `all` shards
+over all n ranks (g = n); `groups` shards within groups of g and only losses cross them. The batch of a rank stays the
+same at every n. Left out: contention, uneven ranks, and that gathers and kernels slow each other down.
 """
 
 from collections.abc import Sequence
