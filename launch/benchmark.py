@@ -93,7 +93,14 @@ def hardware() -> dict[str, Any]:
 
 
 def scale(options: argparse.Namespace) -> dict[str, Any]:
-    """Print and return the simulated curves of all steps that are known."""
+    """Print and return the simulated curves of all steps that are known.
+
+    Raises:
+        ConfigError: for numbers that cannot be, or no step.
+    """
+    positive = (options.link, options.node_link or 1, options.layer_ms or 1, options.node, options.group)
+    if min(positive) <= 0 or options.latency < 0:
+        raise ConfigError("links, times and group sizes above 0", str(min(*positive, options.latency)), "correct it")
     node_link = 1e9 * (options.node_link or options.link)
     network = Network(1e9 * options.link, node_link, options.node, 1e-6 * options.latency)
     rows = []
