@@ -9,9 +9,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,8 +51,10 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
         {
             "variant": name,
             **shared,
-            "seconds_per_step": statistics.median(taken),
-            "ratio_to_bare": statistics.median(t / b for t, b in zip(taken, seconds["bare"], strict=True)),
+            "seconds_per_step": statistics.median(turn.wall for turn in taken),
+            "ratio_to_bare": statistics.median(t.wall / b.wall for t, b in zip(taken, seconds["bare"], strict=True)),
+            "cpu_seconds_per_step": statistics.median(turn.cpu for turn in taken),
+            "cpu_ratio_to_bare": statistics.median(t.cpu / b.cpu for t, b in zip(taken, seconds["bare"], strict=True)),
             "bare_peak_bytes": peaks["bare"],
             "peak_extra_bytes": peaks[name] - peaks["bare"],
             "gathered_bytes_per_step": traffic[name].num_bytes,
@@ -62,26 +64,44 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
     ]
 
 
-def alternate(steps: Steps, mesh: Mesh, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each variant's steps, of the slowest rank; the variants take turns, every other round backwards."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+class Turn(NamedTuple):
+    """One timed step: seconds that passed, of the slowest rank, and of all its threads' work on processors."""
+
+    wall: float
+    cpu: float
+
+
+def alternate(steps: Steps, mesh: Mesh, repetitions: int) -> dict[str, list[Turn]]:
+    """Each variant's timed steps; the variants take turns, every other round backwards."""
+    turns: dict[str, list[Turn]] = {name: [] for name in steps}
     for repetition in range(repetitions):
         names = list(steps) if repetition % 2 == 0 else list(reversed(steps))
         for name in names:
             for _ in range(_SETTLE if mesh.world_size > 1 else 0):
                 steps[name]()
-            seconds[name].append(_seconds(steps[name], mesh))
-    ranks = mesh.gather_objects(seconds)
-    return {name: [max(own) for own in zip(*(rank[name] for rank in ranks), strict=True)] for name in steps}
+            turns[name].append(_timed(steps[name], mesh))
+        _say(f"round {repetition + 1}: " + ", ".join(f"{name} {turns[name][-1].wall:.3f} s" for name in steps), mesh)
+    ranks = mesh.gather_objects({name: [tuple(turn) for turn in taken] for name, taken in turns.items()})
+    return {name: [_slowest(own) for own in zip(*(rank[name] for rank in ranks), strict=True)] for name in steps}
 
 
-def _seconds(step: Callable[[], None], mesh: Mesh) -> float:
+def _slowest(turns: Sequence[tuple[float, float]]) -> Turn:
+    wall, cpu = zip(*turns, strict=True)
+    return Turn(max(wall), max(cpu))
+
+
+def _timed(step: Callable[[], None], mesh: Mesh) -> Turn:
     _synchronize(mesh)
     mesh.barrier()
-    started = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     step()
     _synchronize(mesh)
-    return time.perf_counter() - started
+    return Turn(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _say(text: str, mesh: Mesh) -> None:
+    if mesh.is_main:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _synchronize(mesh: Mesh) -> None:
