@@ -14,11 +14,11 @@ one model, batch and dtype, and take turns:
     fan_out     a whole step of the engine, all candidates in one forward
 
 Steps of the engine draw the noise, take the losses and update by JAGUAR SignSGD. `seconds_per_step` is a median,
-`ratio_to_bare` the median of the ratios within each turn; `cpu_ratio_to_bare` is that of processor time, which says more
-where other jobs share the cores. `peak_extra_bytes` is the peak of a step less what lies there
-before it and less the same of `bare`. At 1 rank the model is plain, at more it is under ZeRO-3. `probe` is the engine's
-(mezo draws normals). `gathered_bytes_per_step` and `collectives_per_step` count, on one rank, what brings weights and
-adapters; the exchange of the K losses, one small collective per step, is not among them.
+`ratio_to_bare` the median of the ratios within each turn; `cpu_ratio_to_bare` is that of processor time, which says
+more where other jobs share the cores. `peak_extra_bytes` is the peak of a step less what lies there before it and less
+the same of `bare`. At 1 rank the model is plain, at more it is under ZeRO-3. `probe` is the engine's (mezo draws
+normals). `gathered_bytes_per_step` and `collectives_per_step` count, on one rank, what brings weights and adapters; the
+exchange of the K losses, one small collective per step, is not among them.
 
 `--scale` computes what 8 to 1,024 GPUs would do (see bench/scale.py), from the `fan_out` rows at 1 rank of a FILE that
 `--json` wrote, or from --layer-ms.
@@ -41,8 +41,8 @@ from zoscale.config import ConfigError
 
 COLUMNS = {
     "variant": "", "scheme": "", "probe": "", "dtype": "", "ranks": "", "q": "", "seconds_per_step": ".4f",
-    "ratio_to_bare": ".3f", "cpu_ratio_to_bare": ".3f", "peak_extra_bytes": "MB", "gathered_bytes_per_step": "MB", "model_bytes": "MB",
-    "collectives_per_step": "", "blocks": "",
+    "ratio_to_bare": ".3f", "cpu_ratio_to_bare": ".3f", "peak_extra_bytes": "MB",
+    "gathered_bytes_per_step": "MB", "model_bytes": "MB", "collectives_per_step": "", "blocks": "",
 }  # fmt: skip
 SCALE_COLUMNS = {
     "sharding": "", "gpus": "", "group": "", "gather_seconds": ".6f", "compute_seconds": ".6f", "hidden": "",
