@@ -206,7 +206,7 @@ def test_no_collisions_over_a_grid_of_small_integers() -> None:
             pairs = words.view(torch.int64).tolist()
             seen.update(pairs)
             count += len(pairs)
-    assert count == 5 * 5 * 3 * 4 * 5 * 4
+    assert count == 5 * 5 * 3 * 4 * 5 * len(Domain)
     assert len(seen) == count
 
 
