@@ -82,13 +82,22 @@ def _plan(config: RunConfig) -> Plan:
         raise ConfigError("forward.name auto or sequential", got, "set forward.name")
     deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
     architecture = read_model_config(config.model)
-    length = config.data.max_length
-    branching = config.data.share_prefixes and can_share_prefixes(architecture, config.model, length)
-    encoder = Encoder(load_tokenizer(config.model), length, branching=branching)
+    encoder = encoder_of(config, architecture)
     splits = Splits.of(task, config.data, config.seed)
     data = encoder.fingerprint(splits)
     size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
     return Plan(task, objective, encoder, splits, data, architecture, size, deepspeed)
+
+
+def encoder_of(config: RunConfig, architecture: Any) -> Encoder:
+    """From texts to token ids, with options in one row where the model can.
+
+    Raises:
+        ConfigError: if there is no tokenizer.
+    """
+    length = config.data.max_length
+    branching = config.data.share_prefixes and can_share_prefixes(architecture, config.model, length)
+    return Encoder(load_tokenizer(config.model), length, branching=branching)
 
 
 def check_methods(config: RunConfig) -> Task:

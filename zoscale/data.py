@@ -241,5 +241,12 @@ class TrainBatches:
 
 def evaluation_batches(examples: Sequence[Example], encoder: Encoder, size: int) -> list[MicroBatch]:
     """All examples with all options, those of one length together."""
-    encoded = sorted((encoder.encode(example, gold_only=False) for example in examples), key=lambda e: e.length)
-    return [encoder.collate(encoded[i : i + size]) for i in range(0, len(encoded), size)]
+    return numbered_batches(examples, encoder, size)[0]
+
+
+def numbered_batches(examples: Sequence[Example], encoder: Encoder, size: int) -> tuple[list[MicroBatch], list[int]]:
+    """`evaluation_batches`, and the numbers of the examples in the order in which they lie there."""
+    encoded = [encoder.encode(example, gold_only=False) for example in examples]
+    order = sorted(range(len(encoded)), key=lambda number: encoded[number].length)
+    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    return [encoder.collate([encoded[number] for number in part]) for part in parts], order

@@ -6,24 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from zoscale import checkpoint, provenance, runtime
 from zoscale.agreement import check_agreement
-from zoscale.assembly import build_engine
+from zoscale.assembly import build_engine, encoder_of
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig, build, parse
-from zoscale.data import Encoder, Splits, evaluation_batches
+from zoscale.data import Splits, numbered_batches
 from zoscale.engine import ZeroOrderEngine
 from zoscale.export import read_origin
 from zoscale.journal import Journal
 from zoscale.manifest import complete
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import count_parameters, load_tokenizer, read_model_config
+from zoscale.models import count_parameters, read_model_config
 from zoscale.recovery import check_start, go_to, restore
 from zoscale.run_directory import write_json
 from zoscale.run_record import RunRecord
 from zoscale.run_report import say
-from zoscale.scoring import score, write_predictions
+from zoscale.scoring import RecordingGenerator, score, write_predictions
 from zoscale.tasks import TASKS, Example, Task
 
 _OF_THE_EVALUATION = ("task", "data", "train", "mesh", "forward", "runtime")  # what may differ from the run's
@@ -31,11 +33,12 @@ _OF_THE_EVALUATION = ("task", "data", "train", "mesh", "forward", "runtime")  # 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One task to evaluate on, read before any process group starts."""
+    """One task to evaluate on, read before any process group starts; examples with their numbers, as batched."""
 
     name: str
     task: Task
-    examples: Sequence[Example]
+    tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[tuple[int, Example]]
     batches: list[MicroBatch]
 
 
@@ -57,7 +60,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
     configs = _configurations(arguments, record)
     config = next(iter(configs.values()))
     architecture = read_model_config(config.model)
-    jobs = [_job(name, own, arguments.split) for name, own in configs.items()]
+    jobs = [_job(name, own, architecture, arguments.split) for name, own in configs.items()]
     engine = _start(config, architecture)
     log = say(engine.mesh)
     step = _restore(engine, record, which) if record is not None else None
@@ -65,9 +68,13 @@ def evaluate_command(argv: Sequence[str]) -> int:
         log(f"weights of step {step}")
     results: dict[str, Any] = {}
     for job in jobs:
-        result, predictions = score(engine.answers, job.examples, job.batches, engine.mesh)
-        results[job.name] = vars(result)
-        shown = ", ".join(f"{metric} {getattr(result, metric):.4f}" for metric in job.task.metrics)
+        generator = RecordingGenerator(engine.answers, job.tokenizer, engine.mesh) if job.task.generates else None
+        metrics = job.task.metrics
+        result, predictions = score(
+            engine.answers, job.examples, job.batches, engine.mesh, metrics, generator=generator
+        )
+        results[job.name] = result.flat()
+        shown = ", ".join(f"{metric} {value:.4f}" for metric, value in result.metrics.items())
         log(f"{job.name} {arguments.split}: {shown} ({result.count} examples)")
         if arguments.out and engine.mesh.is_main:
             Path(arguments.out).mkdir(parents=True, exist_ok=True)
@@ -108,21 +115,22 @@ def _check_same_run(config: RunConfig, trained: RunConfig) -> None:
             raise ConfigError(f"with --run only options of {sections}", key, f"leave {key} out")
 
 
-def _job(name: str, config: RunConfig, split: str) -> Job:
+def _job(name: str, config: RunConfig, architecture: Any, split: str) -> Job:
     try:
         task: Task = build(config.task, TASKS)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError("options that the task takes", str(error), "correct the configuration") from error
-    encoder = Encoder(load_tokenizer(config.model), config.data.max_length)
-    if split == "validation":
+    encoder = encoder_of(config, architecture)
+    if split == "validation" and config.data.num_demonstrations == 0:
         examples = task.examples(split)[: config.data.num_validation]
     else:
         examples = getattr(Splits.of(task, config.data, config.seed), split)
     if not examples:
         raise ConfigError(f"examples in split {split}", "none", "choose another --split, or raise data.num_dev")
-    return Job(name, task, examples, evaluation_batches(examples, encoder, config.train.eval_micro_batch_size))
+    batches, order = numbered_batches(examples, encoder, config.train.eval_micro_batch_size)
+    return Job(name, task, encoder.tokenizer, [(number, examples[number]) for number in order], batches)
 
 
 def _start(config: RunConfig, architecture: Any) -> ZeroOrderEngine:

@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from zoscale.batch import MicroBatch
 from zoscale.evaluate import Evaluation, evaluate
+from zoscale.generation import Generator
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel
 from zoscale.objectives import option_scores, predictions
@@ -27,6 +29,7 @@ class Prediction:
         scores: mean log-probability of each option's tokens.
         prediction: number of the option that scores highest.
         gold: number of the right one.
+        answer: what the metrics read: the label of that option, or the text that was generated.
     """
 
     index: int
@@ -35,6 +38,7 @@ class Prediction:
     scores: tuple[float, ...]
     prediction: int
     gold: int
+    answer: str
 
 
 class RecordingModel(AnswerModel):
@@ -59,28 +63,59 @@ class RecordingModel(AnswerModel):
         return logprobs
 
 
+class RecordingGenerator(Generator):
+    """Writes answers, and keeps those of every micro-batch."""
+
+    def __init__(self, answers: AnswerModel, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) -> None:
+        super().__init__(answers, tokenizer, mesh)
+        self.written: list[list[str]] = []
+
+    def texts(self, batch: MicroBatch) -> list[str]:
+        """See `Generator`."""
+        found = super().texts(batch)
+        self.written.append(found)
+        return found
+
+
 def score(
-    answers: AnswerModel, examples: Sequence[Example], batches: Sequence[MicroBatch], mesh: Mesh
+    answers: AnswerModel,
+    examples: Sequence[tuple[int, Example]],
+    batches: Sequence[MicroBatch],
+    mesh: Mesh,
+    metrics: Sequence[str],
+    *,
+    generator: RecordingGenerator | None = None,
 ) -> tuple[Evaluation, list[Prediction]]:
     """Metrics and the prediction of every example; the same on every rank, and at any number of ranks. A collective.
 
     Args:
         answers: the model.
-        examples: in the order of their split.
-        batches: of the examples, in their order.
+        examples: with their numbers, in the order of the batches.
+        batches: of the examples.
         mesh: the ranks.
+        metrics: see `evaluate`.
+        generator: see `evaluate`.
     """
     recording = RecordingModel(answers)
-    result = evaluate(recording, batches, mesh)
+    result = evaluate(recording, batches, mesh, metrics, generator=generator)
     mine, _ = mesh.share(len(batches))
-    own = dict(zip(mine, recording.scored, strict=False))  # turns beyond a rank's own repeat work
+    written: Sequence[Sequence[str | None]] = [[None] * len(rows) for rows in recording.scored]
+    if generator is not None:
+        written = generator.written
+    both = [list(zip(rows, texts, strict=True)) for rows, texts in zip(recording.scored, written, strict=True)]
+    own = dict(zip(mine, both, strict=False))  # turns beyond a rank's own repeat work
     scored = {item: rows for part in mesh.gather_objects(own) for item, rows in part.items()}
     rows = [row for item in range(len(batches)) for row in scored[item]]
     found = [
-        Prediction(index, example.prompt, example.options, scores, best, example.gold)
-        for index, (example, (scores, best)) in enumerate(zip(examples, rows, strict=True))
+        _prediction(number, example, scores, best, text)
+        for (number, example), ((scores, best), text) in zip(examples, rows, strict=True)
     ]
-    return result, found
+    return result, sorted(found, key=lambda prediction: prediction.index)
+
+
+def _prediction(number: int, example: Example, scores: tuple[float, ...], best: int, text: str | None) -> Prediction:
+    answer = example.labels[best] if text is None else text
+    return Prediction(number, example.prompt, example.options, scores, best, example.gold, answer)
 
 
 def write_predictions(path: Path, found: Iterable[Prediction]) -> None:
