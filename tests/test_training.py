@@ -68,7 +68,8 @@ def test_run_directory_is_complete(launched: tuple[Path, str]) -> None:
 def test_the_log_says_what_is_trained(launched: tuple[Path, str]) -> None:
     """Pitfall 18: real counts are printed."""
     text = launched[1]
-    assert "1,027,456 parameters, float32; trainable: 16,384 in 16 tensors; ranks: 2; slices: [8192, 8192]" in text
+    assert "1,027,456 parameters, float32; trainable: 16,384 in 16 tensors; ranks: 2, 2 per copy; " in text
+    assert "slices: [8192, 8192]" in text
     assert "1000 train, 48 dev (held out of train; chooses the step), 60 validation" in text
     assert "expected memory per rank: 2.0 MiB shard" in text
     assert "validation accuracy:" in text

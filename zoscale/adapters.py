@@ -48,6 +48,11 @@ def peft_config(adapter: Mapping[str, Any]) -> Any:
     return _peft_class(name)(task_type="CAUSAL_LM", **options)
 
 
+def adds_tokens(adapter: Mapping[str, Any] | None) -> bool:
+    """Whether the adapter puts virtual tokens before every row."""
+    return adapter is not None and bool(peft_config(adapter).is_prompt_learning)
+
+
 def choose_trainable(model: nn.Module, pattern: str | None) -> None:
     """Train the weights whose names the pattern is found in, and freeze the others; None = train all.
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale import runtime
-from zoscale.adapters import check_scheme
+from zoscale.adapters import adds_tokens, check_scheme
 from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
@@ -95,8 +95,8 @@ def encoder_of(config: RunConfig, architecture: Any) -> Encoder:
     Raises:
         ConfigError: if there is no tokenizer.
     """
-    length = config.data.max_length
-    branching = config.data.share_prefixes and can_share_prefixes(architecture, config.model, length)
+    length, wanted = config.data.max_length, config.data.share_prefixes and not adds_tokens(config.adapter)
+    branching = wanted and can_share_prefixes(architecture, config.model, length)
     return Encoder(load_tokenizer(config.model), length, branching=branching)
 
 
