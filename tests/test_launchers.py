@@ -37,7 +37,8 @@ DEFAULTS = {
 def train(command: list[str], out: Path, world_size: int, **variables: str) -> tuple[bytes, bytes]:
     """The journal and the weights of a short run, which is removed: the journal names its folder."""
     shown = run([sys.executable, *command, *TRAIN, f"output_dir={out}"], **variables).stdout
-    assert f"ranks: {world_size}, {world_size} per copy; slices: {[16384 // world_size] * world_size}" in shown, "ZeRO-3 over all ranks"
+    slices = [16384 // world_size] * world_size
+    assert f"ranks: {world_size}, {world_size} per copy; slices: {slices}" in shown, "ZeRO-3 over all ranks"
     run_dir = run_dir_of(out)
     assert run_dir is not None
     assert json.loads((run_dir / "summary.json").read_text())["world_size"] == world_size

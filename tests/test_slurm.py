@@ -140,7 +140,7 @@ def test_two_nodes_train_one_model(whole: Path, installed: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["steps"] == STEPS
     text = logs(whole)
-    assert "ranks: 2; slices: [8192, 8192]" in text, "ZeRO-3 over both nodes"
+    assert "ranks: 2, 2 per copy; slices: [8192, 8192]" in text, "ZeRO-3 over both nodes"
     for node in (0, 1):
         assert f"node {node} of 2: node{node + 1}" in text
         assert (run_dir / f"slurm/1/logs/1_attempt1_node{node}.log").is_file()
