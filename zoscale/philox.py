@@ -20,6 +20,19 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _UNIT = 2.0**-24  # a word's top 24 bits are exact in float32
+_SQRT_HALF_BITS = 0x3F3504F3  # of float32 sqrt(1/2)
+_LOG_2 = (0.693359375, -2.12194440e-4)  # a part that is exact times small integers, and the rest
+_LOG_SERIES = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
 
 
 def signed(word: int) -> int:
@@ -27,17 +40,20 @@ def signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def _high(a: Tensor) -> Tensor:
-    """Upper 16 bits of each 32-bit pattern (a logical shift: int32 `>>` is arithmetic)."""
-    return (a >> 16) & 0xFFFF
-
-
 def _multiply(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low words of the unsigned 64-bit product of `a` and the constant `m`, in wrapping int32."""
-    a_low, a_high, m_low, m_high = a & 0xFFFF, _high(a), m & 0xFFFF, m >> 16
-    middle = a_high * signed(m_low) + _high(a_low * signed(m_low))
+    """High and low words of the unsigned 64-bit product of `a` and the constant `m`, in wrapping int32.
+
+    The high word is that of the signed product (four products of 16-bit halves, none of which wraps, Warren, "Hacker's
+    Delight", section 8-2) plus what a negative bit pattern stands for too little: `a` for `m`, and `m` for `a`.
+    """
+    m_signed = signed(m)
+    m_low = (m_signed + 0x8000) % 2**16 - 0x8000
+    m_high = (m_signed - m_low) >> 16
+    a_low, a_high = a & 0xFFFF, a >> 16
+    middle = a_high * m_low + (a_low * m_low >> 16)
     carry = (middle & 0xFFFF) + a_low * m_high
-    return a_high * m_high + _high(middle) + _high(carry), a * signed(m)
+    high = a_high * m_high + (middle >> 16) + (carry >> 16)
+    return high + a + ((a >> 31) & m_signed), a * m_signed
 
 
 def shared_words(counters: tuple[int, int, int, int], seed: int) -> list[int]:
@@ -106,10 +122,27 @@ def _top24(word: Tensor) -> Tensor:
 
 
 def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    uniform = (_top24(radius_word) + 1).to(torch.float32) * _UNIT  # (0, 1]: the logarithm is finite
-    radius = torch.sqrt(-2.0 * torch.log(uniform))
+    radius = torch.sqrt(_minus_two_log(_top24(radius_word) + 1))  # of (0, 1]: the logarithm is finite
     cosine, sine = _unit_vector(_top24(angle_word))
     return radius * cosine, radius * sine
+
+
+def _minus_two_log(numerator: Tensor) -> Tensor:
+    """-2 log(numerator / 2**24) for 1 <= numerator <= 2**24, to a relative 1e-7.
+
+    The float is split into 2**e (1 + x) with 1 + x in [sqrt(1/2), sqrt(2)); the polynomial is that of `logf` in
+    Moshier's Cephes library. Inline arithmetic: a call into a mathematics library would spill every vector register.
+    """
+    bits = numerator.to(torch.float32).view(torch.int32)
+    exponent = (bits - _SQRT_HALF_BITS) >> 23
+    x = (bits - (exponent << 23)).view(torch.float32) - 1
+    square = x * x
+    series = _LOG_SERIES[0] * x + _LOG_SERIES[1]
+    for coefficient in _LOG_SERIES[2:]:
+        series = series * x + coefficient
+    power = (exponent - 24).to(torch.float32)
+    tail = series * x * square + power * _LOG_2[1] - 0.5 * square
+    return -2.0 * (x + tail + power * _LOG_2[0])
 
 
 def _unit_vector(turn: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +153,8 @@ def _unit_vector(turn: Tensor) -> tuple[Tensor, Tensor]:
     quadrant, rest = turn >> 22, (turn & 0x3FFFFF) - 2**21
     x = rest.to(torch.float32) * (math.pi / 2 * 2.0**-22)
     y = x * x
-    sine = x * (1 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y / 362880))))
-    cosine = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y / 40320)))
+    sine = x * (1 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880)))))
+    cosine = 1 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320))))
     first, second = (cosine - sine) * math.sqrt(0.5), (cosine + sine) * math.sqrt(0.5)  # an eighth of a turn on
     odd = (quadrant & 1) == 1
     a, b = torch.where(odd, -second, first), torch.where(odd, first, second)
