@@ -2,14 +2,20 @@
 
 import pytest
 import torch
+from jobs import JobServer
 
-ALONE = {
-    "test_benchmark", "test_compare_command", "test_doctor", "test_faults", "test_launchers", "test_mesh",
-    "test_meters", "test_methods", "test_noise", "test_phases", "test_plan", "test_recipes", "test_recovery",
-    "test_release", "test_replay", "test_schemes", "test_shipped_files", "test_slurm", "test_task_runs",
-    "test_tracking", "test_training", "test_untrusted", "test_watchdog", "test_zero3",
+JOBS = (
+    "test_recovery", "test_training", "test_zero3", "test_slurm", "test_launchers", "test_mesh", "test_replay",
+    "test_release", "test_compare_command", "test_methods", "test_schemes", "test_recipes", "test_task_runs",
+    "test_doctor", "test_untrusted",
+)  # fmt: skip
+"""Files that start several processes and mostly wait for them, the longest first: two files run side by side."""
+
+MEASURED = {
+    "test_benchmark", "test_faults", "test_meters", "test_noise", "test_phases", "test_plan", "test_shipped_files",
+    "test_tracking", "test_watchdog",
 }  # fmt: skip
-"""Files that start several processes, or compare times or memory: nothing runs beside them."""
+"""Files that compare times or memory: nothing runs beside them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,10 +28,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "hour": None if config.getoption("--hour") else "takes an hour or more; run with --hour",
     }
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # quick tests first
+    items.sort(key=order)
     for item in items:
-        if item.path.stem in ALONE:
-            item.add_marker("alone")
+        if item.path.stem in JOBS:
+            item.add_marker("jobs")
+        elif item.path.stem in MEASURED:
+            item.add_marker("measured")
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def order(item: pytest.Item) -> tuple[int, bool]:
+    """Long jobs first, so that both workers end together; else quick tests first."""
+    place = JOBS.index(item.path.stem) if item.path.stem in JOBS else len(JOBS)
+    return place, item.get_closest_marker("slow") is not None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> JobServer:
+    """Starts training jobs quickly; their logs are in a folder of the module."""
+    return JobServer(tmp_path_factory.mktemp("jobs"))

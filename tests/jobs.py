@@ -1,5 +1,6 @@
 """Short training jobs for the tests of recovery: started, killed, resumed."""
 
+import functools
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from processes import ROOT, environment
 from safetensors.torch import load_file
@@ -46,19 +47,27 @@ class Job:
                 os.kill(self.pids[rank], number)
 
 
+@functools.cache
+def forking_process() -> "subprocess.Popen[str]":
+    """The one process of this session that has everything imported and forks the ranks of jobs, one job at a time."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/job_server.py")], cwd=ROOT, env=environment(), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
 class JobServer:
-    """A process that has everything imported and forks the ranks of jobs, one job at a time."""
+    """Starts jobs by `forking_process`; their logs are in a folder."""
+
+    last: ClassVar[Job | None] = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = 0
-        self.errors = (folder / "server.log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/job_server.py")], cwd=ROOT, env=environment(), text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n", (folder / "server.log").read_text()
+        self.process = forking_process()
 
     def answer(self) -> Any:
         assert self.process.stdout is not None
@@ -67,13 +76,17 @@ class JobServer:
     def start(self, ranks: int, *argv: str | list[str], plant: str = "") -> Job:
         """One command line for all ranks, or a list for each; `plant` is code that each rank runs first."""
         assert self.process.stdin is not None
+        if JobServer.last and not JobServer.last.statuses:  # left behind by a test that failed
+            JobServer.last.kill()
+            JobServer.last.wait()
         self.count += 1
         log = self.folder / f"job_{self.count}.log"
         self.process.stdin.write(
             json.dumps({"argv": list(argv), "ranks": ranks, "log": str(log), "plant": plant}) + "\n"
         )
         self.process.stdin.flush()
-        return Job(self, self.answer()["pids"], log)
+        JobServer.last = Job(self, self.answer()["pids"], log)
+        return JobServer.last
 
     def run(self, ranks: int, *argv: str, expect: int = 0, plant: str = "") -> str:
         """A job to its end; returns what it printed."""
@@ -88,12 +101,6 @@ class JobServer:
         statuses = job.wait()
         assert statuses == [2] * len(argvs), job.log.read_text()[-5000:]
         return job.log.read_text()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
-        self.errors.close()
 
 
 def run_dir_of(out: Path) -> Path | None:

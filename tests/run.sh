@@ -12,5 +12,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:
 if [ "$#" -gt 0 ]; then
   exec python -m pytest "$@"
 fi
-python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
-python -m pytest -m alone
+failed=0
+python -m pytest -m "not jobs and not measured" --numprocesses 2 --dist loadfile || failed=1
+python -m pytest -m jobs --numprocesses 2 --dist loadfile --no-loadscope-reorder || failed=1
+python -m pytest -m measured || failed=1
+exit "$failed"

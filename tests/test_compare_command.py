@@ -64,7 +64,6 @@ def home(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs.run(2, *options, "seed=1")
     jobs.run(2, *options, *SIGN, "seed=0", expect=75, plant=STOP)
     assert "step 4" in jobs.run(2, *options, *SIGN, "seed=0")
-    jobs.close()
     for run_dir in run_dirs(folder):
         import_run(run_dir, uri=f"sqlite:///{folder}/runs/mlflow.db")
     return folder

@@ -2,7 +2,6 @@
 
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,6 @@ def planted(self, batch):
     return step(self, batch)
 ZeroOrderEngine.step = planted
 """
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
-    started = JobServer(tmp_path_factory.mktemp("jobs"))
-    yield started
-    started.close()
 
 
 def end_of(job: Job) -> tuple[float, str]:

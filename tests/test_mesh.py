@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +120,6 @@ def test_a_group_holds_one_copy_and_gathers_within(job: Path) -> None:
 
 
 # ------------------------------------------------------------ whole runs
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
-    started = JobServer(tmp_path_factory.mktemp("jobs"))
-    yield started
-    started.close()
 
 
 def test_resume_on_other_groups(server: JobServer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -331,8 +331,7 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    server = JobServer(tmp_path_factory.mktemp("jobs"))
+def runs(server: JobServer) -> dict[str, Path]:
     recipe = (ROOT / "launch/recipes/quickstart.yaml").read_text().splitlines()
     own = server.folder / "own.yaml"  # without the methods, which each run chooses
     own.write_text("\n".join(line for line in recipe if not line.startswith(("probe:", "estimator:", "optimizer:"))))
@@ -344,8 +343,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
         tau = [] if "estimator.name=forward_grad" in options else ["estimator.tau=1e-2"]
         server.run(2, *short, f"optimizer.name={name}", *tau, *options, *length, f"output_dir={out}")
         found[name] = run_dir_of(out) or out
-    yield found
-    server.close()
+    return found
 
 
 @pytest.mark.parametrize("name", RUNS)

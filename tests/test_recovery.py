@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,6 @@ LONG = ["train.steps=150", "checkpoint.every=20"]  # orphans may take steps unti
 MUON = ["optimizer.name=jaguar_muon", "optimizer.lr=1e-2"]
 CHOSEN = [*SIGN, "optimizer.lr=2e-2", "seed=2", "train.eval_every=6", "data.num_dev=8", "schedule.name=linear"]
 KINDS: dict[str, list[str]] = {"sign_lora": SIGN, "sign_full": FULL, "muon_lora": MUON, "chosen": CHOSEN}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
-    started = JobServer(tmp_path_factory.mktemp("jobs"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,6 @@ KINDS = {
     "lora": [*SIGN, "optimizer.lr=1e-2", "train.steps=9", "train.eval_every=3", "data.num_dev=8", "checkpoint.every=4"],
     "full": [*FULL, "train.steps=3"],
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
-    server = JobServer(tmp_path_factory.mktemp("jobs"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,9 +26,8 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def runs(server: JobServer) -> dict[str, Path]:
     """Finished runs of two ranks by kind; their data is gone."""
-    server = JobServer(tmp_path_factory.mktemp("jobs"))
     data = server.folder / "data"
     shutil.copytree(ROOT / "launch/tiny_opt/data", data)
     recipe = (ROOT / "launch/recipes/quickstart.yaml").read_text().splitlines()
@@ -43,8 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
         assert run_dir is not None
         found[kind] = run_dir
     shutil.rmtree(data)
-    yield found
-    server.close()
+    return found
 
 
 def replay(*arguments: str, expect: int = 0) -> str:

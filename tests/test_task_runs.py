@@ -1,11 +1,9 @@
 """Whole runs of tasks whose answers are generated, and without any step."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from jobs import JobServer, run_dir_of
 from processes import ROOT
 
@@ -14,13 +12,6 @@ from zoscale.replay import replay_command
 
 MODEL = ["model.id=launch/tiny_opt/model", "model.dtype=float32", "tracking.mlflow=false"]
 SMALL = ["data.num_train=null", "data.max_length=64", "data.batch_size=3", "data.micro_batch_size=1"]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobServer]:
-    started = JobServer(tmp_path_factory.mktemp("jobs"))
-    yield started
-    started.close()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

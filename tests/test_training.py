@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from jobs import JobServer
 from mlflow import MlflowClient
 from peft import PeftModel
-from processes import ROOT, run, torchrun
+from processes import ROOT, free_port, run, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoscale.journal import Journal, JournalWriter
 
 QUICKSTART = ["--config", "launch/recipes/quickstart.yaml"]
 SHORT = ["train.steps=6", "train.eval_every=3", "train.log_every=2", "data.num_dev=48", "data.num_validation=60"]
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml"]
+ACCELERATE = [
+    sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu.yaml",
+    "--main_process_port", str(free_port()),
+]  # fmt: skip
 
 
 def only_run(folder: Path) -> Path:
@@ -221,13 +225,19 @@ def test_completion_task_with_all_weights(tmp_path: Path) -> None:
         (["runtime.deepspeed=README.md"], "DeepSpeed JSON"),
     ],
 )  # fmt: skip
-def test_mistakes_end_with_status_2_and_no_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
-    command = [sys.executable, "launch/train.py", *QUICKSTART, f"output_dir={tmp_path}", *arguments]
-    result = run(command, check=False, timeout=120)
-    assert result.returncode == 2, result.stdout
-    assert message in result.stdout
-    assert "Traceback" not in result.stdout
+def test_mistakes_end_with_status_2_and_no_traceback(
+    server: JobServer, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    printed = server.run(1, *QUICKSTART, f"output_dir={tmp_path}", *arguments, expect=2)
+    assert message in printed
+    assert "Traceback" not in printed
     assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+def test_the_script_ends_with_the_status_of_a_mistake(tmp_path: Path) -> None:
+    result = run([sys.executable, "launch/train.py", *QUICKSTART, f"output_dir={tmp_path}", "seed=x"], check=False)
+    assert result.returncode == 2, result.stdout
+    assert "Traceback" not in result.stdout
 
 
 def test_help_is_quick_and_complete() -> None:
