@@ -145,6 +145,15 @@ def test_work_of_a_step() -> None:
     twice = 2 * (lora["zero_order"]["work"]["gathered"] - adapters)
     assert cut["zero_order"]["work"]["gathered"] == twice + adapters, "the adapters travel once"
     assert cut["zero_order"]["work"]["flops"] == lora["zero_order"]["work"]["flops"]
+    halves = plan_of(2, 8, adapter=LORA, estimator=estimator, mesh={"shard_size": 2, "candidates": 2})
+    assert halves["job"]["turns"] == 8 and halves["job"]["together"] == 2, "twice as many passes of half the rows"
+    assert halves["zero_order"]["work"]["gathered"] == twice + adapters
+    assert halves["zero_order"]["work"]["flops"] == lora["zero_order"]["work"]["flops"]
+    assert halves["zero_order"]["total"] < lora["zero_order"]["total"]
+    assert halves["first_order"] == lora["first_order"]
+    few = {"adapter": LORA, "estimator": estimator, "data": {"batch_size": 1, "micro_batch_size": 1}}
+    one, four = (plan_of(4, 8, **few, mesh={"candidates": parts})["zero_order"]["work"] for parts in (1, 4))
+    assert four["flops"] == pytest.approx(one["flops"] / 4), "one row of four candidates occupies four ranks"
     for column in (lora["zero_order"], full["first_order"]):
         seconds = column["seconds"]
         assert seconds["compute"] == column["work"]["flops"] / 67e12

@@ -20,6 +20,7 @@ class Job:
         micro_batch: rows of one pass of one candidate.
         tokens: per row.
         candidates: points whose losses a step takes (K).
+        parts: into which ranks divide the candidates (`mesh.candidates`).
         fan: how candidates share a pass; None if each takes its own.
         max_rows: most rows of such a pass.
         state: fp32 values that the zero-order optimizer keeps per trainable element.
@@ -33,6 +34,7 @@ class Job:
     micro_batch: int
     tokens: int
     candidates: int
+    parts: int
     fan: FanName | None
     max_rows: int
     state: float
@@ -42,20 +44,25 @@ class Job:
 
     @property
     def turns(self) -> int:
-        """Micro-batches of the rank that has most."""
-        return -(-self.batch // (self.micro_batch * self.ranks))
+        """Micro-batches of the rank that has most, each for one part of the candidates."""
+        return -(-self.batch * min(self.parts, self.candidates) // (self.micro_batch * self.ranks))
+
+    @property
+    def own(self) -> int:
+        """Candidates of a rank."""
+        return -(-self.candidates // self.parts)
 
     @property
     def together(self) -> int:
         """Candidates of one pass."""
         if self.fan is None:
             return 1
-        return min(self.candidates, max(1, self.max_rows // self.micro_batch))
+        return min(self.own, max(1, self.max_rows // self.micro_batch))
 
     @property
     def passes(self) -> int:
         """Passes of one rank in a step."""
-        return self.turns * -(-self.candidates // self.together)
+        return self.turns * -(-self.own // self.together)
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activation
     """
     trainable = [weight for weight in shapes.weights if weight.trainable]
     slices = sum(-(-weight.numel // shard_size) for weight in trainable)
-    adapters = sum(weight.numel * weight.width for weight in trainable) * job.candidates
+    adapters = sum(weight.numel * weight.width for weight in trainable) * job.own
     resident = {
         "weights": sum(_shard(weight, shard_size) for weight in shapes.weights),
         "fp32 master": slices * _FP32 * job.master,
@@ -170,11 +177,11 @@ def zero_order_work(shapes: ModelShapes, job: Job, shard_size: int, footprint: F
     """Of one step; `footprint` is that of a pass of `job.together` candidates."""
     gathers, others = Gathers(_gathered(shapes, job), shard_size), (shard_size - 1) / shard_size
     trainable = [weight for weight in shapes.weights if weight.trainable]
-    whole = job.turns * job.candidates / job.together  # passes, the last one as full as it is
+    whole = job.turns * job.own / job.together  # passes, the last one as full as it is
     slices = sum(weight.numel for weight in trainable) / shard_size
     updates = slices * _FP32 * (2 * job.master + 2 * job.state)  # read and written
     perturbed = slices if job.fan is None else job.turns * slices * shard_size * (job.fan == "weights")
-    perturbations = 3 * _FP32 * perturbed * job.candidates  # weights and noise read, weights written
+    perturbations = 3 * _FP32 * perturbed * job.own  # weights and noise read, weights written
     gathered = job.passes * gathers.model
     if job.fan == "adapters":  # the truth of all of them, once
         gathered += sum(_padded(w.numel, shard_size) * (_FP32 if job.master else w.width) for w in trainable)

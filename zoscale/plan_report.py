@@ -63,6 +63,7 @@ def make_plan(config: RunConfig, ranks: int, device: Device, *, tokens: int | No
     shapes = ModelShapes(config.model, architecture, config.adapter)
     job = _job(config, shapes, ranks, tokens or config.data.max_length, copies=device is DEVICES["cpu"])
     zo = shapes.run(job.micro_batch, job.tokens, candidates=job.together if job.fan else None)
+    fo_job = dataclasses.replace(job, candidates=1, parts=1)
     fo = shapes.run(job.micro_batch, job.tokens, backward=True)
     budget = device.memory - reserve * GIB
     fitting = smallest_shard(shapes, job, zo, budget)
@@ -75,15 +76,15 @@ def make_plan(config: RunConfig, ranks: int, device: Device, *, tokens: int | No
         "trainable": sum(weight.numel for weight in shapes.weights if weight.trainable),
         "dtype": config.model.dtype,
         "budget": budget,
-        "job": {**dataclasses.asdict(job), "together": job.together, "passes": job.passes},
+        "job": {**dataclasses.asdict(job), "turns": job.turns, "together": job.together, "passes": job.passes},
         "zero_order": _column(
             zero_order_memory(shapes, job, shard_size, zo),
             zero_order_work(shapes, job, shard_size, zo),
             shard_size, budget, device, config.model.dtype,
         ),
         "first_order": _column(
-            first_order_memory(shapes, job, fo),
-            first_order_work(shapes, job, fo),
+            first_order_memory(shapes, fo_job, fo),
+            first_order_work(shapes, fo_job, fo),
             ranks, budget, device, config.model.dtype,
         ),
     }  # fmt: skip
@@ -115,6 +116,7 @@ def _job(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, cop
         micro_batch=config.data.micro_batch_size,
         tokens=tokens,
         candidates=estimator.num_candidates,
+        parts=config.mesh.candidates,
         fan=fan,
         max_rows=config.forward.max_rows or tokens_per_pass(shapes.model) // tokens,
         state=state_per_element(config),
