@@ -15,14 +15,17 @@ from safetensors.torch import save_file
 
 from zoscale.assembly import build_model
 from zoscale.config import ModelConfig
+from zoscale.checkpoint import load, save
 from zoscale.engine import ZeroOrderEngine, micro_batches
 from zoscale.estimators import ESTIMATORS
 from zoscale.fingerprint import of_model
+from zoscale.first_order import FirstOrderEngine
 from zoscale.meters import CommMeter, Traffic, count_allgathers
 from zoscale.methods import TABLES
 from zoscale.models import count_parameters, is_block, read_model_config
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import orthogonalize
+from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.optim.owners import CAPACITY, on_owners
 from zoscale.runtime import ZERO3, Runtime, start, stop
 from zoscale.shards import ShardedParam, local_bytes
@@ -58,6 +61,12 @@ def engine_of(scenario: dict[str, Any], accelerator: Accelerator | None) -> Zero
     model = build_model(config, read_model_config(config), adapter, accelerator)
     num_empty = sum(param.is_meta for param in model.parameters())
     optimizer, arguments = TABLES["optimizer"][scenario["optimizer"]], scenario.get("optimizer_args", {})
+    if scenario["optimizer"] in FIRST_ORDER:
+        return started(
+            FirstOrderEngine(
+                model, accelerator=accelerator, optimizer=lambda shards, mesh: optimizer(shards, mesh, **arguments)
+            )
+        )
     engine = ZeroOrderEngine(
         model,
         accelerator=accelerator,
@@ -71,7 +80,12 @@ def engine_of(scenario: dict[str, Any], accelerator: Accelerator | None) -> Zero
         candidate_parts=scenario.get("parts", 1),
     )
     scenario["num_empty"] = num_empty
-    for shard in engine.shards if scenario.get("check") != "beginning" else ():
+    return engine if scenario.get("check") == "beginning" else started(engine)
+
+
+def started(engine: ZeroOrderEngine) -> ZeroOrderEngine:
+    """With known weights."""
+    for shard in engine.shards:
         whole = tiny.values(shard.spec.name, shard.spec.shape).reshape(-1)
         shard.truth.copy_(whole[shard.offset : shard.offset + len(shard)])
         shard.publish()
@@ -215,7 +229,28 @@ def merged_rows(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, 
     return {"losses": [f.values for f in found], "tokens": engine.mesh.gather_objects([f.local_tokens for f in found])}
 
 
+def resumed(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """First-order steps with evaluations between them; then the last ones again, from the checkpoint of any world."""
+    folder, report = Path(scenario["model"]).with_name(f"{scenario['name']}_checkpoint"), dict[str, Any]()
+    for turn in ("first", "again"):
+        losses, norms, between = [], [], []
+        for step in range(engine.num_steps, scenario["steps"]):
+            if step == 3 and not folder.exists():
+                save(engine, folder, "hash")
+            result = engine.step(tiny.batch(step, 4))
+            losses.append(result.loss)
+            norms.append(result.estimate.projected_grads[0])
+            with torch.no_grad():
+                between.append(float(engine.answers.answer_logprobs(micro_batches(tiny.batch(0, 1))[0]).sum()))
+        report[turn] = {"losses": losses, "norms": norms, "between": between}
+        if turn == "first":
+            load(engine, folder, "hash")
+    assert all(other == report for other in engine.mesh.gather_objects(report)), "ranks hold different scalars"
+    return report | {"zero": type(engine.answers.module.optimizer).__name__, "dtype": str(engine.shards[0].truth.dtype)}
+
+
 CHECKS = {
+    "resumed": resumed,
     "merged_rows": merged_rows,
     "beginning": beginning,
     "trajectory": trajectory,

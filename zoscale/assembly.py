@@ -15,9 +15,10 @@ from zoscale.adapters import adds_tokens, check_scheme
 from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
-from zoscale.estimators import ESTIMATORS
+from zoscale.first_order import FirstOrderEngine
 from zoscale.fit import Demand
 from zoscale.mesh import Mesh
+from zoscale.methods import TABLES
 from zoscale.metrics import METRICS, score
 from zoscale.models import (
     ModelSize,
@@ -30,8 +31,7 @@ from zoscale.models import (
     read_model_config,
 )
 from zoscale.objectives import OBJECTIVES, ChosenLoss, GeneratedLoss, Objective, language_modeling
-from zoscale.optim import OPTIMIZERS
-from zoscale.probes import PROBES
+from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.shard_groups import GroupedAccelerator, cut_up
 from zoscale.shards import ShardedParam, TensorSpec
 from zoscale.tasks import TASKS, Task
@@ -81,6 +81,8 @@ def _plan(config: RunConfig) -> Plan:
         got = f"fan_out with objective {config.objective}, for which text is generated"
         raise ConfigError("forward.name auto or sequential", got, "set forward.name")
     deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
+    if config.optimizer.name in FIRST_ORDER:
+        _check_first_order(config, deepspeed)
     architecture = read_model_config(config.model)
     encoder = encoder_of(config, architecture)
     splits = Splits.of(task, config.data, config.seed)
@@ -108,11 +110,11 @@ def check_methods(config: RunConfig) -> Task:
     """
     try:
         task: Task = build(config.task, TASKS)
-        probe, estimator = build(config.probe, PROBES), build(config.estimator, ESTIMATORS)
-        OPTIMIZERS[config.optimizer.name].check_company(probe, estimator)
+        probe, estimator = build(config.probe, TABLES["probe"]), build(config.estimator, TABLES["estimator"])
+        TABLES["optimizer"][config.optimizer.name].check_company(probe, estimator)
         for shape in ((1, 1), (1,)):
             example = ShardedParam(nn.Parameter(torch.zeros(shape)), TensorSpec(0, "example", shape))
-            build(config.optimizer, OPTIMIZERS, [example])
+            build(config.optimizer, TABLES["optimizer"], [example])
     except ConfigError:
         raise
     except ValueError as error:
@@ -122,6 +124,28 @@ def check_methods(config: RunConfig) -> Task:
         remedy = "set mesh.shard_size=1: ZeRO-3 gathers weights without their tangents"
         raise ConfigError(f"the whole model on every rank for estimator {config.estimator.name}", got, remedy)
     return task
+
+
+def _check_first_order(config: RunConfig, deepspeed: Mapping[str, Any]) -> None:
+    """Refuse what backpropagation through ZeRO-3 over all ranks cannot do."""
+    wanted: dict[str, tuple[bool, str, str]] = {
+        f"an objective with a gradient ({' or '.join(OBJECTIVES)})": (
+            config.objective in OBJECTIVES, config.objective, "set objective, or take a zero-order method"
+        ),
+        "mesh.shard_size null": (
+            config.mesh.shard_size is None, str(config.mesh.shard_size), "leave it out: the gradient is of all ranks"
+        ),
+        "mesh.candidates=1": (config.mesh.candidates == 1, str(config.mesh.candidates), "leave it out"),
+        "forward.name=auto": (config.forward.name == "auto", config.forward.name, "leave it out"),
+        "master=fp32": (config.master == "fp32", config.master, "leave it out: DeepSpeed trains fp32 weights"),
+        "model.dtype bfloat16 or float32": (config.model.dtype != "float16", config.model.dtype, "set model.dtype"),
+        "no offload_optimizer in the DeepSpeed configuration": (
+            "offload_optimizer" not in deepspeed["zero_optimization"], "one", "remove it"
+        ),
+    }  # fmt: skip
+    for expected, (holds, got, remedy) in wanted.items():
+        if not holds:
+            raise ConfigError(f"{expected} with optimizer {config.optimizer.name}", got, remedy)
 
 
 def find_objective(name: str, task: Task) -> Objective:
@@ -143,12 +167,34 @@ def find_objective(name: str, task: Task) -> Objective:
 def demand_of(config: RunConfig) -> Demand:
     """The memory that a run needs beside its frozen weights."""
     rows = config.data.micro_batch_size
-    together = -(-build(config.estimator, ESTIMATORS).num_candidates // config.mesh.candidates)
+    together = -(-build(config.estimator, TABLES["estimator"]).num_candidates // config.mesh.candidates)
     limit = config.forward.max_rows or rows * together
     copies = 1 if config.forward.name == "sequential" else max(1, min(together, limit // rows))
     state = 0 if config.adapter is not None else 4 + (4 if config.master == "fp32" else 0)
     width = getattr(torch, config.model.dtype).itemsize
     return Demand(width, state, rows=rows, tokens=config.data.max_length, copies=copies)
+
+
+def build_training_engine(
+    config: RunConfig,
+    architecture: Any,
+    accelerator: Accelerator,
+    *,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ZeroOrderEngine:
+    """The engine that trains a run, at step 0; see `build_engine`."""
+    if config.optimizer.name not in FIRST_ORDER:
+        return build_engine(config, architecture, accelerator, objective=objective, tokenizer=tokenizer)
+    _seed(config.seed)
+    return FirstOrderEngine(
+        build_model(config.model, architecture, config.adapter, accelerator, trainable=config.trainable),
+        accelerator=accelerator,
+        optimizer=lambda shards, mesh: build(config.optimizer, FIRST_ORDER, shards, mesh),
+        objective=objective,
+        seed=config.seed,
+        tokenizer=tokenizer,
+    )
 
 
 def build_engine(
@@ -159,7 +205,8 @@ def build_engine(
     objective: Objective = language_modeling,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ZeroOrderEngine:
-    """The engine of a run at step 0; without an accelerator, whole in this process.
+    """The engine of a run at step 0, for forward passes and zero-order steps; without an accelerator, whole in this
+    process.
 
     Args:
         config: of the run.
@@ -172,9 +219,9 @@ def build_engine(
     return ZeroOrderEngine(
         build_model(config.model, architecture, config.adapter, accelerator, trainable=config.trainable),
         accelerator=accelerator,
-        optimizer=lambda shards, mesh: build(config.optimizer, OPTIMIZERS, shards, mesh),
-        probe=build(config.probe, PROBES),
-        estimator=build(config.estimator, ESTIMATORS),
+        optimizer=lambda shards, mesh: build(config.optimizer, TABLES["optimizer"], shards, mesh),
+        probe=build(config.probe, TABLES["probe"]),
+        estimator=build(config.estimator, TABLES["estimator"]),
         objective=objective,
         seed=config.seed,
         master=config.master,

@@ -64,7 +64,7 @@ def load(engine: ZeroOrderEngine, folder: Path, config_hash: str) -> None:
     for shard, (weights, state) in zip(engine.shards, found, strict=True):
         shard.truth.copy_(weights)
         shard.publish()
-        engine.optimizer.state[shard.truth] = state
+        engine.optimizer.load_state_of(shard, state)
     engine.num_steps = manifest.step
 
 
@@ -91,7 +91,7 @@ def _write_shards(engine: ZeroOrderEngine, path: Path, state: bool) -> ShardFile
 
 
 def _sharded_state(engine: ZeroOrderEngine, shard: ShardedParam) -> dict[str, Tensor]:
-    state: Mapping[str, Any] = engine.optimizer.state.get(shard.truth, {})
+    state = engine.optimizer.state_of(shard)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -99,7 +99,7 @@ def _scalars(engine: ZeroOrderEngine) -> tuple[list[str], dict[str, dict[str, fl
     """Keys of this rank's sharded state, and the numbers beside it."""
     keys = {key for shard in engine.shards for key in _sharded_state(engine, shard)}
     numbers = {
-        shard.spec.name: {k: v for k, v in engine.optimizer.state.get(shard.truth, {}).items() if k not in keys}
+        shard.spec.name: {k: v for k, v in engine.optimizer.state_of(shard).items() if k not in keys}
         for shard in engine.shards
     }
     return sorted(keys), {name: found for name, found in numbers.items() if found}

@@ -108,19 +108,8 @@ class ZeroOrderEngine:
         candidate_parts: int = 1,
     ) -> None:
         self.model = model
-        module = model
-        if accelerator is None:
-            self.mesh = Mesh(next(model.parameters()).device, ranks=(0, 1))
-        elif isinstance(accelerator, GroupedAccelerator):
-            module = _shard_in_groups(model, accelerator)
-            self.mesh = accelerator.mesh
-        elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-            module = _shard(model, accelerator)
-            self.mesh = Mesh(accelerator.device)
-        else:
-            model.to(accelerator.device)
-            self.mesh = Mesh(accelerator.device, shard_size=1)
-        self.shards = shard_parameters(model, master=master)
+        module, self.mesh = self._place(model, accelerator)
+        self.shards = self._slices(model, master)
         self.specs = [shard.spec for shard in self.shards]
         self.optimizer = optimizer(self.shards, self.mesh)
         self.probe = probe or PROBES[self.optimizer.goes_with.probe]()
@@ -133,6 +122,20 @@ class ZeroOrderEngine:
         self.generator = Generator(self.answers, tokenizer, self.mesh) if tokenizer is not None else None
         self.forward = self._choose_forward(forward, max_rows, candidate_parts)
         self.num_steps = 0
+
+    def _place(self, model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, Mesh]:
+        """What is called for the model, and the ranks."""
+        if accelerator is None:
+            return model, Mesh(next(model.parameters()).device, ranks=(0, 1))
+        if isinstance(accelerator, GroupedAccelerator):
+            return _shard_in_groups(model, accelerator), accelerator.mesh
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return _shard(model, accelerator), Mesh(accelerator.device)
+        model.to(accelerator.device)
+        return model, Mesh(accelerator.device, shard_size=1)
+
+    def _slices(self, model: nn.Module, master: Master) -> list[ShardedParam]:
+        return shard_parameters(model, master=master)
 
     def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int) -> Forward:
         if self.estimator.takes_derivatives:
@@ -180,6 +183,11 @@ class ZeroOrderEngine:
     def num_losses(self) -> int:
         """Forward evaluations of the batch per step (K), those of the optimizer's trials included."""
         return self.estimator.num_candidates + self.optimizer.num_trials
+
+    @property
+    def num_forwards(self) -> int:
+        """Those of them that a forward pass gives, not a backward pass."""
+        return self.num_losses - self.estimator.num_backwards
 
     def step(self, batch: Batch) -> StepResult:
         """One step on a batch: the same call with the same micro-batches on every rank.

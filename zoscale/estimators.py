@@ -98,6 +98,8 @@ class Estimator(ABC):
 
     takes_derivatives: ClassVar[bool] = False
     """Whether candidates are derivatives: only a forward on the whole model gives them."""
+    num_backwards: ClassVar[int] = 0
+    """Candidates that a backward pass answers for, not a forward pass."""
 
     def __init__(self, *, tau: float = 1e-3, num_directions: int = 1) -> None:
         if not (tau > 0 and math.isfinite(tau)):
@@ -205,6 +207,28 @@ class ForwardGrad(Estimator):
     @property
     def num_candidates(self) -> int:
         return 1 + self.num_directions
+
+    def candidates(self, directions: Sequence[Direction]) -> list[Candidate]:
+        return [Candidate(None), *(Candidate(z) for z in directions)]
+
+    def estimate(self, directions: Sequence[Direction], losses: Sequence[float]) -> GradientEstimate:
+        return GradientEstimate(tuple(directions), tuple(losses[1:]), losses[0])
+
+
+class Backpropagation(Estimator):
+    """The gradient itself, by one forward and one backward pass: rho = |g| along z = g / |g|.
+
+    For the optimizers fo_sgd and fo_adamw, whose gradients stay with DeepSpeed; the scalars are for the records.
+    """
+
+    num_backwards = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @property
+    def num_candidates(self) -> int:
+        return 2
 
     def candidates(self, directions: Sequence[Direction]) -> list[Candidate]:
         return [Candidate(None), *(Candidate(z) for z in directions)]

@@ -149,6 +149,7 @@ class JournalWriter:
     def __init__(self, path: Path, header: Header, num_bytes: int, *, sync_every: int = 1) -> None:
         self.path = path
         self._layout, self._size, self._sync_every = header._layout, num_bytes, sync_every
+        self._record_bytes = header.record_bytes
         self._unsynced = 0
         with path.open("rb") as file:  # the file's own spelling of the header, not ours of today
             *_, self._seed = _read_header(file.read(_HEADER_ROOM), path)
@@ -197,6 +198,17 @@ class JournalWriter:
             os.ftruncate(self._file, self._size)
             os.lseek(self._file, self._size, os.SEEK_SET)
             raise
+
+    def cut(self, num_records: int) -> None:
+        """Take the last records away: their steps will be taken again.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self._size -= num_records * self._record_bytes
+        os.ftruncate(self._file, self._size)
+        os.lseek(self._file, self._size, os.SEEK_SET)
+        self.sync()
 
     def sync(self) -> None:
         """Wait until all records are on the disk."""

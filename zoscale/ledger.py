@@ -52,6 +52,8 @@ class Ledger:
         self.evaluations = EvaluationLog(directory.evaluations, engine.mesh)
         chosen = directory.chosen_checkpoint(config)
         restore(engine, directory.checkpoints, self.records, self._hash, log, chosen=chosen, progress=progress)
+        engine.mesh.on_main(self._cut_journal)
+        del self.records[engine.num_steps :]
 
     def append(self, result: StepResult) -> None:
         """Put a step into the journal.
@@ -100,6 +102,8 @@ class Ledger:
             self.log(f"checkpoint passed over: {error}")
             if not load_newest(self.engine, folder, step, self._hash, self.log):
                 remedy = f"rebuild them: zoscale replay {self.directory.path} --until {step} --out DIR"
+                if not self.engine.optimizer.can_replay:
+                    remedy = "restore the folder from a copy, or start again with overwrite=true"
                 raise ConfigError(f"the weights of step {step}", str(error), remedy) from error
             replay(self.engine, self.records[self.engine.num_steps : step])
 
@@ -118,6 +122,11 @@ class Ledger:
         """A checkpoint or an evaluation is never ahead of the journal on the disk."""
         if self._writer is not None:
             self._writer.sync()
+
+    def _cut_journal(self) -> None:
+        """Leave the records of the steps that the engine has taken."""
+        if self._writer is not None and len(self.records) > self.engine.num_steps:
+            self._writer.cut(len(self.records) - self.engine.num_steps)
 
     def _open_journal(self, header: Header) -> list[Record]:
         path, every = self.directory.journal, self._options.journal_sync_every

@@ -9,6 +9,7 @@ from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.estimators import GradientEstimate
 from zoscale.journal import Header, Record
 from zoscale.manifest import complete
+from zoscale.optim import ZeroOrderOptimizer
 from zoscale.provenance import code
 
 Log = Callable[[str], None]
@@ -92,7 +93,12 @@ def replay(engine: ZeroOrderEngine, records: Sequence[Record], progress: Callabl
     Args:
         records: the next steps of the engine, in order.
         progress: called after every step.
+
+    Raises:
+        ConfigError: if the steps are first-order: they take more than scalars.
     """
+    if records:
+        check_replay(type(engine.optimizer), f"{len(records)} more steps to take")
     lrs = [group["lr"] for group in engine.optimizer.param_groups]
     for record in records:
         if record.step != engine.num_steps:
@@ -107,6 +113,17 @@ def replay(engine: ZeroOrderEngine, records: Sequence[Record], progress: Callabl
     _set_lrs(engine, lrs)
 
 
+def check_replay(optimizer: type[ZeroOrderOptimizer], got: str) -> None:
+    """Refuse to take steps from the journal that need gradients.
+
+    Raises:
+        ConfigError: with what there was instead of a checkpoint.
+    """
+    if not optimizer.can_replay:
+        remedy = "name a step with a checkpoint: a first-order step is not made of the journal's scalars"
+        raise ConfigError(f"a checkpoint of the step, trained by {optimizer.__name__}", got, remedy)
+
+
 def restore(
     engine: ZeroOrderEngine,
     checkpoints: Path,
@@ -119,7 +136,8 @@ def restore(
 ) -> None:
     """Bring an engine at step 0 to the end of the journal. A collective.
 
-    A damaged checkpoint is passed over with a word: an older one, or none, leads to the same bits.
+    A damaged checkpoint is passed over with a word: an older one, or none, leads to the same bits. Where steps cannot be
+    replayed, the engine is brought to the checkpoint's step.
 
     Args:
         checkpoints: folder of checkpoints.
@@ -141,6 +159,10 @@ def restore(
     start = engine.num_steps
     if start > len(records):
         raise ConfigError(f"a checkpoint of step {len(records)} or earlier", f"step {start}", "choose another one")
+    if not engine.optimizer.can_replay:
+        if records:
+            log(f"resumed at step {start}, the newest checkpoint; {len(records) - start} steps are taken again")
+        return
     replay(engine, records[start:], progress)
     if records:
         log(f"resumed at step {len(records)}: checkpoint of step {start}, {len(records) - start} steps replayed")

@@ -19,7 +19,7 @@ from zoscale.export import read_origin, save_trained
 from zoscale.journal import Header, Journal
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import read_model_config
-from zoscale.recovery import check_start, replay
+from zoscale.recovery import check_replay, check_start, replay
 from zoscale.run_record import trusted
 
 _ROUNDING = 1e-5  # methods that multiply matrices (Muon) depend on the machine's matrix product
@@ -69,6 +69,7 @@ def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
         raise ConfigError(
             f"a header of configuration {header.config_hash}", config.hash, "use the version that wrote it"
         )
+    check_replay(TABLES["optimizer"][config.optimizer.name], "a journal")
     engine = build_engine(config, read_model_config(config.model), None)
     counts = (engine.num_losses, engine.estimator.num_directions, len(engine.optimizer.param_groups))
     if counts != (header.num_losses, header.num_directions, header.num_groups):

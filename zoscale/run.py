@@ -4,7 +4,7 @@ from typing import Any
 
 from zoscale import provenance, runtime
 from zoscale.agreement import check_agreement
-from zoscale.assembly import Plan, build_engine, demand_of, plan
+from zoscale.assembly import Plan, build_training_engine, demand_of, plan
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.export import save_trained, write_origin
@@ -57,7 +57,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
     directory = _enter(config, mesh)
     summary = mesh.on_main(directory.read_summary)
     if summary is None:
-        engine = build_engine(
+        engine = build_training_engine(
             config, made.architecture, accelerator, objective=made.objective, tokenizer=made.encoder.tokenizer
         )
         describe(config, engine, made, directory)

@@ -24,7 +24,7 @@ class RunMeters:
         self.engine = engine
         self.mesh = engine.mesh
         self.earlier = earlier or {}
-        self.num_losses = engine.num_losses
+        self.num_forwards = engine.num_forwards
         self.memory = MemoryMeter(engine.mesh.device)
         self.throughput = ThroughputMeter()
         self.comm = CommMeter()
@@ -61,7 +61,7 @@ class RunMeters:
         """Add one step."""
         self._steps += 1
         losses = result.losses
-        self.throughput.count(tokens=losses.local_tokens, samples=losses.local_samples, forwards=self.num_losses)
+        self.throughput.count(tokens=losses.local_tokens, samples=losses.local_samples, forwards=self.num_forwards)
         self.phases.settle()
 
     def take(self) -> dict[str, float]:
@@ -136,9 +136,11 @@ def _spans(engine: ZeroOrderEngine, timer: PhaseTimer) -> list[AbstractContextMa
     """What counts for which phase. Gathers are taken where ZeRO-3 fetches the tensors of a block, waiting included."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+    first_order = engine.estimator.num_backwards > 0
     return [
         timed(timer, "noise", engine, "directions"),
-        timed(timer, "noise", engine.forward, "losses"),
+        *([timed(timer, "forward", engine.forward, "backward")] if first_order else []),
+        timed(timer, "other" if first_order else "noise", engine.forward, "losses"),
         timed(timer, "noise", engine.noise, "words", "uniform", "normal", "rademacher", "rademacher_at"),
         timed(timer, "forward", engine, "objective"),
         timed(timer, "forward", engine.answers, "answer_logprobs"),

@@ -39,7 +39,8 @@ def describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan, directory: 
         f"{len(splits.validation)} validation"
     )
     method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
-    log(f"method: {method}, {engine.num_losses} forwards per step, {config.train.steps} steps")
+    passes = "1 forward and 1 backward pass" if engine.estimator.num_backwards else f"{engine.num_losses} forwards"
+    log(f"method: {method}, {passes} per step, {config.train.steps} steps")
     if config.forward.name == "auto" and isinstance(engine.forward, SequentialForward):
         generates = isinstance(engine.objective, GeneratedLoss)
         reason = (

@@ -142,7 +142,8 @@ def start(
         torch.set_num_threads(runtime.threads)
     obey(runtime.dtype)
     _skip_shm_build()
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
+    for name in ("all_gather_into", "reduce_scatter"):
+        warnings.filterwarnings("ignore", message=f".*{name}_tensor.*deprecated", category=FutureWarning)
     launched = int(os.environ["WORLD_SIZE"])
     timeout = timedelta(minutes=runtime.timeout_minutes)
     accelerator = _accelerator(runtime, size, _shard_size(runtime, size, demand, launched), timeout)

@@ -249,7 +249,8 @@ def order_gathers_after_writes(module: nn.Module) -> None:
     """
     zero = getattr(module, "optimizer", None)
     if zero is not None and torch.cuda.is_available():
-        cast(Any, zero)._DeepSpeedZeRoOffload__allgather_stream.wait_stream(torch.cuda.current_stream())
+        offload: Any = getattr(zero, "parameter_offload", zero)
+        offload._DeepSpeedZeRoOffload__allgather_stream.wait_stream(torch.cuda.current_stream())
 
 
 @contextmanager
@@ -263,6 +264,7 @@ def direct_calls(module: nn.Module, inner: nn.Module) -> Iterator[None]:
     if zero is None:
         yield
         return
+    zero = getattr(zero, "parameter_offload", zero)
     begin = zero.get_param_coordinator().reset_step
     handle = None if inner is zero.module else inner.register_forward_pre_hook(lambda *_: begin(), prepend=True)
     try:

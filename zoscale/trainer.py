@@ -190,11 +190,12 @@ class Trainer:
         return {
             "train/loss": self.engine.estimator.estimate((), own).loss,
             "train/lr": record.lrs[0],
-            "train/forwards": float((record.step + 1) * len(record.losses)),
+            "train/forwards": float((record.step + 1) * self.engine.num_forwards),
             "train/skipped_steps": float(self._skips.total),
             "train/projected_grad_abs_mean": sum(map(abs, rhos)) / len(rhos),
             "train/projected_grad_max": max(map(abs, rhos)),
             "train/projected_grad_mean": sum(rhos) / len(rhos),
+            **({"train/backwards": float(record.step + 1)} if self.engine.estimator.num_backwards else {}),
         }
 
     def _is_logged(self, step: int) -> bool:
@@ -260,7 +261,8 @@ class Trainer:
             "steps": steps,
             "resumed_at_step": first or None,
             "skipped_steps": self._skips.total,
-            "forwards": steps * self.engine.num_losses,
+            "forwards": steps * self.engine.num_forwards,
+            "backwards": steps * self.engine.estimator.num_backwards,
             "final_train_loss": self._metrics(records[-1])["train/loss"] if records else None,
             "seconds": seconds,
             **self.meters.summary(),

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from zoscale.estimators import ESTIMATORS, Candidate, Estimator, GradientEstimate
+from zoscale.estimators import ESTIMATORS, Backpropagation, Candidate, Estimator, GradientEstimate
 from zoscale.mesh import Mesh
 from zoscale.probes import PROBES, Piece, Probe
+from zoscale.probes.gradient import Gradient
 from zoscale.shards import ShardedParam, TensorSpec
 
 _ANY = TensorSpec(0, "", (1, 1))
@@ -48,6 +49,8 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     """What of it cannot be chosen otherwise: `probe`, `estimator`."""
     is_elementwise: ClassVar[bool] = True
     """Whether the update needs no matrix product: it has the same bits at any sharding then."""
+    can_replay: ClassVar[bool] = True
+    """Whether the journal's scalars are enough to take a step again."""
     num_trials: ClassVar[int] = 0
     """Points that `trials` gives."""
 
@@ -87,6 +90,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             ValueError: what was expected.
         """
         name, estimator_name = cls.goes_with
+        if isinstance(estimator, Backpropagation) or isinstance(probe, Gradient):
+            got = f"{type(probe).__name__} and {type(estimator).__name__}"
+            raise ValueError(f"expected a probe that draws and an estimator of losses with {cls.__name__}, got {got}")
         if "probe" in cls.needs and not isinstance(probe, PROBES[name]):
             raise ValueError(f"expected the probe {name} with {cls.__name__}, got {type(probe).__name__}")
         if "estimator" in cls.needs and not isinstance(estimator, ESTIMATORS[estimator_name]):
@@ -120,6 +126,15 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             self.update(shards, estimate, group)
             for shard in shards:
                 shard.publish()
+
+    def state_of(self, shard: ShardedParam) -> Mapping[str, Any]:
+        """State of a shard: tensors of its local length, and numbers."""
+        state: Mapping[str, Any] = self.state.get(shard.truth, {})
+        return state
+
+    def load_state_of(self, shard: ShardedParam, state: Mapping[str, Any]) -> None:
+        """Replace the state of a shard."""
+        self.state[shard.truth] = dict(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its own dtype (torch would cast fp32 momentum to 16-bit weights' dtype)."""
