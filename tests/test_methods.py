@@ -237,14 +237,14 @@ def config_of(*argv: str) -> Any:
     return parse(["model.id=x", *argv], TABLES, DEFAULTS)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", TABLES["optimizer"])
 def test_a_method_brings_its_probe_and_estimator(name: str) -> None:
     """Where none is named; what is named stands; the result reads back as the same configuration."""
-    company = OPTIMIZERS[name].goes_with
+    company = TABLES["optimizer"][name].goes_with
     config = config_of(f"optimizer.name={name}")
     assert (config.probe.name, config.estimator.name) == tuple(company)
     check_methods(config)
-    if "probe" not in OPTIMIZERS[name].needs:
+    if "probe" not in TABLES["optimizer"][name].needs:
         assert config_of(f"optimizer.name={name}", "probe.name=row").probe.name == "row"
     assert type(config).from_dict(config.to_dict(), TABLES, DEFAULTS) == config
     assert config_of().probe.name == "block", "JAGUAR is the default"
@@ -262,6 +262,18 @@ def test_a_method_brings_its_probe_and_estimator(name: str) -> None:
         (["optimizer.name=zo_adam", "optimizer.eps=0.0"], "eps > 0"),
         (["optimizer.name=zo_sgd_momentum", "optimizer.momentum=-0.1"], "expected momentum in"),
         (["optimizer.name=zo_muon", "optimizer.power_rank=0"], "power_rank >= 1"),
+        (["estimator.name=backpropagation"], "an estimator of losses with JaguarMuon, got Block and Backpropagation"),
+        (["optimizer.name=zo_sgd", "probe.name=gradient"], "a probe that draws"),
+        (["optimizer.name=fo_sgd", "estimator.name=two_point"], "expected the estimator backpropagation with FOSGD"),
+        (["optimizer.name=fo_adamw", "probe.name=block"], "expected the probe gradient with FOAdamW, got Block"),
+        (["optimizer.name=fo_adamw", "optimizer.max_grad_norm=0.0"], "finite max_grad_norm > 0"),
+        (["optimizer.name=fo_adamw", "objective=f1"], "objective classification or lm with optimizer fo_adamw, got f1"),
+        (["optimizer.name=fo_adamw", "mesh.shard_size=1"], "mesh.shard_size null with optimizer fo_adamw, got 1"),
+        (["optimizer.name=fo_adamw", "mesh.candidates=2"], "mesh.candidates 1"),
+        (["optimizer.name=fo_adamw", "forward.name=sequential"], "forward.name auto"),
+        (["optimizer.name=fo_adamw", "forward.max_rows=8"], "forward.max_rows null"),
+        (["optimizer.name=fo_adamw", "master=none"], "master fp32"),
+        (["optimizer.name=fo_adamw", "model.dtype=float16"], "model.dtype bfloat16 or float32"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_run(argv: list[str], part: str) -> None:

@@ -12,7 +12,6 @@ from processes import ROOT, run, torchrun
 from zoscale.config import parse
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import ModelSize
-from zoscale.optim import OPTIMIZERS
 from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
 from zoscale.submit import submit_command
 
@@ -65,8 +64,8 @@ def test_readme_names_only_what_is_there() -> None:
 def test_every_method_is_listed_with_its_company() -> None:
     rows = re.findall(r"^\| `(\w+)` \|.*?\| (\S+), (\S+) \|", METHODS, re.MULTILINE)
     listed = {name: (probe, estimator) for name, probe, estimator in rows}
-    assert set(listed) == set(OPTIMIZERS)
-    for name, optimizer in OPTIMIZERS.items():
+    assert set(listed) == set(TABLES["optimizer"])
+    for name, optimizer in TABLES["optimizer"].items():
         for shown, section in zip(listed[name], ("probe", "estimator"), strict=True):
             needed = section in optimizer.needs
             assert shown == f"{'**' * needed}`{getattr(optimizer.goes_with, section)}`{'**' * needed}", name

@@ -14,8 +14,8 @@ from deepspeed.utils import groups
 from safetensors.torch import save_file
 
 from zoscale.assembly import build_model
-from zoscale.config import ModelConfig
 from zoscale.checkpoint import load, save
+from zoscale.config import ModelConfig
 from zoscale.engine import ZeroOrderEngine, micro_batches
 from zoscale.estimators import ESTIMATORS
 from zoscale.fingerprint import of_model

@@ -15,7 +15,7 @@ from zoscale.adapters import adds_tokens, check_scheme
 from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
-from zoscale.first_order import FirstOrderEngine
+from zoscale.first_order import FirstOrderEngine, check_first_order
 from zoscale.fit import Demand
 from zoscale.mesh import Mesh
 from zoscale.methods import TABLES
@@ -31,6 +31,7 @@ from zoscale.models import (
     read_model_config,
 )
 from zoscale.objectives import OBJECTIVES, ChosenLoss, GeneratedLoss, Objective, language_modeling
+from zoscale.optim import ZeroOrderOptimizer
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.shard_groups import GroupedAccelerator, cut_up
 from zoscale.shards import ShardedParam, TensorSpec
@@ -81,8 +82,8 @@ def _plan(config: RunConfig) -> Plan:
         got = f"fan_out with objective {config.objective}, for which text is generated"
         raise ConfigError("forward.name auto or sequential", got, "set forward.name")
     deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
-    if config.optimizer.name in FIRST_ORDER:
-        _check_first_order(config, deepspeed)
+    if config.optimizer.name in FIRST_ORDER and "offload_optimizer" in deepspeed["zero_optimization"]:
+        raise ConfigError(f"no offload_optimizer with optimizer {config.optimizer.name}", "one", "remove it")
     architecture = read_model_config(config.model)
     encoder = encoder_of(config, architecture)
     splits = Splits.of(task, config.data, config.seed)
@@ -111,7 +112,8 @@ def check_methods(config: RunConfig) -> Task:
     try:
         task: Task = build(config.task, TASKS)
         probe, estimator = build(config.probe, TABLES["probe"]), build(config.estimator, TABLES["estimator"])
-        TABLES["optimizer"][config.optimizer.name].check_company(probe, estimator)
+        rule: type[ZeroOrderOptimizer] = TABLES["optimizer"][config.optimizer.name]
+        rule.check_company(probe, estimator)
         for shape in ((1, 1), (1,)):
             example = ShardedParam(nn.Parameter(torch.zeros(shape)), TensorSpec(0, "example", shape))
             build(config.optimizer, TABLES["optimizer"], [example])
@@ -123,29 +125,9 @@ def check_methods(config: RunConfig) -> Task:
         got = f"mesh.shard_size={'null' if config.mesh.shard_size is None else config.mesh.shard_size}"
         remedy = "set mesh.shard_size=1: ZeRO-3 gathers weights without their tangents"
         raise ConfigError(f"the whole model on every rank for estimator {config.estimator.name}", got, remedy)
+    if config.optimizer.name in FIRST_ORDER:
+        check_first_order(config)
     return task
-
-
-def _check_first_order(config: RunConfig, deepspeed: Mapping[str, Any]) -> None:
-    """Refuse what backpropagation through ZeRO-3 over all ranks cannot do."""
-    wanted: dict[str, tuple[bool, str, str]] = {
-        f"an objective with a gradient ({' or '.join(OBJECTIVES)})": (
-            config.objective in OBJECTIVES, config.objective, "set objective, or take a zero-order method"
-        ),
-        "mesh.shard_size null": (
-            config.mesh.shard_size is None, str(config.mesh.shard_size), "leave it out: the gradient is of all ranks"
-        ),
-        "mesh.candidates=1": (config.mesh.candidates == 1, str(config.mesh.candidates), "leave it out"),
-        "forward.name=auto": (config.forward.name == "auto", config.forward.name, "leave it out"),
-        "master=fp32": (config.master == "fp32", config.master, "leave it out: DeepSpeed trains fp32 weights"),
-        "model.dtype bfloat16 or float32": (config.model.dtype != "float16", config.model.dtype, "set model.dtype"),
-        "no offload_optimizer in the DeepSpeed configuration": (
-            "offload_optimizer" not in deepspeed["zero_optimization"], "one", "remove it"
-        ),
-    }  # fmt: skip
-    for expected, (holds, got, remedy) in wanted.items():
-        if not holds:
-            raise ConfigError(f"{expected} with optimizer {config.optimizer.name}", got, remedy)
 
 
 def find_objective(name: str, task: Task) -> Objective:

@@ -1,4 +1,4 @@
-"""`FirstOrderEngine`: training by backpropagation through DeepSpeed ZeRO-3, behind the zero-order engine's interface."""
+"""`FirstOrderEngine`: backpropagation through DeepSpeed ZeRO-3, behind the zero-order engine's interface."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,11 +8,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale.backward import BackwardForward
+from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ForwardName, ZeroOrderEngine
 from zoscale.estimators import Backpropagation
 from zoscale.forward import Forward
 from zoscale.mesh import Mesh
-from zoscale.objectives import Objective, language_modeling
+from zoscale.objectives import OBJECTIVES, Objective, language_modeling
 from zoscale.optim.first_order import FirstOrderOptimizer, FOAdamW
 from zoscale.partitions import shards_of_optimizer
 from zoscale.probes.gradient import Gradient
@@ -78,8 +79,7 @@ class FirstOrderEngine(ZeroOrderEngine):
         rule = self._factory([ShardedParam.outline(spec, 0, 0, mesh.device) for spec, _ in found], mesh)
         named = {spec.name: param for spec, param in found}
         groups = [
-            {**_options(group), "params": [named[name] for name in group["param_names"]]}
-            for group in rule.param_groups
+            {**_options(group), "params": [named[name] for name in group["param_names"]]} for group in rule.param_groups
         ]
         sizes = [spec.numel for spec, _ in found]
         bucket = min(sum(sizes), max(_BUCKET, *sizes))
@@ -93,6 +93,32 @@ class FirstOrderEngine(ZeroOrderEngine):
 
     def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int) -> Forward:
         return BackwardForward(self.answers, self.shards, self.mesh)
+
+
+def check_first_order(config: RunConfig) -> None:
+    """Refuse what backpropagation through ZeRO-3 over all ranks cannot do.
+
+    Raises:
+        ConfigError: what was expected.
+    """
+    wanted = (
+        (
+            "objective",
+            " or ".join(OBJECTIVES),
+            config.objective in OBJECTIVES,
+            "others have no gradient: set objective",
+        ),
+        ("mesh.shard_size", "null", config.mesh.shard_size is None, "leave it out: DeepSpeed shards over all ranks"),
+        ("mesh.candidates", "1", config.mesh.candidates == 1, "leave it out: there are no candidates"),
+        ("forward.name", "auto", config.forward.name == "auto", "leave it out: there are no candidates"),
+        ("forward.max_rows", "null", config.forward.max_rows is None, "leave it out: there are no candidates"),
+        ("master", "fp32", config.master == "fp32", "leave it out: DeepSpeed trains fp32 weights"),
+        ("model.dtype", "bfloat16 or float32", config.model.dtype != "float16", "set model.dtype"),
+    )
+    values = config.flatten()
+    for key, expected, holds, remedy in wanted:
+        if not holds:
+            raise ConfigError(f"{key} {expected} with optimizer {config.optimizer.name}", str(values[key]), remedy)
 
 
 def with_gradients(config: Mapping[str, Any], bucket: int, max_grad_norm: float | None) -> dict[str, Any]:

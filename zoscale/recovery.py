@@ -136,8 +136,8 @@ def restore(
 ) -> None:
     """Bring an engine at step 0 to the end of the journal. A collective.
 
-    A damaged checkpoint is passed over with a word: an older one, or none, leads to the same bits. Where steps cannot be
-    replayed, the engine is brought to the checkpoint's step.
+    A damaged checkpoint is passed over with a word: an older one, or none, leads to the same bits. First-order steps
+    are not replayed: the engine is brought to the checkpoint's step.
 
     Args:
         checkpoints: folder of checkpoints.

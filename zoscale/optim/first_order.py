@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zoscale.estimators import Backpropagation, Estimator, GradientEstimate
 from zoscale.mesh import Mesh
@@ -66,7 +65,7 @@ class FirstOrderOptimizer(ZeroOrderOptimizer):
                 raise ValueError(f"expected the {what} {name} with {cls.__name__}, got {type(got).__name__}")
 
     def attach(self, engine: Any) -> None:
-        """Step with this DeepSpeed engine from now on; its optimizer is from `torch_optimizer`, with the same groups."""
+        """Step with this DeepSpeed engine from now on; its optimizer came from `torch_optimizer`, groups alike."""
         self._engine = engine
 
     def rule(self, spec: TensorSpec) -> str:
