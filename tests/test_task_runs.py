@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jobs import JobServer, run_dir_of
+import pytest
+from jobs import JobServer, largest_difference, run_dir_of
 from processes import ROOT
 
+from zoscale.config import ConfigError
 from zoscale.journal import Journal
 from zoscale.replay import replay_command
 
@@ -52,3 +54,43 @@ def test_no_steps_is_an_evaluation_with_demonstrations(server: JobServer) -> Non
     (row,) = lines(run_dir / "evaluations.jsonl")
     summary = json.loads((run_dir / "summary.json").read_text())["validation"]
     assert row["result"] == summary["before"] == summary["final"] == summary["chosen"]
+
+
+DIES = """
+import os
+from zoscale.engine import ZeroOrderEngine
+step = ZeroOrderEngine.step
+ZeroOrderEngine.step = lambda self, batch: os._exit(1) if self.num_steps == 3 else step(self, batch)
+"""
+
+
+def test_a_first_order_run_that_dies_goes_on_from_its_checkpoint(server: JobServer) -> None:
+    """Two ranks die in step 3 and one takes steps 2 and 3 again: the result of a run that never stopped."""
+    options = ["--config", "launch/recipes/quickstart-adamw.yaml", "data.num_train=16", "data.num_dev=4"]
+    options += ["data.num_validation=4", "data.batch_size=4", "data.micro_batch_size=2", "tracking.mlflow=false"]
+    options += ["train.steps=4", "train.eval_every=0", "train.log_every=1", "checkpoint.every=2"]
+    whole, broken = server.folder / "whole", server.folder / "broken"
+    text = server.run(1, *options, f"output_dir={whole}")
+    assert "method: fo_adamw, gradient probe, backpropagation, 1 forward and 1 backward pass per step" in text
+    server.run(2, *options, f"output_dir={broken}", expect=1, plant=DIES)
+    text = server.run(1, *options, f"output_dir={broken}")
+    assert "resumed at step 2, the newest checkpoint; 1 steps are taken again" in text
+    assert largest_difference(whole, broken) < 1e-6
+    first, again = run_dir_of(whole), run_dir_of(broken)
+    assert first is not None and again is not None
+    records = [Journal.read(run_dir / "journal.bin").records for run_dir in (first, again)]
+    assert len(records[0]) == len(records[1]) == 4
+    for one, other in zip(*records, strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=1e-5) and one.lrs == other.lrs
+    summary = json.loads((again / "summary.json").read_text())
+    assert (summary["forwards"], summary["backwards"], summary["resumed_at_step"]) == (4, 4, 2)
+    logged: dict[str, list[float]] = {}
+    for row in lines(again / "metrics.jsonl"):
+        for name, value in row["metrics"].items():
+            logged.setdefault(name, []).append(value)
+    assert logged["train/forwards"] == logged["train/backwards"] == [1, 2, 3, 4]
+    assert logged["train/projected_grad_max"][3] == pytest.approx(records[0][3].losses[1], rel=1e-5)
+    with pytest.raises(ConfigError, match="expected a checkpoint of the step, trained by FOAdamW"):
+        replay_command([str(again)])
+    text = server.run(1, "evaluate", "--run", str(again), "--checkpoint", "last")
+    assert "step 4" in text

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from zoscale.adapters import choose_trainable, peft_config
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
-from zoscale.shards import order_gathers_after_writes, true_numel, vectors_gathered
+from zoscale.shards import end_without_backward, order_gathers_after_writes, true_numel, vectors_gathered
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
@@ -45,6 +45,8 @@ class AnswerModel:
         self.model.eval()  # losses are taken without dropout, whatever was done to the model since
         with _answer_positions(self.head, batch):
             output = self.module(**batch.model_inputs(self._dtype), use_cache=False)
+        if not torch.is_grad_enabled():
+            end_without_backward(self.module)
         logits: Tensor = output.logits[0].float()
         chosen = logits[batch.answer_position, batch.answer_token]
         return chosen - torch.logsumexp(logits, dim=-1)[batch.answer_position]

@@ -28,6 +28,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import count_parameters, read_model_config, tokens_per_pass
 from zoscale.noise import Noise
 from zoscale.optim import OPTIMIZERS
+from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.probes import PROBES
 from zoscale.runtime import fill_deepspeed_config, read_deepspeed_config
 from zoscale.shards import ShardedParam, TensorSpec
@@ -149,7 +150,11 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
         words += [f"data.batch_size={arguments.batch}"]
         micro = min(arguments.batch, 4)
         base["data"] = {"micro_batch_size": micro if arguments.batch % micro == 0 else 1}
-    return parse(words, TABLES, DEFAULTS, command="zoscale plan", base=base)
+    config = parse(words, TABLES, DEFAULTS, command="zoscale plan", base=base)
+    if config.optimizer.name in FIRST_ORDER:
+        remedy = "leave optimizer out: AdamW under ZeRO-3 has a column of its own"
+        raise ConfigError("a zero-order optimizer to plan", config.optimizer.name, remedy)
+    return config
 
 
 def _device(arguments: argparse.Namespace) -> Device:

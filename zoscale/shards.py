@@ -253,6 +253,13 @@ def order_gathers_after_writes(module: nn.Module) -> None:
         offload._DeepSpeedZeRoOffload__allgather_stream.wait_stream(torch.cuda.current_stream())
 
 
+def end_without_backward(module: nn.Module) -> None:
+    """Let go of what ZeRO-3 with an optimizer has gathered ahead for a backward pass that does not come."""
+    offload: Any = getattr(getattr(module, "optimizer", None), "parameter_offload", None)
+    if offload is not None:
+        offload.get_param_coordinator().reset_step()
+
+
 @contextmanager
 def direct_calls(module: nn.Module, inner: nn.Module) -> Iterator[None]:
     """Within, `inner` may be called by itself and not through the sharded `module` that holds it, as generation does.
