@@ -390,7 +390,8 @@ def test_backpropagation_equals_plain_torch(job: Any, models: dict[str, Path], n
     assert len(set(report["first"]["between"])) == STEPS, "every forward reads the updated weights"
     for tensor_name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected[tensor_name].detach(), **close)
-        assert (tensor - tiny.values(tensor_name, tuple(tensor.shape))).abs().max() > 1e-3, "nothing was trained"
+    moved = [float((tensor - tiny.values(n, tuple(tensor.shape))).abs().max()) for n, tensor in weights.items()]
+    assert max(moved) > 1e-2 and min(moved) > 0, "all was trained"
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("exactness")])
