@@ -1,10 +1,11 @@
 """Memory of each rank while training a model of given shapes, against what `zoscale plan` says.
 
-torchrun --nproc_per_node 2 launch/measure_memory.py [--config FILE] [--dtype bfloat16] [--steps 4] [--json FILE]
+torchrun --nproc_per_node 2 launch/measure_memory.py [--config FILE] [--dtype bfloat16] [--method first_order]
 
 Random weights, LoRA on q_proj and v_proj, 16 x 48 tokens per step in 4 micro-batches. On a GPU the numbers are the
 allocator's; on a CPU the resident set, less what the process held before the model was built; there, set
-MALLOC_MMAP_THRESHOLD_=131072 so that freed memory goes back to the system and is not counted.
+MALLOC_MMAP_THRESHOLD_=131072 so that freed memory goes back to the system and is not counted. `first_order` is AdamW by
+backpropagation through DeepSpeed ZeRO-3.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import yaml
 from zoscale.config import ModelConfig, RunConfig
 from zoscale.devices import DEVICES
 from zoscale.engine import ZeroOrderEngine
+from zoscale.first_order import FirstOrderEngine
 from zoscale.meters import CommMeter, MemoryMeter, count_allgathers
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
@@ -29,6 +31,7 @@ from zoscale.shards import local_bytes
 
 OPT_125M: dict[str, Any] = {"model_type": "opt", "dropout": 0.0}
 """The defaults of `OPTConfig` are OPT-125M's shapes."""
+METHODS: dict[str, type[ZeroOrderEngine]] = {"zero_order": ZeroOrderEngine, "first_order": FirstOrderEngine}
 Adapter = dict[str, Any] | None
 ADAPTER: Adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
@@ -53,7 +56,9 @@ def batch(vocabulary: int, data: Data) -> list[dict[str, torch.Tensor]]:
     ]  # fmt: skip
 
 
-def planned(config: ModelConfig, adapter: Adapter, data: Data, ranks: int, deepspeed: Path | None) -> dict[str, Any]:
+def planned(
+    config: ModelConfig, adapter: Adapter, data: Data, ranks: int, deepspeed: Path | None, method: str
+) -> dict[str, Any]:
     """What `zoscale plan` says of the same run; before ZeRO-3 is there, which would shard its model of shapes."""
     tree = {
         "model": asdict(config),
@@ -65,17 +70,19 @@ def planned(config: ModelConfig, adapter: Adapter, data: Data, ranks: int, deeps
     }
     device = DEVICES["h100" if torch.cuda.is_available() else "cpu"]
     run_config = RunConfig.from_dict(tree, TABLES, DEFAULTS)
-    return dict(make_plan(run_config, ranks, device, tokens=data.tokens, reserve=0.0)["zero_order"])
+    return dict(make_plan(run_config, ranks, device, tokens=data.tokens, reserve=0.0)[method])
 
 
-def measure(config: ModelConfig, adapter: Adapter, data: Data, steps: int, deepspeed: Path | None) -> dict[str, Any]:
+def measure(
+    config: ModelConfig, adapter: Adapter, data: Data, steps: int, deepspeed: Path | None, method: str
+) -> dict[str, Any]:
     """Train a few steps; all ranks' numbers in bytes."""
     architecture = read_model_config(config)
     size = count_parameters(architecture)
     accelerator = start(Runtime(dtype=config.dtype, deepspeed=read_deepspeed_config(deepspeed)), size=size)
     meter = MemoryMeter(accelerator.device)
     before = meter.read().current
-    engine = ZeroOrderEngine(add_adapter(load_model(config, architecture), adapter), accelerator=accelerator)
+    engine = METHODS[method](add_adapter(load_model(config, architecture), adapter), accelerator=accelerator)
     built = meter.read()
     engine.step(batch(architecture.vocab_size, data))  # the first one makes what later ones keep
     meter.reset()
@@ -107,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", type=Path, help="YAML of an architecture, as model.config; default OPT-125M")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--method", default="zero_order", choices=METHODS)
     parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed JSON; default: zoscale's ZeRO-3")
     parser.add_argument("--steps", type=int, default=4)
@@ -119,8 +127,8 @@ def main() -> None:
     data = Data(arguments.rows, arguments.tokens, arguments.micro_batches)
     config = ModelConfig(config=shapes, dtype=arguments.dtype)
     adapter = None if arguments.full else ADAPTER
-    plan = planned(config, adapter, data, int(os.environ.get("WORLD_SIZE", "1")), arguments.deepspeed)
-    report = measure(config, adapter, data, arguments.steps, arguments.deepspeed) | {"planned": plan}
+    plan = planned(config, adapter, data, int(os.environ.get("WORLD_SIZE", "1")), arguments.deepspeed, arguments.method)
+    report = measure(config, adapter, data, arguments.steps, arguments.deepspeed, arguments.method) | {"planned": plan}
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=2))
         if arguments.json:

@@ -124,7 +124,7 @@ MOMENTUM: dict[str, Any] = {
     "check": "resumed",
 }
 FIRST_ORDER: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "adamw_full": (FULL | ADAMW, (1, 3)),
+    "adamw_full": (FULL | ADAMW, (1,)),
     "adamw_lora_bf16": (LORA | ADAMW | {"dtype": "bfloat16"}, (2,)),
     "adamw_full_bf16": (FULL | ADAMW | {"dtype": "bfloat16"}, (2,)),
     "adamw_full_persistent": (FULL | ADAMW | {"zero": {"stage3_param_persistence_threshold": 640}}, (2,)),
