@@ -1,4 +1,4 @@
-"""Whole runs of tasks whose answers are generated, and without any step."""
+"""Whole runs of tasks whose answers are generated, without any step, and by backpropagation."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,9 @@ from processes import ROOT
 
 from zoscale.config import ConfigError
 from zoscale.journal import Journal
+from zoscale.model_card import model_card
 from zoscale.replay import replay_command
+from zoscale.run_record import RunRecord
 
 MODEL = ["model.id=launch/tiny_opt/model", "model.dtype=float32", "tracking.mlflow=false"]
 SMALL = ["data.num_train=null", "data.max_length=64", "data.batch_size=3", "data.micro_batch_size=1"]
@@ -92,5 +94,7 @@ def test_a_first_order_run_that_dies_goes_on_from_its_checkpoint(server: JobServ
     assert logged["train/projected_grad_max"][3] == pytest.approx(records[0][3].losses[1], rel=1e-5)
     with pytest.raises(ConfigError, match="expected a checkpoint of the step, trained by FOAdamW"):
         replay_command([str(again)])
+    card = model_card(RunRecord.read(again), summary, kind="adapter", name="me/mine", dtype="float32")
+    assert "trained with zoscale by backpropagation through DeepSpeed ZeRO-3, fo_adamw." in card
     text = server.run(1, "evaluate", "--run", str(again), "--checkpoint", "last")
     assert "step 4" in text

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from zoscale.engine import StepResult, ZeroOrderEngine
     from zoscale.estimators import NormalizedOneSided, OneSided, TwoPoint
     from zoscale.export import save_trained
+    from zoscale.first_order import FirstOrderEngine
     from zoscale.models import count_parameters
     from zoscale.optim import (
         FZOO,
@@ -42,6 +43,7 @@ _HOMES = {
     "engine": ("StepResult", "ZeroOrderEngine"),
     "estimators": ("NormalizedOneSided", "OneSided", "TwoPoint"),
     "export": ("save_trained",),
+    "first_order": ("FirstOrderEngine",),
     "models": ("count_parameters",),
     "optim": (
         "FZOO",
@@ -79,6 +81,7 @@ __all__ = [
     "Block",
     "Coordinate",
     "Entry",
+    "FirstOrderEngine",
     "Gaussian",
     "JaguarMuon",
     "JaguarSignSGD",

@@ -43,8 +43,7 @@ def model_card(record: RunRecord, summary: Mapping[str, Any], *, kind: str, name
     what = "A LoRA adapter for" if kind == "adapter" else "A fine-tuned"
     parts = [
         f"# {name.rpartition('/')[2]}",
-        f"{what} {shown}, trained without backpropagation by zoscale: forward passes only, "
-        f"{config.optimizer.name} with the {config.probe.name} probe.",
+        f"{what} {shown}, trained {_method(config, summary)}.",
         f"## Use\n\n```python\n{_LOADING[kind].format(name=name, dtype=dtype)}\n```",
         f"## Results\n\n{_results(config, summary)}",
         _history(record, summary),
@@ -53,6 +52,13 @@ def model_card(record: RunRecord, summary: Mapping[str, Any], *, kind: str, name
         "The licence is that of the base model; name it in the metadata above before you publish.",
     ]
     return f"---\n{data.to_yaml().strip()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _method(config: RunConfig, summary: Mapping[str, Any]) -> str:
+    if summary.get("backwards"):
+        return f"with zoscale by backpropagation through DeepSpeed ZeRO-3, {config.optimizer.name}"
+    how = f"{config.optimizer.name} with the {config.probe.name} probe"
+    return f"without backpropagation by zoscale: forward passes only, {how}"
 
 
 def hub_id(place: str | None) -> str | None:
@@ -69,6 +75,7 @@ def hub_id(place: str | None) -> str | None:
 def _metadata(config: RunConfig, summary: Mapping[str, Any], *, kind: str, name: str) -> ModelCardData:
     base, dataset = hub_id(config.model.id), hub_id(config.task.args.get("path"))
     lora = ["lora"] if config.adapter is not None else []
+    order = [] if summary.get("backwards") else ["zeroth-order-optimization"]
     chosen = summary["validation"]["chosen"]
     metrics = _metrics(config, chosen)
     results = [
@@ -86,7 +93,7 @@ def _metadata(config: RunConfig, summary: Mapping[str, Any], *, kind: str, name:
         base_model=base,
         library_name=_LIBRARY[kind],
         pipeline_tag="text-generation",
-        tags=["zoscale", "zeroth-order-optimization", config.optimizer.name, *lora],
+        tags=["zoscale", *order, config.optimizer.name, *lora],
         datasets=[dataset] if dataset else None,
         metrics=metrics,
         model_name=name.rpartition("/")[2],
