@@ -70,7 +70,7 @@ def test_a_first_order_run_that_dies_goes_on_from_its_checkpoint(server: JobServ
     """Two ranks die in step 3 and one takes steps 2 and 3 again: the result of a run that never stopped."""
     options = ["--config", "launch/recipes/quickstart-adamw.yaml", "data.num_train=16", "data.num_dev=4"]
     options += ["data.num_validation=4", "data.batch_size=4", "data.micro_batch_size=2", "tracking.mlflow=false"]
-    options += ["train.steps=4", "train.eval_every=0", "train.log_every=1", "checkpoint.every=2"]
+    options += ["train.steps=5", "train.eval_every=0", "train.log_every=1", "checkpoint.every=2"]
     whole, broken = server.folder / "whole", server.folder / "broken"
     text = server.run(1, *options, f"output_dir={whole}")
     assert "method: fo_adamw, gradient probe, backpropagation, 1 forward and 1 backward pass per step" in text
@@ -81,20 +81,20 @@ def test_a_first_order_run_that_dies_goes_on_from_its_checkpoint(server: JobServ
     first, again = run_dir_of(whole), run_dir_of(broken)
     assert first is not None and again is not None
     records = [Journal.read(run_dir / "journal.bin").records for run_dir in (first, again)]
-    assert len(records[0]) == len(records[1]) == 4
+    assert len(records[0]) == len(records[1]) == 5
     for one, other in zip(*records, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=1e-5) and one.lrs == other.lrs
     summary = json.loads((again / "summary.json").read_text())
-    assert (summary["forwards"], summary["backwards"], summary["resumed_at_step"]) == (4, 4, 2)
+    assert (summary["forwards"], summary["backwards"], summary["resumed_at_step"]) == (5, 5, 2)
     logged: dict[str, list[float]] = {}
     for row in lines(again / "metrics.jsonl"):
         for name, value in row["metrics"].items():
             logged.setdefault(name, []).append(value)
-    assert logged["train/forwards"] == logged["train/backwards"] == [1, 2, 3, 4]
-    assert logged["train/projected_grad_max"][3] == pytest.approx(records[0][3].losses[1], rel=1e-5)
+    assert logged["train/forwards"] == logged["train/backwards"] == [1, 2, 3, 4, 5]
+    assert logged["train/projected_grad_max"][4] == pytest.approx(records[0][4].losses[1], rel=1e-5)
     with pytest.raises(ConfigError, match="expected a checkpoint of the step, trained by FOAdamW"):
         replay_command([str(again)])
     card = model_card(RunRecord.read(again), summary, kind="adapter", name="me/mine", dtype="float32")
     assert "trained with zoscale by backpropagation through DeepSpeed ZeRO-3, fo_adamw." in card
     text = server.run(1, "evaluate", "--run", str(again), "--checkpoint", "last")
-    assert "step 4" in text
+    assert "step 5" in text, "the last step has a checkpoint"

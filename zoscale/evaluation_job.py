@@ -21,7 +21,7 @@ from zoscale.manifest import complete
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import count_parameters, read_model_config
-from zoscale.recovery import check_start, go_to, restore
+from zoscale.recovery import check_replay, check_start, go_to, restore
 from zoscale.run_directory import write_json
 from zoscale.run_record import RunRecord
 from zoscale.run_report import say
@@ -176,6 +176,8 @@ def _restore(engine: ZeroOrderEngine, record: RunRecord, which: str | Path) -> i
         checkpoint.load(engine, which, config_hash)
     else:  # without dev, the last step is the best
         restore(engine, directory.checkpoints, records, config_hash, log)
+        if engine.num_steps < len(records):
+            check_replay(type(engine.optimizer), f"the newest of step {engine.num_steps} of {len(records)}")
     return engine.num_steps
 
 

@@ -161,7 +161,8 @@ class Trainer:
             with self.meters.aside("evaluate"):
                 self._choose(step)
         stopping = self.engine.mesh.stop_agreed and step < self.config.train.steps
-        if stopping or self.ledger.checkpoint_is_due():
+        ends = step == self.config.train.steps and not self.engine.optimizer.can_replay
+        if stopping or ends or self.ledger.checkpoint_is_due():
             with self.meters.aside("checkpoint"), self.watchdog.slow("checkpoint"):
                 self.ledger.checkpoint()
         if stopping:
