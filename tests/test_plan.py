@@ -189,6 +189,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--gpus", "2"], "model.id"),
         (["--gpus", "2", "--model", "/nowhere"], "/nowhere"),
         ([*shapes[1:], "--link", "-1"], "link above 0"),
+        ([*shapes[1:], "optimizer.name=fo_adamw"], "a zero-order optimizer to plan"),
     ):
         with pytest.raises(SystemExit) as end:
             cli.main(["plan", *options])
