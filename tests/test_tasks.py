@@ -1,6 +1,7 @@
 """Every task of the table on its small sample: prompts, options, scores, demonstrations, objectives, generation."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from zoscale.evaluate import Evaluation, evaluate
 from zoscale.evaluation_log import EvaluationLog
 from zoscale.generation import Generator
 from zoscale.mesh import Mesh
-from zoscale.metrics import exact_match, f1, normalise, score
+from zoscale.metrics import exact_match, f1, last_f1, macro_f1, normalise, score
 from zoscale.models import AnswerModel
 from zoscale.objectives import ChosenLoss, GeneratedLoss
 from zoscale.tasks import TASKS, Completion, Task
@@ -128,6 +129,39 @@ def test_scores_are_those_of_the_options_one_by_one(name: str, tokenizer: PreTra
     assert found.metrics["lm_loss"] == pytest.approx(-gold_logprob / tokens, abs=1e-4)
     if "accuracy" in found.metrics:
         assert found.metrics["accuracy"] == right / len(examples)
+
+
+def test_f1_over_all_answers(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Of what the options' scores choose, by scikit-learn's formulas; the same however the examples are batched."""
+    for name, metric, wanted in (("multirc", "f1a", last_of_two), ("cb", "macro_f1", mean_of_all)):
+        task, encoder = task_of(name), Encoder(tokenizer, 512)
+        examples = [*task.examples("train"), *task.examples("validation")]
+        pairs = []
+        for example in examples:
+            means = [statistics.fmean(naive(model, tokenizer, example.prompt, option)) for option in example.options]
+            pairs.append((means.index(max(means)), example.gold))
+        for size in (1, 4):
+            batches = evaluation_batches(examples, encoder, size)
+            found = evaluate(AnswerModel(model, model), batches, Mesh(), (metric, "accuracy"))
+            assert found.metrics[metric] == pytest.approx(wanted(pairs)), name
+            assert found.metrics["accuracy"] == statistics.fmean(chosen == right for chosen, right in pairs)
+
+
+def last_of_two(pairs: list[tuple[int, int]]) -> float:
+    hits = sum(chosen == right == 1 for chosen, right in pairs)
+    wrong = sum(chosen != right for chosen, right in pairs)
+    return hits / (hits + wrong / 2) if hits else 0.0
+
+
+def mean_of_all(pairs: list[tuple[int, int]]) -> float:
+    labels = {label for pair in pairs for label in pair}
+    return statistics.fmean(last_of_two([(int(a == label), int(b == label)) for a, b in pairs]) for label in labels)
+
+
+def test_tallies() -> None:
+    tally = [(2, 4, 3), (0, 1, 2), (0, 0, 0)]
+    assert macro_f1(tally) == pytest.approx((4 / 7 + 0) / 2), "a label that never occurs does not count"
+    assert last_f1(tally[:1]) == pytest.approx(4 / 7) and last_f1(tally) == 0
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from zoscale.batch import MicroBatch
 from zoscale.generation import Generator
 from zoscale.mesh import Mesh
-from zoscale.metrics import score
+from zoscale.metrics import TALLIED, score
 from zoscale.models import AnswerModel
 from zoscale.objectives import Objective, chosen_texts, classification, language_modeling, score_sum
 
@@ -24,7 +24,8 @@ class Evaluation:
     Args:
         count: examples scored: all of them.
         metrics: by name. `loss` is the cross-entropy over the options, per example; `lm_loss` that of the right
-            option's tokens, per token; any other is the mean of `metrics.score(name)` over the examples.
+            option's tokens, per token; those of `metrics.TALLIED` are of the labels that were chosen for all
+            examples; any other is the mean of `metrics.score(name)` over the examples.
     """
 
     count: int
@@ -55,7 +56,7 @@ def evaluate(
         model: answers for micro-batches.
         batches: the examples with all their options.
         mesh: the ranks.
-        metrics: `loss`, `lm_loss`, or a name that `metrics.score` knows.
+        metrics: `loss`, `lm_loss`, or a name in `metrics.TALLIED` or that `metrics.score` knows.
         generator: writes the answers that are scored; None = the best option is scored.
 
     Raises:
@@ -65,21 +66,47 @@ def evaluate(
         raise ValueError("expected at least one micro-batch to evaluate, got none")
     mine, turns = mesh.share(len(batches))
     mine += [mesh.rank % len(batches)] * (turns - len(mine))
-    table = torch.zeros(2 * len(metrics), turns, dtype=torch.float64, device=mesh.device)
+    means = [name for name in metrics if name not in TALLIED]
+    labels = _labels(batches) if len(means) < len(metrics) else ()
+    table = torch.zeros(2 * len(means) + 3 * len(labels), turns, dtype=torch.float64, device=mesh.device)
     for turn, item in enumerate(mine):
-        table[:, turn] = torch.stack(_sums(model, batches[item].to(mesh.device), metrics, generator))
+        table[:, turn] = torch.stack(_sums(model, batches[item].to(mesh.device), means, labels, generator))
     sums = [sum(row) for row in mesh.gather_items(table, len(batches)).tolist()]
-    means = (total / count for total, count in zip(sums[::2], sums[1::2], strict=True))
-    return Evaluation(sum(batch.num_examples for batch in batches), dict(zip(metrics, means, strict=True)))
+    ratios, counts = sums[: 2 * len(means)], sums[2 * len(means) :]
+    found = dict(zip(means, (total / n for total, n in zip(ratios[::2], ratios[1::2], strict=True)), strict=True))
+    tally = list(zip(counts[::3], counts[1::3], counts[2::3], strict=True))
+    values = {name: TALLIED[name](tally) if name in TALLIED else found[name] for name in metrics}
+    return Evaluation(sum(batch.num_examples for batch in batches), values)
 
 
-def _sums(model: AnswerModel, batch: MicroBatch, metrics: Sequence[str], generator: Generator | None) -> list[Tensor]:
-    """Sum and count of each metric."""
+def _labels(batches: Sequence[MicroBatch]) -> tuple[str, ...]:
+    """Of the options of all examples, in their order."""
+    found = dict.fromkeys(label for batch in batches for question in batch.questions for label in question.labels)
+    if not found:
+        raise ValueError("expected micro-batches with the texts of their examples, got tokens only: use an Encoder")
+    return tuple(found)
+
+
+def _sums(
+    model: AnswerModel,
+    batch: MicroBatch,
+    metrics: Sequence[str],
+    labels: Sequence[str],
+    generator: Generator | None,
+) -> list[Tensor]:
+    """Sum and count of each metric; then how often each label is chosen and right, chosen, right."""
     logprobs = model.answer_logprobs(batch)
     texts: list[str] = []
-    if not _LOSSES.keys() >= set(metrics):
+    if labels or not _LOSSES.keys() >= set(metrics):
         texts = chosen_texts(logprobs, batch) if generator is None else generator.texts(batch)
     pairs = [
         _LOSSES[name](logprobs, batch) if name in _LOSSES else score_sum(score(name), texts, batch) for name in metrics
     ]
-    return [value for pair in pairs for value in pair]
+    right = [question.accepted[0] for question in batch.questions] if labels else []
+    both = list(zip(texts, right, strict=True)) if labels else []
+    counts = [
+        float(count)
+        for label in labels
+        for count in (both.count((label, label)), texts.count(label), right.count(label))
+    ]
+    return [value for pair in pairs for value in pair] + [logprobs.new_tensor(n, dtype=torch.float64) for n in counts]

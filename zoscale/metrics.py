@@ -1,4 +1,4 @@
-"""Scores of an answer's text, by name; and any function of the user's."""
+"""Scores of an answer's text, by name; any function of the user's; and metrics of all answers together."""
 
 import functools
 import importlib
@@ -45,6 +45,29 @@ def _overlap(ours: Sequence[str], theirs: Sequence[str]) -> float:
 
 
 METRICS: dict[str, Score] = {"accuracy": accuracy, "f1": f1, "exact_match": exact_match}
+
+
+Tally = Sequence[tuple[float, float, float]]
+"""Per label, in the order of the options: examples where it is chosen and right, where chosen, where right."""
+
+
+def last_f1(tally: Tally) -> float:
+    """F1 of the last label against the others: MultiRC's F1a, over all its answers."""
+    return _label_f1(*tally[-1])
+
+
+def macro_f1(tally: Tally) -> float:
+    """The mean F1 of the labels that are right or chosen somewhere."""
+    found = [_label_f1(*counts) for counts in tally if any(counts)]
+    return sum(found) / len(found)
+
+
+def _label_f1(correct: float, chosen: float, right: float) -> float:
+    return 2 * correct / (chosen + right) if chosen + right else 0.0
+
+
+TALLIED: dict[str, Callable[[Tally], float]] = {"f1a": last_f1, "macro_f1": macro_f1}
+"""Metrics of all examples together: no mean of scores, so no objectives."""
 
 
 @functools.cache
