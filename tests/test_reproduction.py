@@ -1,0 +1,209 @@
+"""`launch/reproduce.py`: shipped presets, what is chosen and counted, and a small study stopped and taken up again."""
+
+import json
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from jobs import JobServer, wait_for_step
+from processes import ROOT, environment
+
+sys.path.insert(0, str(ROOT / "launch"))
+
+import reproduce
+from reproduction import memory, sensitivity
+from reproduction.accuracy import lr_text
+from reproduction.convergence import Paid, forwards_text
+from reproduction.markdown import percent
+from reproduction.results import Choice, Results, choose
+from reproduction.runner import Runner, summary_of
+from reproduction.study import HERE, PRESETS, Study, cost_of_step, merge, read_yaml
+
+from zoscale.assembly import check_methods
+from zoscale.comparison.numbers import Spread
+from zoscale.comparison.runs import Run
+from zoscale.comparison.verdict import Goal
+from zoscale.config import ConfigError
+
+ACCURACY, LOSS = Goal("dev/accuracy"), Goal("dev/lm_loss")
+METHODS = read_yaml(HERE / "methods.yaml")
+COMMANDS = set(reproduce.COMMANDS)
+SMALL = ["--methods", "zo_sgd,jaguar_muon", "--schemes", "lora", "--lr", "zo_sgd=1e-2", "--lr", "jaguar_muon=1e-2"]
+
+
+def study(*argv: str) -> Study:
+    return Study.of(reproduce.read([*argv]))
+
+
+def shipped() -> list[tuple[str, str]]:
+    """(preset, command), as far as a preset has the command's section."""
+    trees = {path.stem: read_yaml(path) for path in sorted(PRESETS.glob("*.yaml"))}
+    return [(name, command) for name, tree in trees.items() for command in ("accuracy", *sorted(COMMANDS & set(tree)))]
+
+
+@pytest.mark.parametrize(("preset", "command"), shipped())
+def test_every_run_of_a_preset_can_be_configured(preset: str, command: str) -> None:
+    made = study(command, "--preset", preset)
+    if command == "memory":
+        cells = [*memory.cells(made).values(), memory.empty(made)]
+        assert {cell.config.train.steps for cell in cells} == {made.tree["steps"]}
+    elif command == "sensitivity":
+        cells = [cell for row in sensitivity.variants(made).values() for _, own in row for cell in own]
+        assert {what: len(row) for what, row in made.tree["vary"].items()} == {
+            what: len({str(own[0].config.run_dir) for _, own in row})
+            for what, row in sensitivity.variants(made).items()
+        }, "every value is another run"
+    else:
+        cells = Results(made).tuning()
+        for cell in cells:
+            paid = cell.config.train.steps * cost_of_step(cell.config)
+            assert made.forwards - cost_of_step(cell.config) < paid <= made.forwards, "equal forwards"
+        assert {scheme for scheme, _ in Results(made).pairs()} == set(made.schemes)
+    for cell in {cell.method + cell.scheme: cell for cell in cells}.values():
+        check_methods(cell.config)
+
+
+def test_costs_are_the_engine_s() -> None:
+    cells = {method: study("accuracy").cell("lora", method, 1e-3, 0) for method in METHODS}
+    assert {method: cost_of_step(cell.config) for method, cell in cells.items()} == dict.fromkeys(METHODS, 2) | {
+        "zo_sgd_cons": 5, "fo_sgd": 3, "fo_adamw": 3,
+    }  # fmt: skip
+    assert cells["zo_sgd_cons"].config.train.steps == 160
+    taus = {method: cell.config.estimator.args.get("tau") for method, cell in cells.items()}
+    assert taus["forward_grad"] is None and taus["fo_sgd"] is None and taus["lezo"] == 1e-2
+    assert study("accuracy").cell("ft", "lezo", 1e-3, 0).config.estimator.args["tau"] == 1e-3
+
+
+def test_published_numbers_are_of_our_methods() -> None:
+    published = read_yaml(HERE / "published.yaml")
+    tables = [published["accuracy"], *published["memory"].values()]
+    for table in tables:
+        assert "arXiv" in table["source"]
+        for scheme in ("ft", "lora"):
+            assert set(table.get(scheme, {})) <= set(METHODS)
+    assert published["accuracy"]["lora"]["jaguar_muon"] == 94.0 and published["memory"]["opt-13b"]["ft"]["zo_sgd"] == 51
+
+
+def test_options_of_the_command_line(tmp_path: Path) -> None:
+    options = ["--model", "M", "--task", "sst2", "--data", "D", "--seeds", "3,4", "--forwards", "100", "data.num_dev=7"]
+    made = study("accuracy", *SMALL, *options, "--out", str(tmp_path))
+    cells = [
+        cell for pair in Results(made).pairs() for cell in made.cells(*pair, made.seeds, made.lrs[pair[0]][pair[1]])
+    ]
+    assert [(cell.method, cell.config.seed, cell.lr) for cell in cells] == [
+        ("zo_sgd", 3, 1e-2), ("zo_sgd", 4, 1e-2), ("jaguar_muon", 3, 1e-2), ("jaguar_muon", 4, 1e-2),
+    ]  # fmt: skip
+    config = cells[0].config
+    assert (config.model.id, config.task.name, config.task.args["path"]) == ("M", "sst2", "D")
+    assert (config.train.steps, config.train.eval_every, config.data.num_dev) == (50, 6, 7)
+    assert config.run_dir.parent == tmp_path / "runs"
+    for wrong, message in (
+        (["--methods", "nothing"], "nothing"), (["--forwards", "1"], "got 1 where a step takes 3"),
+        (["--preset", "none"], "small"), (["--seeds", "1,1"], "seeds"), (["data.num_dv=3"], "num_dev"),
+        (["data.num_dev=0"], "dev examples"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            Results(study("accuracy", *wrong)).tuning()
+    with pytest.raises(ConfigError, match="sensitivity"):
+        study("sensitivity", "--preset", "smollm2")
+    with pytest.raises(ConfigError, match="jaguar_sign_sgd, which is varied"):
+        study("sensitivity", "--methods", "zo_sgd")
+
+
+def test_the_learning_rate_is_the_best_on_dev() -> None:
+    grid = [1e-3, 1e-2, 1e-1]
+    assert choose({1e-1: 0.7, 1e-2: 0.8, 1e-3: 0.6}, grid, ACCURACY) == Choice(1e-2, 3, 3, at_edge=False)
+    assert choose({1e-1: 0.8, 1e-2: 0.8}, grid, ACCURACY) == Choice(1e-2, 2, 3, at_edge=False), "the smaller of equals"
+    assert choose({1e-1: 0.7, 1e-2: 0.8, 1e-3: 0.6}, grid, LOSS) == Choice(1e-3, 3, 3, at_edge=True)
+    assert choose({1e-2: 0.7}, [1e-2], ACCURACY) == Choice(1e-2, 1, 1, at_edge=False), "one has no edge"
+    assert choose({}, grid, ACCURACY) is None
+    assert lr_text(Choice(1e-3, 2, 3, at_edge=True)) == "0.001 * (2 of 3 tried)"
+
+
+def test_forwards_until_a_target() -> None:
+    metrics = {"dev/accuracy": {0: 0.5, 10: 0.7, 20: 0.6, 30: 0.9}}
+    paid = Paid(Run("", "", "FINISHED", {}, {}, metrics), 3)
+    assert [paid.forwards_until(target, ACCURACY) for target in (0.4, 0.6, 0.7, 0.8, 0.95)] == [0, 30, 30, 90, None]
+    assert forwards_text([30, 90]) == "60" and forwards_text([30, None]) == "1 of 2 runs"
+    assert forwards_text([None]) == "not reached"
+    assert percent(Spread.of([0.5, 0.75])) == "62.5 (50.0 to 75.0, 2 seeds)"
+
+
+def test_reports_say_what_is_missing(tmp_path: Path) -> None:
+    """Before anything has run; the plan of memory by arithmetic on shapes."""
+    shapes = {"dtype": "float32", "tokens": 8, "rows": 2, "layers": 2, "width": 32, "heads": 4}
+    tree = merge(read_yaml(PRESETS / "small.yaml"), {"memory": {"planned": {"opt-1.3b": shapes}}})
+    tree["memory"]["planned"].pop("opt-13b")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
+    options = ["--preset", str(tmp_path / "own.yaml"), "--out", str(tmp_path), "--report"]
+    assert reproduce.main(["memory", *options]) == 0
+    text = (tmp_path / "memory.md").read_text()
+    assert re.search(r"^- lora-jaguar_muon-\w+, lr 0.0015, seed 0$", text.split("## Missing")[1], re.MULTILINE)
+    rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
+            for row in text.split("## opt-1.3b")[1].splitlines() if row.startswith("|")}  # fmt: skip
+    assert rows["ZO-AdaMM"][::2] == ["9.05", "9.05", "4.13"], "published"
+    assert rows["Forward-Grad"][1::2] == ["-"] * 3, "not planned"
+    assert rows["FO-AdamW"][3] == "-", "has a master always"
+    config = study("memory", *options).cell("ft", "zo_sgd", 1e-3, 0).config
+    muon, adam = ({**config.to_dict(), "optimizer": {"name": name}} for name in ("jaguar_sign_sgd", "zo_adam"))
+    plain = memory.planned(config, shapes)
+    trained = memory.plan_of(json.dumps({"adapter": None, "master": "fp32", **shapes, "candidates": 2}))["trainable"]
+    from_dict = lambda tree: type(config).from_dict(tree, memory.TABLES, memory.DEFAULTS)  # noqa: E731
+    assert memory.planned(from_dict(muon), shapes) - plain == 4 * trained, "a momentum"
+    assert memory.planned(from_dict(adam), shapes) - plain == 8 * trained, "two moments"
+    assert reproduce.main(["sensitivity", *options]) == 0
+    assert "| block | 0.25 | - | - |" in (tmp_path / "sensitivity.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_and_reports(server: JobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled OPT: SIGKILL in the first run, the command that goes on, and once more with nothing to do."""
+    monkeypatch.chdir(ROOT)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    options = ["--seeds", "0", "--forwards", "120", "--out", str(tmp_path), "data.num_dev=20", "data.num_validation=20"]
+    command, runs = ["accuracy", *SMALL, *options], tmp_path / "runs"
+    first = study(*command).cell("lora", "zo_sgd", 1e-2, 0)
+    (tmp_path / "first.yaml").write_text(first.config.to_yaml())
+    job = server.start(1, "--config", str(tmp_path / "first.yaml"), "tracking.mlflow=false")
+    wait_for_step(job, runs, 3)
+    job.kill()
+    job.wait()
+    assert summary_of(first) is None and reproduce.main(command) == 0
+    summaries = {path.parent.name.split("-")[1]: json.loads(path.read_text()) for path in runs.glob("*/summary.json")}
+    assert set(summaries) == {"zo_sgd", "jaguar_muon"}
+    assert {summary["forwards"] for summary in summaries.values()} == {120}
+    assert summaries["zo_sgd"]["resumed_at_step"] and not summaries["jaguar_muon"]["resumed_at_step"], "continued"
+    assert (runs / "mlflow.db").exists()
+    text = (tmp_path / "accuracy.md").read_text()
+    ours = f"{100 * summaries['jaguar_muon']['validation']['chosen']['accuracy']:.1f}"
+    assert f"| JAGUAR Muon | 94 | {ours} | 0.01 |" in text and "Missing" not in text
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "lora/report.html").exists() and "forward pass" in text
+    times = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
+    assert reproduce.main(command) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}, "finished: kept"
+
+
+def test_a_failure_is_reported_and_an_interrupt_ends_the_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = study("accuracy", *SMALL, "--out", str(tmp_path))
+    cells = Results(made).tuning()
+    fail = Runner(("sh", "-c", "echo no memory; exit 1"), 2, tmp_path / "logs")
+    fail.run(cells)
+    assert capsys.readouterr().out.count("FAILED: no memory") == 2
+    assert reproduce.main(["accuracy", *SMALL, "--out", str(tmp_path), "--report"]) == 0
+    assert "seed 0: no memory" in (tmp_path / "accuracy.md").read_text().split("## Missing")[1]
+    mark = tmp_path / "ended"
+    wait = Runner(
+        ("sh", "-c", f"trap 'touch {mark}; exit 75' TERM; while :; do sleep 0.05; done"), 1, tmp_path / "logs"
+    )
+    with pytest.raises(KeyboardInterrupt):
+        threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,)).start()
+        wait.run(cells)
+    assert mark.exists(), "it was told to stop, and waited for"
