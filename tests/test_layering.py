@@ -7,7 +7,18 @@ PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
     {"config", "philox", "phases", "stillness", "devices"},
-    {"noise", "batch", "metrics", "adapters", "mlflow_store", "provenance", "run_directory", "journal", "watchdog"},
+    {
+        "noise",
+        "batch",
+        "metrics",
+        "adapters",
+        "mlflow_store",
+        "provenance",
+        "quantization",
+        "run_directory",
+        "journal",
+        "watchdog",
+    },
     {"slurm", "launcher"},
     {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report", "blackbox"},
     {"probes", "partitions", "tracking", "meters", "fingerprint", "agreement", "preemption", "division"},

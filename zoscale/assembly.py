@@ -33,6 +33,7 @@ from zoscale.models import (
 from zoscale.objectives import OBJECTIVES, ChosenLoss, GeneratedLoss, Objective, language_modeling
 from zoscale.optim import ZeroOrderOptimizer
 from zoscale.optim.first_order import FIRST_ORDER
+from zoscale.quantization import check_quantization
 from zoscale.shard_groups import GroupedAccelerator, cut_up
 from zoscale.shards import ShardedParam, TensorSpec
 from zoscale.tasks import TASKS, Task
@@ -77,6 +78,7 @@ def check(configs: Sequence[RunConfig]) -> None:
 def _plan(config: RunConfig) -> Plan:
     task = check_methods(config)
     check_scheme(config.adapter, config.trainable)
+    check_quantization(config)
     objective = find_objective(config.objective, task)
     if isinstance(objective, GeneratedLoss) and config.forward.name == "fan_out":
         got = f"fan_out with objective {config.objective}, for which text is generated"

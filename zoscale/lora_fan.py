@@ -19,6 +19,8 @@ from zoscale.mesh import Mesh
 from zoscale.probes import pieces
 from zoscale.shards import ShardedParam, TensorSpec, not_gathered, write_perturbed
 
+_QUANTIZED = ("Linear4bit",)  # PEFT's layers that are `Linear` but for the type of the base layer's weights
+
 
 @dataclass(frozen=True)
 class LoraPair:
@@ -39,12 +41,13 @@ class LoraPair:
 
 def find_lora_pairs(model: nn.Module, specs: Sequence[TensorSpec]) -> list[LoraPair] | None:
     """The LoRA matrices that the trainable tensors are; None if some are anything else (a norm, a head, DoRA)."""
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import Linear, LoraLayer
 
     by_name = {spec.name: spec for spec in specs}
     pairs = []
     for prefix, layer in model.named_modules():
-        if not isinstance(layer, Linear) or layer.merged or layer.disable_adapters:
+        is_linear = isinstance(layer, Linear) or (isinstance(layer, LoraLayer) and type(layer).__name__ in _QUANTIZED)
+        if not is_linear or layer.merged or layer.disable_adapters:
             continue
         for adapter in layer.active_adapters:
             a, b = (by_name.pop(f"{prefix}.lora_{matrix}.{adapter}.weight", None) for matrix in "AB")

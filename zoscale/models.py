@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from zoscale.adapters import choose_trainable, peft_config
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
+from zoscale.quantization import loading_options
 from zoscale.shards import end_without_backward, order_gathers_after_writes, true_numel, vectors_gathered
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -166,6 +167,7 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
             use_safetensors=None if config.allow_pickle else True,
             weights_only=True,
             **_model_options(config),
+            **loading_options(config),
         )
         return cast(PreTrainedModel, loaded)
     except (ValueError, ImportError) as error:

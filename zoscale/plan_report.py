@@ -154,6 +154,9 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     if config.optimizer.name in FIRST_ORDER:
         remedy = "leave optimizer out: AdamW under ZeRO-3 has a column of its own"
         raise ConfigError("a zero-order optimizer to plan", config.optimizer.name, remedy)
+    if config.model.quantization is not None:
+        remedy = "plan it in 16 bits, of which the linear layers then take little more than a quarter"
+        raise ConfigError("no model.quantization to plan", config.model.quantization, remedy)
     return config
 
 

@@ -15,6 +15,8 @@ class ModelConfig:
         tokenizer: Hugging Face id or local folder of the tokenizer; null is the model's id.
         dtype: Type of the weights in the forward pass.
         attention: Attention implementation of transformers; null is the best that the model has.
+        quantization: Hold frozen weights of linear layers in 4 bits (bitsandbytes, arXiv 2305.14314), multiply in
+            dtype; each rank holds the whole model (mesh.shard_size 1) and trains an adapter.
         trust_remote_code: Run Python code that comes with the model.
         allow_pickle: Load weights that are pickles (pytorch_model.bin), which can run code when loaded.
     """
@@ -25,6 +27,7 @@ class ModelConfig:
     tokenizer: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    quantization: Literal["nf4", "fp4"] | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
