@@ -39,7 +39,7 @@ class ZOSignSGD(ElementwiseOptimizer):
         return gradient.sign()
 
 
-class ZOSignRho(ElementwiseOptimizer):
+class ZOSignRho(ZOSignSGD):
     """x <- x - lr ((1/q) sum_k sign(rho_k) z_k + weight_decay x): what ZO-Bench's code (arXiv 2402.11592) calls sign.
 
     Args:
@@ -47,17 +47,6 @@ class ZOSignRho(ElementwiseOptimizer):
         weight_decay: decoupled weight decay >= 0.
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
-
-    def __init__(
-        self,
-        shards: Sequence[ShardedParam],
-        mesh: Mesh | None = None,
-        *,
-        lr: float = 1e-5,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
-    ) -> None:
-        super().__init__(shards, mesh, {"lr": lr, "weight_decay": weight_decay}, groups)
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         signs = tuple(math.copysign(1.0, rho) if rho else 0.0 for rho in estimate.projected_grads)
