@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from zoscale.config import ConfigError, check_adapter
+from zoscale.selection import Selection
 
 PEFT_CONFIGS = {
     "lora": "LoraConfig",
@@ -15,15 +16,21 @@ PEFT_CONFIGS = {
     "prompt_tuning": "PromptTuningConfig",
     "ia3": "IA3Config",
     "ln_tuning": "LNTuningConfig",
+    "weight_lora": "LoraConfig",
 }
-"""`adapter.peft_type` -> class of peft that has the other fields."""
+"""`adapter.peft_type` -> class of peft that has the other fields; `weight_lora` has those of `Selection` too."""
 
 
-def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None) -> None:
+def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_steps: int | None = None) -> None:
     """Refuse what can be refused without a model.
 
+    Args:
+        adapter, trainable: of the configuration.
+        num_steps: of the run; None = not known.
+
     Raises:
-        ConfigError: for an unknown `peft_type` or field, one that cannot be trained here, or no regular expression.
+        ConfigError: for an unknown `peft_type` or field, one that cannot be trained here, or no regular expression; for
+            a selection of adapters that comes after the end of the run.
     """
     try:
         re.compile(trainable or "")
@@ -36,6 +43,20 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None) -> No
         for key in ("prefix_projection", "inference_mode"):
             if options.get(key):
                 raise ConfigError(f"adapter.{key} false", "true", "train the virtual tokens themselves")
+    selection = selection_of(adapter)
+    if selection is not None and num_steps and selection.last_step >= num_steps:
+        got = f"step {selection.last_step} (adapter.warmup_steps, expansions x expand_every)"
+        raise ConfigError(f"the last choice of adapters before train.steps={num_steps}", got, "choose earlier")
+
+
+def selection_of(adapter: Mapping[str, Any] | None) -> Selection | None:
+    """How the adapters are chosen that are kept; None where all are.
+
+    Raises:
+        ConfigError: for values that are impossible.
+    """
+    is_weighted = adapter is not None and adapter.get("peft_type") == "weight_lora"
+    return Selection.take_from(dict(adapter or {})) if is_weighted else None
 
 
 def peft_config(adapter: Mapping[str, Any]) -> Any:
@@ -73,11 +94,13 @@ def choose_trainable(model: nn.Module, pattern: str | None) -> None:
 
 
 def _split(adapter: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The type of an adapter, and its other fields."""
+    """The type of an adapter, and its other fields in PEFT."""
     options = dict(adapter)
     name = options.pop("peft_type", "lora")
     if name not in PEFT_CONFIGS:
         raise ConfigError(f"adapter.peft_type {', '.join(PEFT_CONFIGS)}", repr(name), "choose one of them")
+    if name == "weight_lora":
+        Selection.take_from(options)
     return str(name), options
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale import runtime
-from zoscale.adapters import adds_tokens, check_scheme
+from zoscale.adapters import adds_tokens, check_scheme, selection_of
 from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
@@ -77,7 +77,7 @@ def check(configs: Sequence[RunConfig]) -> None:
 
 def _plan(config: RunConfig) -> Plan:
     task = check_methods(config)
-    check_scheme(config.adapter, config.trainable)
+    check_scheme(config.adapter, config.trainable, config.train.steps)
     check_quantization(config)
     objective = find_objective(config.objective, task)
     if isinstance(objective, GeneratedLoss) and config.forward.name == "fan_out":
@@ -214,6 +214,7 @@ def build_engine(
         max_rows=config.forward.max_rows,
         tokenizer=tokenizer,
         candidate_parts=config.mesh.candidates,
+        selection=selection_of(config.adapter),
     )
 
 

@@ -6,7 +6,7 @@ and renamed.
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from zoscale.config import ConfigError
 from zoscale.engine import ZeroOrderEngine
 from zoscale.manifest import MANIFEST, Manifest, ShardFile, Slice, crc32, damaged, publish, read_manifest
-from zoscale.shards import ShardedParam
+from zoscale.shards import ShardedParam, TensorSpec
 
 _WEIGHTS = "weights"
 
@@ -61,6 +61,7 @@ def load(engine: ZeroOrderEngine, folder: Path, config_hash: str) -> None:
     found: list[tuple[Tensor, dict[str, Any]]] = []
     manifest = mesh.on_main(lambda: read_manifest(folder))
     mesh.together(lambda: found.extend(_read_all(engine, folder, manifest, config_hash)))
+    engine.arrange(manifest.shapes)
     for shard, (weights, state) in zip(engine.shards, found, strict=True):
         shard.truth.copy_(weights)
         shard.publish()
@@ -108,21 +109,16 @@ def _scalars(engine: ZeroOrderEngine) -> tuple[list[str], dict[str, dict[str, fl
 def _read_all(
     engine: ZeroOrderEngine, folder: Path, manifest: Manifest, config_hash: str
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Weights and state of this rank's slices, in the order of the engine's shards."""
+    """Weights and state of this rank's slices, in the order of the shards that the engine will have."""
     if manifest.config_hash != config_hash:
         got = f"one of configuration {manifest.config_hash}"
         raise ConfigError(f"a checkpoint of configuration {config_hash} in {folder}", got, "check resume")
-    shapes = {spec.name: list(spec.shape) for spec in engine.specs}
-    different = [name for name in {**shapes, **manifest.shapes} if shapes.get(name) != manifest.shapes.get(name)]
-    if different:
-        name = different[0]
-        got = f"{name} {manifest.shapes.get(name)}"
-        raise ConfigError(f"a checkpoint with {name} {shapes.get(name)}", got, "it belongs to another model")
-    wanted = {shard.spec.name: shard for shard in engine.shards}
+    shards = _wanted(engine, manifest)
+    wanted = {shard.spec.name: shard for shard in shards}
     used = [file for file in manifest.files if any(_overlap(wanted.get(n), s) for n, s in file.slices.items())]
     with torch.no_grad():
         readers = {file.name: _open(folder, file) for file in used}
-        for shard in engine.shards:
+        for shard in shards:
             weights = torch.empty_like(shard.truth)
             if _fill(weights, _WEIGHTS, shard, used, readers, folder) != len(shard):
                 raise damaged(folder / MANIFEST, f"slices that do not cover {shard.spec.name}")
@@ -131,6 +127,25 @@ def _read_all(
                 state[key] = torch.zeros(len(shard), dtype=torch.float32, device=shard.truth.device)
                 _fill(state[key], key, shard, used, readers, folder)
             yield weights, state
+
+
+def _wanted(engine: ZeroOrderEngine, manifest: Manifest) -> Sequence[ShardedParam]:
+    """This rank's slices of the tensors that the manifest names, in the order of their names.
+
+    Raises:
+        ConfigError: if the engine cannot have such tensors.
+    """
+    shapes = {spec.name: list(spec.shape) for spec in engine.specs}
+    different = [name for name in {**shapes, **manifest.shapes} if shapes.get(name) != manifest.shapes.get(name)]
+    if not different:
+        return engine.shards
+    if engine.adapters is None or not engine.adapters.allows(manifest.shapes):
+        name = different[0]
+        got = f"{name} {manifest.shapes.get(name)}"
+        raise ConfigError(f"a checkpoint with {name} {shapes.get(name)}", got, "it belongs to another model")
+    device, mesh = engine.shards[0].truth.device, engine.mesh
+    specs = [TensorSpec(i, name, tuple(shape)) for i, (name, shape) in enumerate(sorted(manifest.shapes.items()))]
+    return [ShardedParam.outline(spec, *mesh.slice_of(spec.numel), device) for spec in specs]
 
 
 def _fill(

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from zoscale.adapter_choice import AdapterChoice, Shapes
 from zoscale.batch import MicroBatch
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate
 from zoscale.fan import Fan
@@ -22,8 +24,9 @@ from zoscale.noise import Noise
 from zoscale.objectives import GeneratedLoss, Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.probes import PROBES, Direction, Probe
-from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up
-from zoscale.shards import Master, ShardedParam, shard_parameters
+from zoscale.selection import Selection
+from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up, cut_up_like, forget_order
+from zoscale.shards import Master, ShardedParam, TensorSpec, shard_parameters, trainable_specs
 from zoscale.tangent import TangentForward
 from zoscale.weight_fan import WeightFan, find_units
 
@@ -84,6 +87,7 @@ class ZeroOrderEngine:
         tokenizer: of the model; needed where answers are generated.
         candidate_parts: parts that the candidates are cut into, so that ranks share out the candidates of a
             micro-batch and not only the micro-batches.
+        selection: which adapters are kept, and when they are chosen; for a model after `weigh_adapters`.
 
     Raises:
         ValueError: if nothing is trainable, `fan_out` is asked for and not possible, the optimizer needs another
@@ -106,11 +110,12 @@ class ZeroOrderEngine:
         max_rows: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         candidate_parts: int = 1,
+        selection: Selection | None = None,
     ) -> None:
         self.model = model
         module, self.mesh = self._place(model, accelerator)
+        self.master = master
         self.shards = self._slices(model, master)
-        self.specs = [shard.spec for shard in self.shards]
         self.optimizer = optimizer(self.shards, self.mesh)
         self.probe = probe or PROBES[self.optimizer.goes_with.probe]()
         self.estimator = estimator or ESTIMATORS[self.optimizer.goes_with.estimator]()
@@ -120,7 +125,9 @@ class ZeroOrderEngine:
         self.noise = Noise(seed, compiled=compiled)
         self.answers = AnswerModel(module, model)
         self.generator = Generator(self.answers, tokenizer, self.mesh) if tokenizer is not None else None
-        self.forward = self._choose_forward(forward, max_rows, candidate_parts)
+        self._new_forward = partial(self._choose_forward, forward, max_rows, candidate_parts)
+        self.forward = self._new_forward()
+        self.adapters = AdapterChoice(model, selection, Noise(seed), self.mesh) if selection is not None else None
         self.num_steps = 0
 
     def _place(self, model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, Mesh]:
@@ -175,6 +182,11 @@ class ZeroOrderEngine:
         return None if units is None else WeightFan(units)
 
     @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors that are trained now."""
+        return [shard.spec for shard in self.shards]
+
+    @property
     def num_trainable(self) -> int:
         """Trainable elements of the whole model."""
         return sum(spec.numel for spec in self.specs)
@@ -205,8 +217,41 @@ class ZeroOrderEngine:
         if estimate.is_finite:
             self.optimizer.step(estimate)
         result = StepResult(self.num_steps, estimate, losses, lrs, skipped=not estimate.is_finite)
-        self.num_steps += 1
+        self.end_step()
         return result
+
+    def end_step(self) -> None:
+        """Count a step, and choose among the adapters where that is due. A collective then."""
+        self.num_steps += 1
+        change = self.adapters.after(self.num_steps, self.shards) if self.adapters is not None else None
+        if change is not None:
+            self.arrange(change.shapes)
+            for shard in self.shards:
+                if shard.spec.name in change.values:
+                    shard.assign(change.values[shard.spec.name])
+
+    def arrange(self, shapes: Shapes) -> None:
+        """Train these tensors from here on; those that are new or have another shape are zero. A collective.
+
+        The others keep their values and their optimizer state. Ids are those of the tensors now.
+
+        Args:
+            shapes: by name; some of the adapters.
+        """
+        if self.adapters is None or {s.name: s.shape for s in self.specs} == {n: tuple(s) for n, s in shapes.items()}:
+            return
+        self.adapters.arrange(shapes, partial(cut_up_like, self.model))
+        forget_order(self.answers.module)
+        old = {shard.param: shard for shard in self.shards}
+        self.shards = []
+        for spec, param in trainable_specs(self.model):
+            shard = old.pop(param) if param in old else ShardedParam(param, spec, master=self.master)
+            shard.spec = spec
+            self.shards.append(shard)
+        self.optimizer.adopt(self.shards)
+        self.forward = self._new_forward()
+        for shard in old.values():
+            shard.release()
 
     def _try(
         self, batches: Sequence[MicroBatch], estimate: GradientEstimate, losses: Losses

@@ -10,10 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from zoscale.adapter_choice import AdapterChoice
 from zoscale.config import ConfigError
 from zoscale.engine import ZeroOrderEngine
 from zoscale.run_directory import write_json
 from zoscale.shards import gathered
+from zoscale.weighted_lora import plain
 
 ORIGIN = "zoscale.json"
 """The note beside saved weights: their step and their run's configuration."""
@@ -33,6 +35,8 @@ def save_trained(engine: ZeroOrderEngine, folder: Path | str) -> None:
         try:
             if is_adapter and model.active_peft_config.is_prompt_learning:
                 _save_virtual_tokens(model, state, Path(folder))
+            elif engine.adapters is not None:
+                _save_chosen(engine.adapters, model, state, Path(folder))
             else:
                 model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         except SafetensorError as error:  # a full disk comes as this
@@ -47,6 +51,16 @@ def _save_virtual_tokens(model: Any, state: dict[str, Tensor], folder: Path) -> 
         raise ValueError(f"expected the embedding of the virtual tokens as the only trainable tensor, got {name}")
     save_file({"prompt_embeddings": values.contiguous()}, folder / SAFETENSORS_WEIGHTS_NAME)
     replace(model.active_peft_config, inference_mode=True).save_pretrained(str(folder))
+
+
+def _save_chosen(adapters: AdapterChoice, model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """Write the adapters that are connected as an ordinary LoRA of their layers."""
+    ours, (plain_config, folded) = dict(model.peft_config), plain(model, adapters.slots, state)
+    model.peft_config[model.active_adapter] = plain_config
+    try:
+        model.save_pretrained(folder, state_dict=folded, safe_serialization=True)
+    finally:
+        model.peft_config.update(ours)
 
 
 def write_origin(engine: ZeroOrderEngine, folder: Path, config_hash: str) -> None:

@@ -7,6 +7,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from zoscale.adapters import selection_of
 from zoscale.backward import BackwardForward
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ForwardName, ZeroOrderEngine
@@ -113,6 +114,12 @@ def check_first_order(config: RunConfig) -> None:
         ("forward.name", "auto", config.forward.name == "auto", "leave it out: there are no candidates"),
         ("forward.max_rows", "null", config.forward.max_rows is None, "leave it out: there are no candidates"),
         ("master", "fp32", config.master == "fp32", "leave it out: DeepSpeed trains fp32 weights"),
+        (
+            "adapter.peft_type",
+            "other than weight_lora",
+            selection_of(config.adapter) is None,
+            "train plain LoRA: DeepSpeed's optimizer keeps the tensors that it starts with",
+        ),
         ("model.dtype", "bfloat16 or float32", config.model.dtype != "float16", "set model.dtype"),
     )
     values = config.flatten()

@@ -1,9 +1,11 @@
-"""`Ledger`: what a run writes so that it can be killed at any moment: journal, evaluations, checkpoints."""
+"""`Ledger`: what a run writes so that it can be killed at any moment: journal, evaluations, choices, checkpoints."""
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 from zoscale import checkpoint
+from zoscale.adapter_choice import Change
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation
@@ -11,7 +13,7 @@ from zoscale.evaluation_log import EvaluationLog
 from zoscale.journal import Header, Journal, JournalWriter, Record
 from zoscale.manifest import complete, keep_last, name_of, remove_unfinished
 from zoscale.recovery import Log, check_header, load_newest, record_of, replay, restore
-from zoscale.run_directory import RunDirectory
+from zoscale.run_directory import RunDirectory, write_json
 
 _BEST = "best"
 
@@ -70,6 +72,14 @@ class Ledger:
         """Keep an evaluation."""
         self._sync()
         self.evaluations.add(name, step, result)
+
+    def add_choice(self, change: Change) -> Path:
+        """Keep a choice of adapters; made again by a replay, it is the same."""
+        path = self.directory.choices / f"{name_of(change.step)}.json"
+        if self.engine.mesh.is_main:
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, {"step": change.step, "kept": change.kept, "weights": change.weights})
+        return path
 
     def checkpoint_is_due(self) -> bool:
         """Whether the current step ends with a checkpoint."""

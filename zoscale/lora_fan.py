@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,18 @@ class LoraPair:
         a: trainable tensor A [r, in].
         b: trainable tensor B [out, r].
         scaling: factor of B A.
+        factor: trainable number [1] that B A is multiplied by too; None = none.
     """
 
     layer: nn.Module
     a: TensorSpec
     b: TensorSpec
     scaling: float
+    factor: TensorSpec | None = None
 
 
 def find_lora_pairs(model: nn.Module, specs: Sequence[TensorSpec]) -> list[LoraPair] | None:
-    """The LoRA matrices that the trainable tensors are; None if some are anything else (a norm, a head, DoRA)."""
+    """The LoRA matrices and weights of adapters that the trainable tensors are; None if some are anything else."""
     from peft.tuners.lora import Linear, LoraLayer
 
     by_name = {spec.name: spec for spec in specs}
@@ -49,16 +51,17 @@ def find_lora_pairs(model: nn.Module, specs: Sequence[TensorSpec]) -> list[LoraP
         is_linear = isinstance(layer, Linear) or (isinstance(layer, LoraLayer) and type(layer).__name__ in _QUANTIZED)
         if not is_linear or layer.merged or layer.disable_adapters:
             continue
-        for adapter in layer.active_adapters:
+        for adapter in (adapter for adapter in layer.active_adapters if adapter in layer.lora_A):
             a, b = (by_name.pop(f"{prefix}.lora_{matrix}.{adapter}.weight", None) for matrix in "AB")
             if a is None or b is None or adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None:
                 return None
-            pairs.append(LoraPair(layer, a, b, float(layer.scaling[adapter])))
+            factor = by_name.pop(f"{prefix}.lora_B.{adapter}.factor", None)
+            pairs.append(LoraPair(layer, a, b, float(layer.scaling[adapter]), factor))
     return pairs if pairs and not by_name else None
 
 
 class LoraFan:
-    """See `Fan`; for LoRA matrices as the only trainable tensors.
+    """See `Fan`; for LoRA matrices, and weights of adapters, as the only trainable tensors.
 
     Args:
         shards: this rank's slices of them.
@@ -95,10 +98,26 @@ class LoraFan:
         with ExitStack() as stack:
             for layer, pairs in groupby(self.pairs, key=lambda pair: pair.layer):
                 seen = rows.seen_by(layer)
-                own = [(adapters[p.a.name][: seen.copies], adapters[p.b.name][: seen.copies], p.scaling) for p in pairs]
+                own = [_Adapter.of(pair, adapters, seen.copies) for pair in pairs]
                 stack.enter_context(replaced_forward(layer, _adapted_forward(layer, own, seen)))
             stack.enter_context(not_gathered(self.shards))
             yield
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """An adapter as the candidates have it: A [K, r, in], B [K, out, r], and the factor of B A, [K, 1, 1] or one."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor | float
+
+    @classmethod
+    def of(cls, pair: LoraPair, adapters: Mapping[str, Tensor], copies: int) -> Self:
+        a, b = (adapters[spec.name][:copies] for spec in (pair.a, pair.b))
+        if pair.factor is None:
+            return cls(a, b, pair.scaling)
+        return cls(a, b, adapters[pair.factor.name][:copies].view(-1, 1, 1) * pair.scaling)
 
 
 def _perturbed(
@@ -125,18 +144,16 @@ def _perturbed(
     return {whole.spec.name: stacks[whole.spec.name].view(-1, *whole.spec.shape).to(device) for whole in wholes}
 
 
-def _adapted_forward(
-    layer: nn.Module, adapters: Sequence[tuple[Tensor, Tensor, float]], rows: Rows
-) -> Callable[..., Tensor]:
+def _adapted_forward(layer: nn.Module, adapters: Sequence[_Adapter], rows: Rows) -> Callable[..., Tensor]:
     """The layer's forward when its rows are K equal parts, and part k sees A_k and B_k."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: nn.Module = layer.base_layer  # type: ignore[assignment]
         result: Tensor = base(x, *args, **kwargs)
         dtype = result.dtype
-        for a, b, scaling in adapters:
-            update = torch.bmm(torch.bmm(rows.by_candidate(x.to(a.dtype)), a.mT), b.mT)
-            result = result + update.view(*x.shape[:-1], -1) * scaling
+        for own in adapters:
+            update = torch.bmm(torch.bmm(rows.by_candidate(x.to(own.a.dtype)), own.a.mT), own.b.mT) * own.scale
+            result = result + update.view(*x.shape[:-1], -1)
         return result.to(dtype)
 
     return forward

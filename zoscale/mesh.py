@@ -73,6 +73,11 @@ class Mesh:
         """Whether this rank's shard group is the one that writes checkpoints."""
         return self.rank < self.shard_size
 
+    def slice_of(self, numel: int) -> tuple[int, int]:
+        """First element, and the one behind the last, of this rank's slice of a tensor, as ZeRO-3 cuts it."""
+        size = -(-numel // self.shard_size)
+        return min(self.shard_rank * size, numel), min((self.shard_rank + 1) * size, numel)
+
     def share(self, num_items: int) -> tuple[list[int], int]:
         """The items that this rank takes whole, and the number of turns of every rank.
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from zoscale.adapters import choose_trainable, peft_config
+from zoscale.adapters import choose_trainable, peft_config, selection_of
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
 from zoscale.quantization import loading_options
 from zoscale.shards import end_without_backward, order_gathers_after_writes, true_numel, vectors_gathered
+from zoscale.weighted_lora import weigh_adapters
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
@@ -238,11 +239,14 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
     copies_norms = adapter.get("peft_type") == "ln_tuning"  # which needs them whole
     try:
         with vectors_gathered(model) if copies_norms else nullcontext():
-            return cast(nn.Module, get_peft_model(model, peft_config(adapter)))
+            adapted = cast(nn.Module, get_peft_model(model, peft_config(adapter)))
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"adapter options that fit {type(model).__name__}", _first_line(error), "correct adapter"
         ) from error
+    if (selection := selection_of(adapter)) is not None:
+        weigh_adapters(adapted, selection)
+    return adapted
 
 
 def _auto_model() -> Any:

@@ -36,6 +36,7 @@ class Domain(IntEnum):
     DATA = 3
     FACTOR = 4
     LAYERS = 5
+    EXPANSION = 6
 
 
 class Key(NamedTuple):

@@ -108,7 +108,7 @@ def replay(engine: ZeroOrderEngine, records: Sequence[Record], progress: Callabl
             directions = tuple(engine.directions(record.step))
             loss = sum(record.losses) / len(record.losses)
             engine.optimizer.step(GradientEstimate(directions, record.projected_grads, loss))
-        engine.num_steps += 1
+        engine.end_step()
         progress()
     _set_lrs(engine, lrs)
 

@@ -54,6 +54,11 @@ class RunDirectory:
         return self.path / "evaluations.jsonl"
 
     @property
+    def choices(self) -> Path:
+        """Folder of the choices of adapters, one JSON file each."""
+        return self.path / "choices"
+
+    @property
     def adapter(self) -> Path:
         """The result, as Hugging Face libraries read it."""
         return self.path / "adapter"

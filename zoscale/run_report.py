@@ -41,6 +41,8 @@ def describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan, directory: 
     method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
     passes = "1 forward and 1 backward pass" if engine.estimator.num_backwards else f"{engine.num_losses} forwards"
     log(f"method: {method}, {passes} per step, {config.train.steps} steps")
+    if engine.adapters is not None:
+        log(f"adapters: {len(engine.adapters.slots)}; {engine.adapters.selection}")
     if config.forward.name == "auto" and isinstance(engine.forward, SequentialForward):
         generates = isinstance(engine.objective, GeneratedLoss)
         reason = (

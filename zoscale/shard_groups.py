@@ -123,6 +123,23 @@ def cut_up(model: nn.Module, mesh: Mesh, config: Mapping[str, Any]) -> None:
     _spread_buffers(model, mesh)
 
 
+def cut_up_like(model: nn.Module, param: nn.Parameter) -> None:
+    """Cut a new parameter, whole on every rank, up like those of a model; a no-op for a model that is whole.
+
+    A collective.
+    """
+    others: Iterator[Any] = (other for other in model.parameters() if hasattr(other, "convert_to_zero_parameters"))
+    if (other := next(others, None)) is not None:
+        other.convert_to_zero_parameters(param_list=[param])
+
+
+def forget_order(module: nn.Module) -> None:
+    """Let ZeRO-3 find out anew which parameters a pass reads, after they have changed; a no-op for a whole model."""
+    zero: Any = getattr(module, "optimizer", None)
+    if zero is not None and not (coordinator := zero.get_param_coordinator()).is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
 def _parameters(model: nn.Module, mesh: Mesh) -> Iterator[nn.Parameter]:
     """Every parameter, whole on the device while it is at hand; of undefined values on all but the first rank."""
     for outline in mesh.spread_object(_outlines(dict(model.named_parameters(remove_duplicate=False)))):

@@ -22,7 +22,7 @@ class TensorSpec:
     """One trainable tensor of the whole model.
 
     Args:
-        id: index of the name in the sorted names of the trainable parameters; names the tensor's noise.
+        id: index of the name in the sorted names of the parameters that are trained now; names the tensor's noise.
         name: dotted name in the model.
         shape: true shape, unsharded.
     """
@@ -150,6 +150,18 @@ class ShardedParam:
         if self.has_master:
             self.live.copy_(self.truth)
         self.reach_next_forward()
+
+    def assign(self, whole: Tensor) -> None:
+        """Set the truth to this rank's slice of a whole tensor."""
+        self.truth.copy_(whole.reshape(-1)[self.offset : self.offset + len(self)])
+        self.publish()
+
+    def release(self) -> None:
+        """Give the slice's memory back, whoever still refers to it: the tensor is gone from the model."""
+        self.reach_next_forward()
+        storage = self.live.untyped_storage()
+        if storage.resizable():
+            storage.resize_(0)
 
     def reach_next_forward(self) -> None:
         """Drop every gathered copy of this tensor, so that the next forward gathers the slices again.

@@ -145,12 +145,20 @@ class Trainer:
             batch = self.batches.at(step)
         result = self.engine.step(batch)
         self.ledger.append(result)
+        self._tell_choices()
         self.schedule.step()
         self.meters.count(result)
         self._skips.count(step, skipped=result.skipped)
         if self._is_logged(step + 1):
             self.tracker.log(step + 1, self._metrics(self.ledger.records[-1]) | self.meters.take())
         return result
+
+    def _tell_choices(self) -> None:
+        """Write down the choices of adapters that were made since the last call."""
+        for change in self.engine.adapters.take_changes() if self.engine.adapters is not None else ():
+            self.tracker.log(change.step, change.metrics)
+            self.tracker.log_artifact(self.ledger.add_choice(change))
+            self.log(f"step {change.step}: {change}")
 
     def _after(self, step: int) -> None:
         """What comes between two steps."""
@@ -171,6 +179,7 @@ class Trainer:
     def _catch_up(self) -> None:
         """Bring the loop's own state to the step where the ledger stands; what was missed there is done now."""
         records, step = self.ledger.records, self.engine.num_steps
+        self._tell_choices()
         for record in records:
             self._skips.count(record.step, skipped=record.skipped)
         with warnings.catch_warnings():
@@ -188,7 +197,8 @@ class Trainer:
     def _metrics(self, record: Record) -> dict[str, float]:
         """What the journal knows of a step."""
         rhos, own = record.projected_grads, record.losses[: self.engine.estimator.num_candidates]
-        return {
+        adapters = self.engine.adapters
+        return ({} if adapters is None else {"train/adapters": float(len(adapters.connected))}) | {
             "train/loss": self.engine.estimator.estimate((), own).loss,
             "train/lr": record.lrs[0],
             "train/forwards": float((record.step + 1) * self.engine.num_forwards),
@@ -230,7 +240,9 @@ class Trainer:
                 self.ledger.save_best()
 
     def _consider(self, score: Score) -> bool:
-        """Whether a score is the best so far; if so it is remembered."""
+        """Whether a score is the best so far; if so it is remembered. Weights of before a selection are no result."""
+        if self.engine.adapters is not None and score.step < self.engine.adapters.selection.warmup_steps:
+            return False
         is_best = self._best_score is None or self._better(score.dev, self._best_score.dev)
         if is_best:
             self._best_score = score

@@ -37,11 +37,15 @@ from zoscale.config.strict_yaml import ConfigError, did_you_mean, dump_yaml, pla
 T = TypeVar("T")
 DEFAULT_ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]},
+    "weight_lora": {
+        "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"],
+        "keep": 8, "warmup_steps": 100, "expansions": 0, "expand_every": 100,
+    },
     "prefix_tuning": {"num_virtual_tokens": 5, "init_weights": "zero"},
     "prompt_tuning": {"num_virtual_tokens": 10, "prompt_tuning_init": "SAMPLE_VOCAB"},
     "ia3": {},
     "ln_tuning": {},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +59,10 @@ class RunConfig:
         resume: auto continues the run of the same configuration if there is one, never refuses to; or the folder of
             a run, or of one of its checkpoints, to continue.
         overwrite: Delete the folder of an earlier run with the same configuration and start again.
-        adapter: What is trained beside the frozen model: peft_type (lora, prefix_tuning, prompt_tuning, ia3 or
-            ln_tuning; left out, lora) and fields of its configuration in PEFT, over the default ones of this package
-            (lora: r 8, lora_alpha 16, on q_proj and v_proj); null trains the model's own weights.
+        adapter: What is trained beside the frozen model: peft_type (lora, weight_lora, prefix_tuning, prompt_tuning,
+            ia3 or ln_tuning; left out, lora) and fields of its configuration in PEFT, over the default ones of this
+            package (lora: r 8, lora_alpha 16, on q_proj and v_proj); weight_lora has those of lora and keep,
+            warmup_steps, expansions and expand_every. null trains the model's own weights.
         trainable: Regular expression, searched in names of the model's own weights: those that are trained if adapter
             is null; null is all of them.
         master: Type of the master copy of the trainable weights, which updates go to; none keeps no copy.

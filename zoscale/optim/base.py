@@ -63,7 +63,9 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.mesh = mesh or Mesh()
         self._shards = {id(shard.truth): shard for shard in shards}
-        super().__init__(self._split(shards, dict(defaults), list(groups or [])), dict(defaults))
+        split = self._split(shards, dict(defaults), list(groups or []))
+        self._places = {name: place for place, group in enumerate(split) for name, _ in group["params"]}
+        super().__init__(split, dict(defaults))
 
     @abstractmethod
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
@@ -123,9 +125,23 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         """Update every shard and make the next forward see it."""
         for group in self.param_groups:
             shards = [self._shards[id(param)] for param in group["params"]]
-            self.update(shards, estimate, group)
+            if shards:
+                self.update(shards, estimate, group)
             for shard in shards:
                 shard.publish()
+
+    def adopt(self, shards: Sequence[ShardedParam]) -> None:
+        """Go on with other slices: tensors keep their groups, and slices that are still there their state.
+
+        Args:
+            shards: of tensors that were there at first, by name; their shapes may have changed.
+        """
+        self._shards = {id(shard.truth): shard for shard in shards}
+        for place, group in enumerate(self.param_groups):
+            own = [shard for shard in shards if self._places[shard.spec.name] == place]
+            group["params"], group["param_names"] = [s.truth for s in own], [s.spec.name for s in own]
+        for gone in [truth for truth in self.state if id(truth) not in self._shards]:
+            del self.state[gone]
 
     def state_of(self, shard: ShardedParam) -> Mapping[str, Any]:
         """State of a shard: tensors of its local length, and numbers."""
