@@ -30,6 +30,7 @@ LAYERS = [
     {"fan", "scratch", "tangent", "backward", "scoring"},
     {"lora_fan", "weight_fan", "shared_rows"},
     {"fan_out"},
+    {"forward_choice", "placement"},
     {"engine", "evaluation_log"},
     {"first_order"},
     {"export", "checkpoint", "run_meters", "assembly", "footprint"},

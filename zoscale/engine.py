@@ -6,32 +6,28 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapter_choice import AdapterChoice, Shapes
 from zoscale.batch import MicroBatch
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate
-from zoscale.fan import Fan
-from zoscale.fan_out import FanOutForward
-from zoscale.forward import Forward, Losses, SequentialForward
+from zoscale.forward import Forward, Losses
+from zoscale.forward_choice import ForwardName, choose_forward
 from zoscale.generation import Generator
-from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel, is_block
+from zoscale.models import AnswerModel
 from zoscale.noise import Noise
-from zoscale.objectives import GeneratedLoss, Objective, language_modeling
+from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
+from zoscale.placement import place
 from zoscale.probes import PROBES, Direction, Probe
 from zoscale.selection import Selection
-from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up, cut_up_like, forget_order
+from zoscale.shard_groups import cut_up_like, forget_order
 from zoscale.shards import Master, ShardedParam, TensorSpec, shard_parameters, trainable_specs
-from zoscale.tangent import TangentForward
-from zoscale.weight_fan import WeightFan, find_units
 
 OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ZeroOrderOptimizer]
-ForwardName = Literal["auto", "sequential", "fan_out"]
 NoiseBackend = Literal["auto", "eager", "compiled"]
 Batch = Mapping[str, Any] | MicroBatch | Sequence[MicroBatch] | Sequence[Mapping[str, Any]]
 
@@ -132,54 +128,16 @@ class ZeroOrderEngine:
 
     def _place(self, model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, Mesh]:
         """What is called for the model, and the ranks."""
-        if accelerator is None:
-            return model, Mesh(next(model.parameters()).device, ranks=(0, 1))
-        if isinstance(accelerator, GroupedAccelerator):
-            return _shard_in_groups(model, accelerator), accelerator.mesh
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return _shard(model, accelerator), Mesh(accelerator.device)
-        model.to(accelerator.device)
-        return model, Mesh(accelerator.device, shard_size=1)
+        return place(model, accelerator)
 
     def _slices(self, model: nn.Module, master: Master) -> list[ShardedParam]:
         return shard_parameters(model, master=master)
 
     def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int) -> Forward:
-        if self.estimator.takes_derivatives:
-            return self._tangent_forward(name, num_parts)
-        if isinstance(self.objective, GeneratedLoss):
-            if self.generator is None or name == "fan_out":
-                raise ValueError(
-                    "expected a tokenizer and the forward sequential or auto for an objective that generates"
-                )
-            answer = self.generator.texts
-            return SequentialForward(self.answers, self.shards, self.mesh, num_parts=num_parts, answer=answer)
-        fan = None if name == "sequential" else self._choose_fan()
-        if fan is not None:
-            return FanOutForward(self.answers, self.mesh, fan, max_rows=max_rows, num_parts=num_parts)
-        if name == "fan_out":
-            raise ValueError(
-                "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA or a "
-                "weight outside such a module: use auto or sequential"
-            )
-        return SequentialForward(self.answers, self.shards, self.mesh, num_parts=num_parts)
-
-    def _tangent_forward(self, name: ForwardName, num_parts: int) -> Forward:
-        if self.answers.module is not self.model:
-            raise ValueError(
-                "expected the whole model on every rank (mesh.shard_size=1) for forward gradients, got ZeRO-3, which "
-                "gathers weights without their tangents"
-            )
-        if name == "fan_out":
-            raise ValueError("expected the forward auto or sequential for forward gradients, got fan_out")
-        return TangentForward(self.answers, self.shards, self.mesh, num_parts=num_parts)
-
-    def _choose_fan(self) -> Fan | None:
-        pairs = find_lora_pairs(self.model, self.specs)
-        if pairs is not None:
-            return LoraFan(self.shards, self.mesh, pairs)
-        units = find_units(self.model)
-        return None if units is None else WeightFan(units)
+        return choose_forward(
+            name, self.answers, self.shards, self.mesh, derivatives=self.estimator.takes_derivatives,
+            objective=self.objective, generator=self.generator, max_rows=max_rows, num_parts=num_parts,
+        )  # fmt: skip
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -281,39 +239,3 @@ def micro_batches(batch: Batch) -> list[MicroBatch]:
     if not items:
         raise ValueError("expected at least one micro-batch, got an empty batch")
     return [item if isinstance(item, MicroBatch) else MicroBatch.from_labels(item) for item in items]
-
-
-def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Hand the model to ZeRO-3 for forward passes only: no optimizer, no gradient hooks, blocks gathered whole."""
-    _gather_blocks_whole(model)
-    engine: Any = accelerator.prepare(model)
-    zero: Any = getattr(engine, "optimizer", None)
-    if type(zero).__name__ != "DeepSpeedZeRoOffload":
-        raise ValueError(
-            f"expected a ZeRO-3 engine without an optimizer, got {type(zero).__name__}; start with zoscale.start()"
-        )
-    _remove_gradient_hooks(zero)
-    return engine  # type: ignore[no-any-return]
-
-
-def _shard_in_groups(model: nn.Module, accelerator: GroupedAccelerator) -> nn.Module:
-    """The same within every shard group."""
-    cut_up(model, accelerator.mesh, accelerator.deepspeed)
-    _gather_blocks_whole(model)
-    sharded = GroupSharded(model, accelerator.deepspeed)
-    _remove_gradient_hooks(sharded.optimizer)
-    return sharded
-
-
-def _gather_blocks_whole(model: nn.Module) -> None:
-    import deepspeed
-
-    blocks = {type(module) for module in model.modules() if is_block(model, module)}
-    if blocks:
-        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
-
-
-def _remove_gradient_hooks(zero: Any) -> None:
-    for handle in zero.backward_hooks:
-        handle.remove()
-    zero.backward_hooks.clear()

@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from zoscale.adapters import selection_of
 from zoscale.backward import BackwardForward
 from zoscale.config import ConfigError, RunConfig
-from zoscale.engine import ForwardName, ZeroOrderEngine
+from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Backpropagation
 from zoscale.forward import Forward
+from zoscale.forward_choice import ForwardName
 from zoscale.mesh import Mesh
 from zoscale.objectives import OBJECTIVES, Objective, language_modeling
 from zoscale.optim.first_order import FirstOrderOptimizer, FOAdamW

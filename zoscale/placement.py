@@ -1,0 +1,66 @@
+"""Where a model lies: whole in this process or on each rank, or cut up by ZeRO-3 for forward passes only."""
+
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from torch import nn
+
+from zoscale.mesh import Mesh
+from zoscale.models import is_block
+from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up
+
+
+def place(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, Mesh]:
+    """What is called for the model, and the ranks.
+
+    Args:
+        model: a Hugging Face (or PEFT) causal LM.
+        accelerator: from `zoscale.start`; None = this process alone.
+
+    Raises:
+        ValueError: if DeepSpeed was started with an optimizer.
+    """
+    if accelerator is None:
+        return model, Mesh(next(model.parameters()).device, ranks=(0, 1))
+    if isinstance(accelerator, GroupedAccelerator):
+        return _shard_in_groups(model, accelerator), accelerator.mesh
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _shard(model, accelerator), Mesh(accelerator.device)
+    model.to(accelerator.device)
+    return model, Mesh(accelerator.device, shard_size=1)
+
+
+def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Hand the model to ZeRO-3 for forward passes only: no optimizer, no gradient hooks, blocks gathered whole."""
+    _gather_blocks_whole(model)
+    engine: Any = accelerator.prepare(model)
+    zero: Any = getattr(engine, "optimizer", None)
+    if type(zero).__name__ != "DeepSpeedZeRoOffload":
+        raise ValueError(
+            f"expected a ZeRO-3 engine without an optimizer, got {type(zero).__name__}; start with zoscale.start()"
+        )
+    _remove_gradient_hooks(zero)
+    return engine  # type: ignore[no-any-return]
+
+
+def _shard_in_groups(model: nn.Module, accelerator: GroupedAccelerator) -> nn.Module:
+    """The same within every shard group."""
+    cut_up(model, accelerator.mesh, accelerator.deepspeed)
+    _gather_blocks_whole(model)
+    sharded = GroupSharded(model, accelerator.deepspeed)
+    _remove_gradient_hooks(sharded.optimizer)
+    return sharded
+
+
+def _gather_blocks_whole(model: nn.Module) -> None:
+    import deepspeed
+
+    blocks = {type(module) for module in model.modules() if is_block(model, module)}
+    if blocks:
+        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
+
+
+def _remove_gradient_hooks(zero: Any) -> None:
+    for handle in zero.backward_hooks:
+        handle.remove()
+    zero.backward_hooks.clear()
