@@ -11,7 +11,7 @@ import pytest
 import torch
 from processes import run
 
-from zoscale import cli, doctor, philox
+from zoscale import cli, doctor, fused
 from zoscale.doctor import CHECKS, Finding, Setup
 
 DOCTOR = [sys.executable, "-m", "zoscale", "doctor"]
@@ -86,11 +86,11 @@ def test_compiler_that_does_not_work(setup: Setup, monkeypatch: pytest.MonkeyPat
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("ld: cannot find -lc")
 
-    philox.compiled.cache_clear()
+    fused.compiled.cache_clear()
     with monkeypatch.context() as patched:
         patched.setattr(torch, "compile", fails)
         assert "cannot find -lc -> install g++" in wrong("compiler", setup)
-    philox.compiled.cache_clear()
+    fused.compiled.cache_clear()
 
 
 def test_network(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
-    {"config", "philox", "phases", "stillness", "devices"},
+    {"config", "philox", "fused", "phases", "stillness", "devices"},
     {
         "noise",
         "batch",

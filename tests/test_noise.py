@@ -18,7 +18,7 @@ import pytest
 import reference as ref
 import torch
 
-from zoscale import philox
+from zoscale import fused, philox
 from zoscale.noise import Domain, Key, Noise, Range
 
 torch.set_num_threads(1)
@@ -249,9 +249,9 @@ def test_the_same_numbers_and_ids_in_another_process() -> None:
 @pytest.fixture
 def fresh_compiled() -> Iterator[None]:
     """Forget which kernels were compiled, before and after."""
-    philox.compiled.cache_clear()
+    fused.compiled.cache_clear()
     yield
-    philox.compiled.cache_clear()
+    fused.compiled.cache_clear()
 
 
 def broken_compiler(*args: object, **kwargs: object) -> Any:

@@ -54,12 +54,17 @@ class GradientEstimate:
         """Whether the step may be taken."""
         return math.isfinite(self.loss) and all(math.isfinite(rho) for rho in self.projected_grads)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the arithmetic of the update is fused by a compiler."""
+        return any(direction.is_compiled for direction in self.directions)
+
     def mean(self, group: Sequence[Piece]) -> list[Tensor]:
         """(1/q) sum_k rho_k z_k on each piece: float32 of its size."""
         totals = _zeros(group)
         for number, segment, rho in self._terms(group):
             segment.add_to(totals[number], rho)
-        return [total.div_(len(self.directions)) for total in totals]
+        return totals if len(self.directions) == 1 else [total.div_(len(self.directions)) for total in totals]
 
     def mean_over_visits(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:
         """On each piece, the mean of rho_k z_k over the directions that visit a coordinate (z_k not zero there).
@@ -70,11 +75,15 @@ class GradientEstimate:
         Returns:
             Per piece the mean (float32, zero where not visited) and the visited coordinates (bool).
         """
+        return [(total.div_(seen.clamp(min=1)), seen > 0) for total, seen in self.totals(group)]
+
+    def totals(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:
+        """On each piece, sum_k rho_k z_k and the number of directions that visit a coordinate: float32 of its size."""
         totals, visits = _zeros(group), _zeros(group)
         for number, segment, rho in self._terms(group):
             segment.add_to(totals[number], rho)
             segment.count_in(visits[number])
-        return [(total.div_(seen.clamp(min=1)), seen > 0) for total, seen in zip(totals, visits, strict=True)]
+        return list(zip(totals, visits, strict=True))
 
     def _terms(self, group: Sequence[Piece]) -> Iterator[tuple[int, Segment, float]]:
         """(number of the piece, z_k on it, rho_k), direction by direction, where z_k is not zero."""

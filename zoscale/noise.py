@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zoscale import philox
+from zoscale.fused import chosen
 
 _BLOCK_MULTIPLE = 64  # blocks per call are a multiple of this: whole vectors only, so a value has one code path
 _KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements a call
@@ -37,6 +38,7 @@ class Domain(IntEnum):
     FACTOR = 4
     LAYERS = 5
     EXPANSION = 6
+    ROUNDING = 7
 
 
 class Key(NamedTuple):
@@ -93,12 +95,11 @@ class Noise:
 
         Element i is bit i % 32 of word i // 32.
         """
-        shifts = torch.arange(_BITS, dtype=torch.int32, device=device)
+        unpack = chosen(philox.signs, self.compiled)
         signs = []
         for wanted, words in zip(ranges, self._sign_words(key, ranges, device), strict=True):
-            bits = (words[:, None] >> shifts) & 1
             skip = wanted.start % _BITS
-            signs.append(_sign(bits).view(-1)[skip : skip + wanted.stop - wanted.start])
+            signs.append(unpack(words)[skip : skip + wanted.stop - wanted.start])
         return signs
 
     def rademacher_at(
@@ -116,7 +117,7 @@ class Noise:
         signs = []
         for wanted, words, index in zip(ranges, self._sign_words(key, ranges, device), indices, strict=True):
             position = index + wanted.start % _BITS
-            signs.append(_sign((words[position // _BITS] >> (position % _BITS).to(torch.int32)) & 1))
+            signs.append(philox.sign((words[position // _BITS] >> (position % _BITS).to(torch.int32)) & 1))
         return signs
 
     def integers(self, key: Key, limits: Sequence[tuple[int, int]]) -> list[int]:
@@ -164,7 +165,7 @@ class Noise:
         else:
             blocks, tensors = _counters(ranges, firsts, sizes, device)
             shared = self._words(key)
-        run = philox.compiled(kernel) if self.compiled else kernel
+        run = chosen(kernel, self.compiled)
         drawn = run(blocks, tensors, torch.tensor(shared, dtype=torch.int32, device=device))
         begins = [4 * (end - size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         skips = [start % 4 for _, start, _ in ranges]
@@ -216,10 +217,6 @@ def _counters(
     tensors = torch.tensor([*(philox.signed(tensor) for tensor, _, _ in ranges), 0], dtype=torch.int32)
     blocks = torch.arange(padded) + shift.repeat_interleave(counts)
     return blocks.to(torch.int32).to(device), tensors.repeat_interleave(counts).to(device)
-
-
-def _sign(bits: Tensor) -> Tensor:
-    return (1 - 2 * bits).to(torch.float32)
 
 
 def _ranks(words: Tensor) -> Tensor:

@@ -5,9 +5,7 @@ product is put together from 16-bit halves. Each kernel takes the blocks' counte
 `shared_words`, and gives four elements per block.
 """
 
-import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -108,6 +106,17 @@ def words(blocks: Tensor, tensors: Tensor, shared: Tensor) -> Tensor:
     return _interleave(_run(blocks, tensors, shared))
 
 
+def signs(words: Tensor) -> Tensor:
+    """float32 [32 W]: +1 where a bit of int32 [W] is clear and -1 where it is set, lowest bits first."""
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    return sign((words[:, None] >> shifts) & 1).view(-1)
+
+
+def sign(bits: Tensor) -> Tensor:
+    """float32: 1 for the bit 0, -1 for the bit 1 (int32)."""
+    return (1 - 2 * bits).to(torch.float32)
+
+
 def uniform(blocks: Tensor, tensors: Tensor, shared: Tensor) -> Tensor:
     return _interleave([_top24(word).to(torch.float32) * _UNIT for word in _run(blocks, tensors, shared)])
 
@@ -160,30 +169,6 @@ def _unit_vector(turn: Tensor) -> tuple[Tensor, Tensor]:
     a, b = torch.where(odd, -second, first), torch.where(odd, first, second)
     half = quadrant >= 2
     return torch.where(half, -a, a), torch.where(half, -b, b)
-
-
-@functools.cache
-def compiled(kernel: Kernel) -> Kernel:
-    """The kernel under torch.compile (one graph for all sizes), or the kernel itself where that fails."""
-    chosen: list[Kernel] = []
-
-    def call(blocks: Tensor, tensors: Tensor, shared: Tensor) -> Tensor:
-        if chosen:
-            return chosen[0](blocks, tensors, shared)
-        try:
-            fused = torch.compile(kernel, dynamic=True, fullgraph=True)
-            result = fused(blocks, tensors, shared)
-            chosen.append(fused)
-        except Exception as error:  # whatever a missing or broken compiler raises
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            warnings.warn(
-                f"noise runs in eager mode, several times slower: torch.compile failed: {reason[0]}", stacklevel=2
-            )
-            chosen.append(kernel)
-            result = kernel(blocks, tensors, shared)
-        return result
-
-    return call
 
 
 DTYPES: dict[Kernel, torch.dtype] = {words: torch.int32, uniform: torch.float32, normal: torch.float32}

@@ -71,9 +71,9 @@ class Draws:
         Yields:
             The candidate's number and its values, which are valid until the next one is asked for.
         """
-        works = [base.clone() for base, _ in slabs]
         for number, _ in self._numbers.get(None, ()):
-            yield number, works
+            yield number, [base for base, _ in slabs]
+        works = [torch.empty_like(base) if _covered(drawn) else base.clone() for base, drawn in slabs]
         for place in range(len(self._directions)):
             for number, radius in self._numbers[place]:
                 for work, (base, drawn) in zip(works, slabs, strict=True):
@@ -81,7 +81,8 @@ class Draws:
                 yield number, works
             if place + 1 < len(self._directions):
                 for work, (base, drawn) in zip(works, slabs, strict=True):
-                    _write(work, base, drawn, place, 0.0)
+                    if not _covered(drawn):
+                        _write(work, base, drawn, place, 0.0)
 
     def _draw(self, group: Sequence[Piece]) -> None:
         by_direction = [direction.segments(group) for direction in self._directions]
@@ -104,6 +105,11 @@ def _by_direction(candidates: Sequence[Candidate]) -> tuple[list[Direction], dic
     return directions, numbers
 
 
+def _covered(drawn: Sequence[Drawn]) -> bool:
+    """Whether every direction has a value for every element, so that none of another one's is left over."""
+    return all(segment is not None and segment.index is None for part in drawn for segment in part.segments)
+
+
 def _write(work: Tensor, base: Tensor, drawn: Sequence[Drawn], place: int, radius: float) -> None:
     for part in drawn:
         segment = part.segments[place]
@@ -114,7 +120,8 @@ def _write(work: Tensor, base: Tensor, drawn: Sequence[Drawn], place: int, radiu
 def _joined(group: Sequence[Piece], segments: Sequence[Segment | None]) -> Segment | None:
     """One segment over pieces that lie one after the other."""
     if all(segment is not None and segment.index is None for segment in segments):
-        return Segment(torch.cat([segment.value for segment in segments if segment is not None]))
+        values = [segment.value for segment in segments if segment is not None]
+        return Segment(torch.cat(values), is_compiled=all(s.is_compiled for s in segments if s is not None))
     start, values, index = 0, [], []
     for piece, segment in zip(group, segments, strict=True):
         if segment is not None:

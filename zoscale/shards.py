@@ -8,7 +8,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-Master = Literal["fp32", "none"]
+from zoscale.fused import accumulate, chosen, perturb, scalars
+
+Master = Literal["fp32", "none", "stochastic"]
 
 CHUNK = 2**20
 """Elements handled at once: bounds the temporaries of perturbing and updating (a few fp32 buffers of this size)."""
@@ -59,10 +61,12 @@ class Segment:
     Args:
         value: float32 [n] (dense), or float32 [s] at `index` (zero elsewhere).
         index: int64 [s], positions relative to start, distinct; None = every element.
+        is_compiled: whether its arithmetic is fused by a compiler, like the noise it is made of.
     """
 
     value: Tensor
     index: Tensor | None = None
+    is_compiled: bool = False
 
     def place(self, start: int) -> slice | Tensor:
         """Where it acts in a tensor of which its own element 0 is element `start`."""
@@ -71,7 +75,7 @@ class Segment:
     def add_to(self, accumulator: Tensor, scale: float) -> None:
         """accumulator += scale * z, as one float32 multiplication and one addition per element."""
         if self.index is None:
-            accumulator.add_(self.value * scale)
+            chosen(accumulate, self.is_compiled)(accumulator, self.value, scalars(self.value.device, scale)[0])
         else:
             accumulator[self.index] = accumulator[self.index] + self.value * scale
 
@@ -93,25 +97,31 @@ def write_perturbed(live: Tensor, truth: Tensor, start: int, segment: Segment, r
         radius: signed smoothing radius.
     """
     where = segment.place(start)
-    live[where] = (truth[where].float() + segment.value * radius).to(live.dtype)
+    if segment.index is None:
+        run = chosen(perturb, segment.is_compiled)
+        run(live[where], truth[where], segment.value, scalars(live.device, radius)[0])
+    else:
+        live[where] = (truth[where].float() + segment.value * radius).to(live.dtype)
 
 
 class ShardedParam:
     """The local slice [offset, offset + len(self)) of one trainable tensor, without padding.
 
     `truth` holds the weights: an fp32 master slice (`master="fp32"`), or the live slice itself (`"none"`). `live` is
-    the 1-D slice in the compute dtype that the next forward reads; it is derived from the truth by `publish`.
+    the 1-D slice in the compute dtype that the next forward reads, derived from the truth.
 
     Args:
         param: a parameter of a ZeRO-3 engine's model, or a plain contiguous one.
         spec: its place in the model.
-        master: keep a master slice in fp32, or none.
+        master: keep a master slice in fp32, or none; or `stochastic`: none, and updates of 16-bit weights are rounded
+            stochastically.
     """
 
     def __init__(self, param: nn.Parameter, spec: TensorSpec, *, master: Master = "fp32") -> None:
         self.spec = spec
         self.param = param
         self.offset, self.live = _local_slice(param, spec)
+        self.is_rounded_stochastically = master == "stochastic" and self.live.dtype in (torch.bfloat16, torch.float16)
         self.truth = self.live.float().clone() if master == "fp32" else self.live
         self._undo: list[tuple[slice | Tensor, Tensor]] = []
 
@@ -142,11 +152,11 @@ class ShardedParam:
         """Make the live slice what it was before `perturb`, bit for bit."""
         while self._undo:
             where, base = self._undo.pop()
-            self.live[where] = base.to(self.live.dtype)
+            self.live[where] = base if isinstance(where, slice) else base.to(self.live.dtype)
         self.reach_next_forward()
 
     def publish(self) -> None:
-        """Derive the live slice from the truth after an update."""
+        """Derive the live slice from a truth that was set."""
         if self.has_master:
             self.live.copy_(self.truth)
         self.reach_next_forward()

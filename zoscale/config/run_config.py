@@ -79,7 +79,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: dict[str, Any] | None = field(default_factory=dict)
     trainable: str | None = None
-    master: Literal["fp32", "none"] = "fp32"
+    master: Literal["fp32", "none", "stochastic"] = "fp32"
     objective: str = "classification"
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -3,19 +3,21 @@
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zoscale.estimators import ESTIMATORS, Backpropagation, Candidate, Estimator, GradientEstimate
+from zoscale.fused import chosen, descend, descend_sign, scalars
 from zoscale.mesh import Mesh
 from zoscale.probes import PROBES, Piece, Probe
 from zoscale.probes.gradient import Gradient
 from zoscale.shards import ShardedParam, TensorSpec
 
 _ANY = TensorSpec(0, "", (1, 1))
+Write = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None], None]
 _GROUP_KEYS = ("pattern", "max_ndim", "lr_scale")
 
 
@@ -53,6 +55,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     """Whether the journal's scalars are enough to take a step again."""
     num_trials: ClassVar[int] = 0
     """Points that `trials` gives."""
+    _current: GradientEstimate
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        """Update the truth slices of one parameter group in place.
+        """Update the slices of one parameter group in place, through `descend`.
 
         Called for every group on every rank in the same order; local slices may be empty.
         """
@@ -123,12 +126,13 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, estimate: GradientEstimate) -> None:  # type: ignore[override]
         """Update every shard and make the next forward see it."""
+        self._current = estimate
         for group in self.param_groups:
             shards = [self._shards[id(param)] for param in group["params"]]
             if shards:
                 self.update(shards, estimate, group)
             for shard in shards:
-                shard.publish()
+                shard.reach_next_forward()
 
     def adopt(self, shards: Sequence[ShardedParam]) -> None:
         """Go on with other slices: tensors keep their groups, and slices that are still there their state.
@@ -162,12 +166,19 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                 self.state[param][name] = value.clone().to(param.device) if isinstance(value, Tensor) else value
 
     def descend(self, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
-        """x <- x - lr (update + weight_decay x) on one piece, in float32."""
-        target = piece.shard.truth[piece.start : piece.stop]
-        x = target.float()
-        if group["weight_decay"]:
-            update = update + x * group["weight_decay"]
-        target.copy_(x - update * group["lr"])
+        """x <- x - lr (update + weight_decay x) on one piece, in float32; the live slice takes it in the same pass."""
+        self._write(descend, piece, update, group)
+
+    def descend_sign(self, piece: Piece, memory: Tensor, group: Mapping[str, Any]) -> None:
+        """`descend` along the sign of a memory; sign(0) = 0."""
+        self._write(descend_sign, piece, memory, group)
+
+    def _write(self, function: Write, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
+        shard, where = piece.shard, slice(piece.start, piece.stop)
+        words = self._current.directions[0].rounding_words(piece) if shard.is_rounded_stochastically else None
+        settings = scalars(shard.truth.device, float(group["lr"]), float(group["weight_decay"]))
+        live = shard.live[where] if shard.has_master else None
+        chosen(function, self._current.is_compiled)(shard.truth[where], live, update, settings, words)
 
     def buffer(self, shard: ShardedParam, name: str = "momentum") -> Tensor:
         """State of a shard, zero at first: float32 of its local length."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
+from zoscale.fused import chosen, remember, remember_mean, scalars
 from zoscale.mesh import Mesh
 from zoscale.optim.base import Company, ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta, check_choice
@@ -15,7 +16,7 @@ from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_
 from zoscale.optim.owners import on_owners
 from zoscale.optim.spectral import SpectralOptimizer
 from zoscale.probes import Piece, pieces
-from zoscale.shards import ShardedParam
+from zoscale.shards import CHUNK, ShardedParam
 
 State = MutableMapping[Tensor, Any]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -56,7 +57,7 @@ class JaguarSignSGD(ZeroOrderOptimizer):
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for piece, memory in _remember(self.state, shards, estimate, group["beta"]):
-            self.descend(piece, memory.sign(), group)
+            self.descend_sign(piece, memory, group)
 
 
 class JaguarMuon(SpectralOptimizer):
@@ -123,7 +124,7 @@ class JaguarMuon(SpectralOptimizer):
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for piece, memory in self.remember(shards, estimate, group["beta"]):
             if group["rule"] == "sign":
-                self.descend(piece, memory.sign(), group)
+                self.descend_sign(piece, memory, group)
         if group["rule"] == "muon":
             function = partial(orthogonalize, iteration=group["iteration"], power_rank=group["power_rank"])
             dtype = self._dtype(group["precision"])
@@ -149,8 +150,29 @@ def _remember(
     states: State, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
 ) -> Iterator[tuple[Piece, Tensor]]:
     """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates; yields each piece with its memory."""
-    for batch in pieces(shards):
-        for piece, (gradient, visited) in zip(batch, estimate.mean_over_visits(batch), strict=True):
-            memory = _momentum(states, piece.shard)[piece.start : piece.stop]
-            memory.copy_(torch.where(visited, memory * beta + gradient * (1 - beta), memory))
-            yield piece, memory
+    is_one = len(estimate.directions) == 1
+    mix, limit = (_mix_one, CHUNK) if is_one else (_mix_mean, CHUNK // 2)  # a total and visits are held, too
+    for batch in pieces(shards, limit):
+        memories = [_momentum(states, piece.shard)[piece.start : piece.stop] for piece in batch]
+        mix(memories, batch, estimate, beta)
+        yield from zip(batch, memories, strict=True)
+
+
+def _mix_one(memories: Sequence[Tensor], batch: Sequence[Piece], estimate: GradientEstimate, beta: float) -> None:
+    """Of one direction: only what it visits is read and written."""
+    (direction,), (rho,) = estimate.directions, estimate.projected_grads
+    for memory, segment in zip(memories, direction.segments(batch), strict=True):
+        if segment is None:
+            continue
+        if segment.index is None:
+            settings = scalars(memory.device, rho, beta, 1 - beta)
+            chosen(remember, segment.is_compiled)(memory, segment.value, settings)
+        else:
+            memory[segment.index] = memory[segment.index] * beta + segment.value * rho * (1 - beta)
+
+
+def _mix_mean(memories: Sequence[Tensor], batch: Sequence[Piece], estimate: GradientEstimate, beta: float) -> None:
+    """Of several: a coordinate takes the mean over the directions that visit it."""
+    run = chosen(remember_mean, estimate.is_compiled)
+    for memory, (total, visits) in zip(memories, estimate.totals(batch), strict=True):
+        run(memory, total, visits, scalars(memory.device, beta, 1 - beta))

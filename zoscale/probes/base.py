@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from zoscale.noise import Key, Noise, Range
+from torch import Tensor
+
+from zoscale.noise import Domain, Key, Noise, Range
 from zoscale.shards import CHUNK, Segment, ShardedParam, TensorSpec
 
 
@@ -52,6 +54,19 @@ class Direction(ABC):
         """Whether z may be other than zero on a tensor; known without drawing it."""
         return True
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether z is drawn by compiled kernels, and what is done with it fused likewise."""
+        return False
+
+    def rounding_words(self, piece: Piece) -> Tensor:
+        """Random words of the step to round the elements of a piece with: int32, the same for all its directions.
+
+        Raises:
+            ValueError: if the direction is not made of noise.
+        """
+        raise ValueError(f"expected a direction that is drawn for stochastic rounding, got {type(self).__name__}")
+
 
 class DrawnDirection(Direction):
     """z regenerated from the noise of (step, k)."""
@@ -59,6 +74,15 @@ class DrawnDirection(Direction):
     def __init__(self, noise: Noise, step: int, k: int) -> None:
         self.noise = noise
         self.key = Key(step, k)
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.noise.compiled
+
+    def rounding_words(self, piece: Piece) -> Tensor:
+        key = Key(self.key.step, domain=Domain.ROUNDING)
+        (words,) = self.noise.words(key, [piece.range], piece.shard.truth.device)
+        return words
 
 
 class Probe(ABC):

@@ -15,7 +15,7 @@ class _Dense(DrawnDirection):
 
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         values = self._draw(self.key, [piece.range for piece in group], group[0].shard.truth.device)
-        return [Segment(value) for value in values]
+        return [Segment(value, is_compiled=self.is_compiled) for value in values]
 
 
 class Gaussian(Probe):

@@ -71,9 +71,8 @@ class FactoredDirection(DrawnDirection):
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         specs = list(dict.fromkeys(piece.shard.spec for piece in group))
         found = dict(zip(specs, self.factors(specs, group[0].shard.truth.device), strict=True))
-        return [
-            Segment(product_slice(*found[piece.shard.spec], piece.range.start, piece.range.stop)) for piece in group
-        ]
+        values = (product_slice(*found[piece.shard.spec], piece.range.start, piece.range.stop) for piece in group)
+        return [Segment(value, is_compiled=self.is_compiled) for value in values]
 
     def _rank(self, limit: int) -> int:
         return limit if self.rank is None else min(self.rank, limit)

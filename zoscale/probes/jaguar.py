@@ -60,7 +60,7 @@ class JaguarDirection(DrawnDirection):
                 if index is None or index.numel():
                     found[piece] = None if index is None else index.to(device, non_blocking=True)
         signs = dict(zip(found, self._signs(found, device), strict=True))
-        return [_dense_or_sparse(piece, found[piece], signs[piece]) if piece in found else None for piece in group]
+        return [self._segment(piece, found[piece], signs[piece]) if piece in found else None for piece in group]
 
     def touches(self, spec: TensorSpec) -> bool:
         return spec.id in self.supports
@@ -71,16 +71,15 @@ class JaguarDirection(DrawnDirection):
             return [torch.ones(index.numel(), device=device) for index in every]
         return self.noise.rademacher_at(self.key, [piece.range for piece in found], every, device)
 
-
-def _dense_or_sparse(piece: Piece, index: Tensor | None, signs: Tensor) -> Segment:
-    if index is None:
-        return Segment(signs)
-    size = piece.stop - piece.start
-    if index.numel() <= _DENSE_ABOVE * size:
-        return Segment(signs, index)
-    value = torch.zeros(size, device=signs.device)
-    value[index] = signs
-    return Segment(value)
+    def _segment(self, piece: Piece, index: Tensor | None, signs: Tensor) -> Segment:
+        if index is None:
+            return Segment(signs, is_compiled=self.is_compiled)
+        size = piece.stop - piece.start
+        if index.numel() <= _DENSE_ABOVE * size:
+            return Segment(signs, index)
+        value = torch.zeros(size, device=signs.device)
+        value[index] = signs
+        return Segment(value, is_compiled=self.is_compiled)
 
 
 class JaguarProbe(Probe):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from zoscale.config import Method, build
 from zoscale.config.merging import Given, Schema
 from zoscale.noise import Domain, Key, Noise
@@ -54,6 +56,13 @@ class LayersDirection(Direction):
 
     def touches(self, spec: TensorSpec) -> bool:
         return spec.id in self.active and self.inner.touches(spec)
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.inner.is_compiled
+
+    def rounding_words(self, piece: Piece) -> Tensor:
+        return self.inner.rounding_words(piece)
 
 
 class Layers(Probe):

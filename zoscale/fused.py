@@ -1,0 +1,140 @@
+"""Arithmetic on slices of weights that touches each value once: plain tensor functions, and `compiled` to fuse them.
+
+In eager mode they are the definition. Compiled, they are one pass each (vector C++ on the CPU, Triton on the GPU) with
+the same bits: every operation is rounded on its own, as in eager mode. All slices are 1-D and of one length n.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_EAGER_NUMERICS = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
+"""No product and sum are contracted, no division is approximated: bits depend on no vector width."""
+_HALF_MIN = 2.0**-14  # smallest normal number of float16; below it, numbers are 2**-24 apart
+
+
+def perturb(out: Tensor, base: Tensor, z: Tensor, radius: Tensor) -> None:
+    """out = base + radius * z, rounded once to the type of `out`.
+
+    Args:
+        out, base: of any floating type.
+        z: float32.
+        radius: float32 scalar.
+    """
+    out.copy_(base.float() + z * radius)
+
+
+def accumulate(total: Tensor, z: Tensor, rho: Tensor) -> None:
+    """total += rho * z, in float32."""
+    total.add_(z * rho)
+
+
+def remember(memory: Tensor, z: Tensor, settings: Tensor) -> None:
+    """memory = beta memory + (1 - beta) rho z where z is not zero, in float32.
+
+    Args:
+        settings: rho, beta and 1 - beta: float32 [3].
+    """
+    rho, beta, rest = settings.unbind()
+    memory.copy_(torch.where(z != 0, memory * beta + z * rho * rest, memory))
+
+
+def remember_mean(memory: Tensor, total: Tensor, visits: Tensor, settings: Tensor) -> None:
+    """memory = beta memory + (1 - beta) total / visits where visits > 0, in float32.
+
+    Args:
+        settings: beta and 1 - beta: float32 [2].
+    """
+    beta, rest = settings.unbind()
+    mean = total / visits.clamp(min=1)
+    memory.copy_(torch.where(visits > 0, memory * beta + mean * rest, memory))
+
+
+def descend(truth: Tensor, live: Tensor | None, update: Tensor, settings: Tensor, words: Tensor | None) -> None:
+    """x = truth - lr (update + weight_decay truth) in float32, rounded to the truth and to the live slice.
+
+    Args:
+        truth, live: of any floating type; None = there is only the truth.
+        update: float32.
+        settings: lr and weight_decay: float32 [2].
+        words: random words (int32) to round a 16-bit truth stochastically with; None = to nearest.
+    """
+    lr, weight_decay = settings.unbind()
+    x = truth.float()
+    x = x - (update + x * weight_decay) * lr
+    truth.copy_(x if words is None else stochastically_rounded(x, words, truth.dtype))
+    if live is not None:
+        live.copy_(x)
+
+
+def descend_sign(truth: Tensor, live: Tensor | None, memory: Tensor, settings: Tensor, words: Tensor | None) -> None:
+    """`descend` along the sign of a memory (float32); sign(0) = 0."""
+    descend(truth, live, memory.sign(), settings, words)
+
+
+def stochastically_rounded(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 numbers that `dtype` holds, one of the two next to x, with x as the mean (unless beyond the largest).
+
+    Bits below the last one kept are compared with random ones (Gupta et al., arXiv 1502.02551).
+
+    Args:
+        x: float32.
+        words: int32, uniform.
+        dtype: bfloat16 or float16; others leave x as it is.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return x
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    below = (1 << dropped) - 1
+    bits = x.view(torch.int32)
+    rounded = ((bits + (words & below)) & ~below).view(torch.float32)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    if dtype == torch.float16:
+        chance = (words & 0xFFFF).float() * 2.0**-16
+        rounded = torch.where(x.abs() < _HALF_MIN, (x * 2.0**24 + chance).floor() * 2.0**-24, rounded)
+    return torch.where(finite, rounded, x)
+
+
+@functools.lru_cache(maxsize=256)
+def scalars(device: torch.device, *values: float) -> Tensor:
+    """float32 values on a device: not constants of a graph, so that other values need no other graph."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def compiled(function: Function) -> Function:
+    """The function under torch.compile (one graph for all sizes), or itself, with one warning, where that fails.
+
+    Args:
+        function: of tensors; those that it changes in place do not overlap.
+    """
+    chosen: list[Callable[..., Any]] = []
+
+    def call(*inputs: Any) -> Any:
+        if chosen:
+            return chosen[0](*inputs)
+        try:
+            fused = torch.compile(function, dynamic=True, fullgraph=True, options=_EAGER_NUMERICS)
+            result = fused(*inputs)
+            chosen.append(fused)
+        except Exception as error:  # whatever a missing or broken compiler raises
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            warnings.warn(
+                f"noise runs in eager mode, several times slower: torch.compile failed: {reason[0]}", stacklevel=2
+            )
+            chosen.append(function)
+            result = function(*inputs)
+        return result
+
+    return cast(Function, call)
+
+
+def chosen(function: Function, is_compiled: bool) -> Function:
+    """The function, fused or as it is."""
+    return compiled(function) if is_compiled else function
