@@ -28,7 +28,7 @@ LAYERS = [
     {"generation", "fit", "model_card"},
     {"forward", "evaluate", "runtime"},
     {"fan", "scratch", "tangent", "backward", "scoring"},
-    {"lora_fan", "weight_fan", "shared_rows"},
+    {"lora_fan", "weight_fan", "shared_rows", "rehearsal"},
     {"fan_out"},
     {"forward_choice", "placement"},
     {"engine", "evaluation_log"},

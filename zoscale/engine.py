@@ -23,6 +23,7 @@ from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.placement import place
 from zoscale.probes import PROBES, Direction, Probe
+from zoscale.rehearsal import Rehearsal
 from zoscale.selection import Selection
 from zoscale.shard_groups import cut_up_like, forget_order
 from zoscale.shards import Master, ShardedParam, TensorSpec, shard_parameters, trainable_specs
@@ -125,6 +126,7 @@ class ZeroOrderEngine:
         self.forward = self._new_forward()
         self.adapters = AdapterChoice(model, selection, Noise(seed), self.mesh) if selection is not None else None
         self.num_steps = 0
+        self._rehearsal: Rehearsal | None = Rehearsal(self.probe, self.estimator, optimizer, master)
 
     def _place(self, model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, Mesh]:
         """What is called for the model, and the ranks."""
@@ -166,6 +168,9 @@ class ZeroOrderEngine:
             batch: micro-batches, shared out to the ranks whole; or Hugging Face tensors (`input_ids`, `labels`,
                 optionally `attention_mask`), one micro-batch each.
         """
+        if self._rehearsal is not None:
+            self._rehearsal.run(self.noise, self.shards)
+            self._rehearsal = None
         directions, batches = self.directions(self.num_steps), micro_batches(batch)
         losses = self.losses(batches, directions)
         estimate = self.estimator.estimate(directions, losses.values)

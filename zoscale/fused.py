@@ -6,7 +6,7 @@ the same bits: every operation is rounded on its own, as in eager mode. All slic
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,8 +14,12 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_EAGER_NUMERICS = {"emulate_precision_casts": True, "eager_numerics.division_rounding": True}
+_EAGER_NUMERICS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "emulate_precision_casts": True,
+    "eager_numerics.division_rounding": True,
+}
 """No product and sum are contracted, no division is approximated: bits depend on no vector width."""
+_SMALLEST = 2  # sizes 0 and 1 would have graphs of their own
 _HALF_MIN = 2.0**-14  # smallest normal number of float16; below it, numbers are 2**-24 apart
 
 
@@ -52,8 +56,8 @@ def remember_mean(memory: Tensor, total: Tensor, visits: Tensor, settings: Tenso
         settings: beta and 1 - beta: float32 [2].
     """
     beta, rest = settings.unbind()
-    mean = total / visits.clamp(min=1)
-    memory.copy_(torch.where(visits > 0, memory * beta + mean * rest, memory))
+    mixed = (total / visits.clamp(min=1)).mul_(rest).add_(memory * beta)
+    memory.copy_(torch.where(visits > 0, mixed, memory))
 
 
 def descend(truth: Tensor, live: Tensor | None, update: Tensor, settings: Tensor, words: Tensor | None) -> None:
@@ -114,25 +118,35 @@ def compiled(function: Function) -> Function:
     Args:
         function: of tensors; those that it changes in place do not overlap.
     """
-    chosen: list[Callable[..., Any]] = []
+    found: list[Callable[..., Any]] = []
 
     def call(*inputs: Any) -> Any:
-        if chosen:
-            return chosen[0](*inputs)
+        if inputs[0].numel() < _SMALLEST:
+            return function(*inputs)
+        if not found:
+            found.append(_compile(function, inputs))
         try:
-            fused = torch.compile(function, dynamic=True, fullgraph=True, options=_EAGER_NUMERICS)
-            result = fused(*inputs)
-            chosen.append(fused)
-        except Exception as error:  # whatever a missing or broken compiler raises
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            warnings.warn(
-                f"noise runs in eager mode, several times slower: torch.compile failed: {reason[0]}", stacklevel=2
-            )
-            chosen.append(function)
-            result = function(*inputs)
-        return result
+            return found[0](*inputs)
+        except RuntimeError as error:
+            if type(error).__name__ != "FailOnRecompileLimitHit":  # more combinations of types than one run has
+                raise
+            return function(*inputs)
 
     return cast(Function, call)
+
+
+def _compile(function: Function, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compiled for copies of some inputs, which shows whether there is a compiler."""
+    try:
+        fused: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True, options=_EAGER_NUMERICS)
+        fused(*(value.clone() if isinstance(value, Tensor) else value for value in inputs))
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        warnings.warn(
+            f"noise runs in eager mode, several times slower: torch.compile failed: {reason[0]}", stacklevel=4
+        )
+        return function
+    return fused
 
 
 def chosen(function: Function, is_compiled: bool) -> Function:

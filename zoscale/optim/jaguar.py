@@ -16,7 +16,7 @@ from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_
 from zoscale.optim.owners import on_owners
 from zoscale.optim.spectral import SpectralOptimizer
 from zoscale.probes import Piece, pieces
-from zoscale.shards import CHUNK, ShardedParam
+from zoscale.shards import ShardedParam
 
 State = MutableMapping[Tensor, Any]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -150,9 +150,8 @@ def _remember(
     states: State, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
 ) -> Iterator[tuple[Piece, Tensor]]:
     """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates; yields each piece with its memory."""
-    is_one = len(estimate.directions) == 1
-    mix, limit = (_mix_one, CHUNK) if is_one else (_mix_mean, CHUNK // 2)  # a total and visits are held, too
-    for batch in pieces(shards, limit):
+    mix = _mix_one if len(estimate.directions) == 1 else _mix_mean
+    for batch in pieces(shards):
         memories = [_momentum(states, piece.shard)[piece.start : piece.stop] for piece in batch]
         mix(memories, batch, estimate, beta)
         yield from zip(batch, memories, strict=True)

@@ -1,0 +1,171 @@
+"""Fused arithmetic: compiled equals eager bit for bit, rounding has no bias, and no step after the first compiles."""
+
+import itertools
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_weight_fan import model_of
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from zoscale import fused, philox
+from zoscale.engine import ZeroOrderEngine
+from zoscale.estimators import GradientEstimate, TwoPoint
+from zoscale.noise import Noise
+from zoscale.optim import ZOSGD, JaguarSignSGD
+from zoscale.probes import Block, Direction, Gaussian, Piece, Probe, Rademacher
+from zoscale.shards import Segment, ShardedParam, TensorSpec
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_compiled() -> Iterator[None]:
+    """Forget which functions were compiled, before and after."""
+    fused.compiled.cache_clear()
+    yield
+    fused.compiled.cache_clear()
+
+
+def everything(x: Tensor, half: Tensor, memory: Tensor, z: Tensor, words: Tensor, settings: Tensor) -> list[Tensor]:
+    """Every function of the module once, on copies: [out, ...]."""
+    rho, rest = settings[0], settings[1:]
+    out, total, first, second = torch.empty_like(half), x.clone(), memory.clone(), memory.clone()
+    fused.perturb(out, x, z, rho)
+    fused.accumulate(total, z, rho)
+    fused.remember(first, z, settings)
+    fused.remember_mean(second, x, z.abs() * 3, rest)
+    ends = [out, total, first, second]
+    for live, truth, drawn in ((half.clone(), x.clone(), None), (None, half.clone(), words), (None, x.half(), words)):
+        fused.descend(truth, live, z, rest, drawn)
+        fused.descend_sign(truth, live, memory, rest, drawn)
+        ends += [truth] if live is None else [truth, live]
+    return ends
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiled")
+def test_compiled_equals_eager() -> None:
+    """Signs and every kind of update: no contracted product and sum, whole vectors and their rest alike."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        pytest.skip("no C++ compiler (g++ or clang++) for torch.compile")
+    generator = torch.Generator().manual_seed(0)
+    x, memory = torch.randn(2, 1111, generator=generator)
+    z = torch.randint(-1, 2, (1111,), generator=generator).float()
+    words = torch.randint(-(2**31), 2**31, (1111,), generator=generator, dtype=torch.int32)
+    inputs = [x, x.bfloat16(), memory, z, words]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for settings in (torch.tensor([0.3, 0.9, 0.1]), torch.tensor([-1.7, 1e-3, 0.0])):
+            for part in (slice(0, 1111), slice(37, 900), slice(5, 8)):
+                cut = [tensor[part] for tensor in inputs]
+                plain = everything(*cut, settings)
+                for one, other in zip(fused.compiled(everything)(*cut, settings), plain, strict=True):
+                    assert one.dtype == other.dtype and torch.equal(one, other)
+        assert torch.equal(fused.compiled(philox.signs)(words), philox.signs(words))
+
+
+@pytest.mark.usefixtures("fresh_compiled")
+@pytest.mark.parametrize("forward", ["fan_out", "sequential"])
+@pytest.mark.parametrize("probe", [Rademacher(), Gaussian(), Block(rows=0.2, columns=0.2)])
+def test_no_step_after_the_first_compiles(monkeypatch: pytest.MonkeyPatch, forward: Any, probe: Probe) -> None:
+    """Other steps, learning rates, projected gradients and sizes need no other graph; numbers are those of eager."""
+    compile_: Callable[..., Any] = torch.compile
+
+    def traced(function: Any, *, options: Any, **rest: Any) -> Any:
+        return compile_(function, backend="eager", **rest)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    q = 2 if isinstance(probe, Block) else 1
+    engines = [
+        ZeroOrderEngine(
+            model_of("opt", torch.bfloat16), optimizer=JaguarSignSGD, probe=probe, forward=forward, noise=noise,
+            estimator=TwoPoint(tau=0.05, num_directions=q),
+        )
+        for noise in ("compiled", "eager")
+    ]  # fmt: skip
+    graphs = []
+    for step in range(3):
+        for engine in engines:
+            engine.optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
+            engine.step(tiny.batch(step))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs == [graphs[0]] * 3
+    for one, other in zip(*(engine.shards for engine in engines), strict=True):
+        assert torch.equal(one.truth, other.truth) and torch.equal(one.live, other.live)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (1.0012, torch.bfloat16), (-3.14159, torch.bfloat16), (1.00037, torch.float16), (-0.1, torch.float16),
+        (3.3e-6, torch.float16), (-2.0e-8, torch.float16), (6.0e-5, torch.float16),
+    ],
+)  # fmt: skip
+def test_stochastic_rounding_has_no_bias(value: float, dtype: torch.dtype) -> None:
+    """One of the two neighbours, with the value as the mean: normal and subnormal numbers, of either sign."""
+    n = 2**16
+    words = torch.randint(-(2**31), 2**31, (n,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    x = torch.full((n,), value)
+    rounded = fused.stochastically_rounded(x, words, dtype)
+    assert torch.equal(rounded.to(dtype).float(), rounded), "the type holds it"
+    low, high = sorted(set(rounded.tolist()))
+    assert low < float(x[0]) < high
+    assert (torch.nextafter(torch.tensor(low, dtype=dtype), torch.tensor(torch.inf, dtype=dtype))).item() == high
+    chance = (float(x[0]) - low) / (high - low)
+    assert abs(float((rounded == high).double().mean()) - chance) < 5 * (chance * (1 - chance) / n) ** 0.5
+
+
+def test_what_stochastic_rounding_leaves_alone() -> None:
+    words = torch.full((6,), -1, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float16):
+        kept = torch.tensor(
+            [0.0, -1.5, torch.inf, -torch.inf, 2.0**-14, 2.0**-24 if dtype == torch.float16 else 2.0**-120]
+        )
+        assert torch.equal(fused.stochastically_rounded(kept, words, dtype), kept)
+        assert fused.stochastically_rounded(torch.tensor([torch.nan]), words[:1], dtype).isnan().all()
+    x = torch.rand(6)
+    assert torch.equal(fused.stochastically_rounded(x, words, torch.float32), x)
+
+
+def cut(value: Tensor, bounds: list[int]) -> list[ShardedParam]:
+    """A tensor as the slices of several ranks, without a master."""
+    spec, shards = TensorSpec(0, "w", tuple(value.shape)), []
+    for start, stop in itertools.pairwise(bounds):
+        part = nn.Parameter(value.view(-1)[start:stop].clone(), requires_grad=False)
+        shards.append(ShardedParam(part, spec, master="stochastic"))
+        shards[-1].offset = start
+    return shards
+
+
+def test_updates_are_rounded_the_same_way_at_any_sharding() -> None:
+    """And without bias: the mean of many weights moves by less than half of a unit in the last place."""
+    start = torch.ones(512, 16, dtype=torch.bfloat16)
+    ends = []
+    for bounds in ([0, 8192], [0, 1, 37, 5000, 8192]):
+        shards = cut(start, bounds)
+        for shard in shards:
+            optimizer = ZOSGD([shard], lr=1.0, weight_decay=1e-3)
+            for step in range(10):
+                direction = Rademacher().draw(Noise(3), [shard.spec], step, 0)
+                optimizer.step(GradientEstimate((direction,), (0.0,), 0.0))
+        ends.append(torch.cat([shard.live for shard in shards]))
+    assert torch.equal(*ends)
+    assert len(ends[0].unique()) > 2, "elements are rounded one by one"
+    assert float(ends[0].double().mean()) == pytest.approx(0.999**10, abs=5 * 2**-8 * (10 / 4 / 8192) ** 0.5)
+
+
+def test_stochastic_rounding_needs_drawn_directions() -> None:
+    class Ones(Direction):
+        def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
+            return [Segment(torch.ones(piece.stop - piece.start)) for piece in group]
+
+    (shard,) = cut(torch.ones(4, 4, dtype=torch.bfloat16), [0, 16])
+    with pytest.raises(ValueError, match="expected a direction that is drawn for stochastic rounding, got Ones"):
+        ZOSGD([shard]).step(GradientEstimate((Ones(),), (1.0,), 0.0))

@@ -1,0 +1,57 @@
+"""`Rehearsal`: the arithmetic of a step on weights of its own, so that kernels are compiled before the first step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from zoscale.estimators import Candidate, Estimator
+from zoscale.forward import perturbed
+from zoscale.mesh import Mesh
+from zoscale.noise import Noise
+from zoscale.optim import ZeroOrderOptimizer
+from zoscale.probes import Probe
+from zoscale.scratch import Draws
+from zoscale.shards import Master, ShardedParam, shard_parameters
+
+_SHAPES = {"matrix": (1024, 1024), "vector": (1024,)}  # a whole chunk: the compiler sees that threads pay
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step does apart from the forward, without a model.
+
+    Args:
+        probe: of the run.
+        estimator: of the run.
+        optimizer: makes the update rule.
+        master: of the weights.
+    """
+
+    probe: Probe
+    estimator: Estimator
+    optimizer: Callable[[Sequence[ShardedParam], Mesh], ZeroOrderOptimizer]
+    master: Master
+
+    def run(self, noise: Noise, shards: Sequence[ShardedParam]) -> None:
+        """Perturb and update zeros of the types and on the devices of `shards`; does nothing with eager noise."""
+        if not noise.compiled:
+            return
+        for dtype, device in sorted({(s.live.dtype, s.truth.device) for s in shards if len(s)}, key=str):
+            values = {name: nn.Parameter(torch.zeros(s, dtype=dtype, device=device)) for name, s in _SHAPES.items()}
+            self._step(noise, shard_parameters(nn.ParameterDict(values), master=self.master), device)
+
+    @torch.no_grad()
+    def _step(self, noise: Noise, shards: Sequence[ShardedParam], device: torch.device) -> None:
+        specs = [shard.spec for shard in shards]
+        directions = [self.probe.draw(noise, specs, 0, k) for k in range(self.estimator.num_directions)]
+        points = [Candidate(direction, 1.0) for direction in directions]
+        for point in points:
+            with perturbed(shards, point):
+                pass
+        draws = Draws(points, shards)
+        for _ in draws.values([(shard.live, draws.of(shard)) for shard in shards]):
+            pass
+        losses = [float(number) for number in range(self.estimator.num_candidates)]
+        self.optimizer(shards, Mesh(device, ranks=(0, 1))).step(self.estimator.estimate(directions, losses))
