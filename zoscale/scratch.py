@@ -73,15 +73,16 @@ class Draws:
         """
         for number, _ in self._numbers.get(None, ()):
             yield number, [base for base, _ in slabs]
-        works = [torch.empty_like(base) if _covered(drawn) else base.clone() for base, drawn in slabs]
+        is_whole = [_covers(drawn) for _, drawn in slabs]
+        works = [torch.empty_like(b) if whole else b.clone() for whole, (b, _) in zip(is_whole, slabs, strict=True)]
         for place in range(len(self._directions)):
             for number, radius in self._numbers[place]:
                 for work, (base, drawn) in zip(works, slabs, strict=True):
                     _write(work, base, drawn, place, radius)
                 yield number, works
             if place + 1 < len(self._directions):
-                for work, (base, drawn) in zip(works, slabs, strict=True):
-                    if not _covered(drawn):
+                for work, whole, (base, drawn) in zip(works, is_whole, slabs, strict=True):
+                    if not whole:
                         _write(work, base, drawn, place, 0.0)
 
     def _draw(self, group: Sequence[Piece]) -> None:
@@ -105,7 +106,7 @@ def _by_direction(candidates: Sequence[Candidate]) -> tuple[list[Direction], dic
     return directions, numbers
 
 
-def _covered(drawn: Sequence[Drawn]) -> bool:
+def _covers(drawn: Sequence[Drawn]) -> bool:
     """Whether every direction has a value for every element, so that none of another one's is left over."""
     return all(segment is not None and segment.index is None for part in drawn for segment in part.segments)
 
