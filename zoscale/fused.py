@@ -125,8 +125,8 @@ def compiled(function: Function) -> Function:
             return function(*inputs)
         if not found:
             found.append(_compile(function, inputs))
-        try:
-            return found[0](*inputs)
+        try:  # not as views: a graph would be bound to the shape of what they are views of
+            return found[0](*(value.data if isinstance(value, Tensor) else value for value in inputs))
         except RuntimeError as error:
             if type(error).__name__ != "FailOnRecompileLimitHit":  # more combinations of types than one run has
                 raise

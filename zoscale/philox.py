@@ -109,7 +109,8 @@ def words(blocks: Tensor, tensors: Tensor, shared: Tensor) -> Tensor:
 def signs(words: Tensor) -> Tensor:
     """float32 [32 W]: +1 where a bit of int32 [W] is clear and -1 where it is set, lowest bits first."""
     shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    return sign((words[:, None] >> shifts) & 1).view(-1)
+    bits = (words[:, None] >> shifts).bitwise_and_(1)
+    return bits.mul_(-2).add_(1).to(torch.float32).view(-1)  # in place: few temporaries in eager mode
 
 
 def sign(bits: Tensor) -> Tensor:
