@@ -120,6 +120,7 @@ def compiled(function: Function) -> Function:
     """
     found: list[Callable[..., Any]] = []
 
+    @torch.no_grad()  # a graph is bound to the mode
     def call(*inputs: Any) -> Any:
         if inputs[0].numel() < _SMALLEST:
             return function(*inputs)
