@@ -64,6 +64,7 @@ class GradientEstimate:
         totals = _zeros(group)
         for number, segment, rho in self._terms(group):
             segment.add_to(totals[number], rho)
+            del segment  # before the next is drawn
         return totals if len(self.directions) == 1 else [total.div_(len(self.directions)) for total in totals]
 
     def mean_over_visits(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:
@@ -83,6 +84,7 @@ class GradientEstimate:
         for number, segment, rho in self._terms(group):
             segment.add_to(totals[number], rho)
             segment.count_in(visits[number])
+            del segment  # before the next is drawn
         return list(zip(totals, visits, strict=True))
 
     def _terms(self, group: Sequence[Piece]) -> Iterator[tuple[int, Segment, float]]:
@@ -91,6 +93,7 @@ class GradientEstimate:
             for number, segment in enumerate(direction.segments(group)):
                 if segment is not None:
                     yield number, segment, rho
+                del segment
 
 
 def _zeros(group: Sequence[Piece]) -> list[Tensor]:
