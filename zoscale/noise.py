@@ -95,11 +95,10 @@ class Noise:
 
         Element i is bit i % 32 of word i // 32.
         """
-        unpack = chosen(philox.signs, self.compiled)
         signs = []
         for wanted, words in zip(ranges, self._sign_words(key, ranges, device), strict=True):
             skip = wanted.start % _BITS
-            signs.append(unpack(words)[skip : skip + wanted.stop - wanted.start])
+            signs.append(philox.signs(words)[skip : skip + wanted.stop - wanted.start])
         return signs
 
     def rademacher_at(

@@ -17,6 +17,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _MASK = 0xFFFFFFFF
+_ONE, _SIGN = 0x3F800000, -(2**31)  # float32 1 as a bit pattern, and its sign bit
 _UNIT = 2.0**-24  # a word's top 24 bits are exact in float32
 _SQRT_HALF_BITS = 0x3F3504F3  # of float32 sqrt(1/2)
 _LOG_2 = (0.693359375, -2.12194440e-4)  # a part that is exact times small integers, and the rest
@@ -108,9 +109,9 @@ def words(blocks: Tensor, tensors: Tensor, shared: Tensor) -> Tensor:
 
 def signs(words: Tensor) -> Tensor:
     """float32 [32 W]: +1 where a bit of int32 [W] is clear and -1 where it is set, lowest bits first."""
-    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    bits = (words[:, None] >> shifts).bitwise_and_(1)
-    return bits.mul_(-2).add_(1).to(torch.float32).view(-1)  # in place: few temporaries in eager mode
+    shifts = torch.arange(31, -1, -1, dtype=torch.int32, device=words.device)
+    bits = (words[:, None] << shifts).bitwise_and_(_SIGN).bitwise_or_(_ONE)  # in place: one temporary
+    return bits.view(torch.float32).view(-1)
 
 
 def sign(bits: Tensor) -> Tensor:
