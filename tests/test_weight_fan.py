@@ -18,6 +18,7 @@ from zoscale.fan import Rows
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import Losses, SequentialForward
 from zoscale.probes import Block, Coordinate, Gaussian, Probe, Rademacher, Tensors, pieces
+from zoscale.shards import CHUNK, TensorSpec
 from zoscale.weight_fan import LinearUnit, LookupUnit, Unit, find_units
 
 
@@ -100,6 +101,16 @@ def test_large_weights_are_run_slab_by_slab(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(len(outline) <= 108 for unit in heads for outline in unit.outlines)  # three rows of 36
     fan, one = (losses(model, f, TwoPoint(tau=0.05, num_directions=2), Gaussian()) for f in ("fan_out", "sequential"))
     assert fan.values == pytest.approx(one.values, abs=2e-6)
+
+
+@pytest.mark.parametrize(("width", "height"), [(3072, 768), (768, 3072), (20480, 5120), (512, 50272), (2**21, 3)])
+def test_slabs_have_the_heights_that_matrix_products_are_made_for(width: int, height: int) -> None:
+    module = nn.Linear(width, height, bias=False, device="meta")
+    unit = LinearUnit(module, {module.weight: TensorSpec(0, "weight", (height, width))})
+    heights = [len(outline) // width for outline in unit.outlines]
+    assert sum(heights) == height
+    assert all(tall * width <= CHUNK and (tall % 64 == 0 or tall < 64) for tall in heights[:-1]) or width > CHUNK
+    assert heights[0] >= min(height, CHUNK // width - 63, 64) or width > CHUNK
 
 
 def test_units_are_the_smallest_modules_with_a_forward() -> None:
