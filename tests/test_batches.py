@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from zoscale.batch import MicroBatch, Row, share_prefixes
+from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, DataConfig
 from zoscale.data import Encoder, Splits, TrainBatches, evaluation_batches
 from zoscale.evaluate import evaluate
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel
 from zoscale.objectives import OBJECTIVES, classification, language_modeling, option_scores, predictions
+from zoscale.prefixes import Row, share_prefixes
 from zoscale.tasks import SST2, TASKS, Classification, Completion, Example, Task
 from zoscale.tasks.sources import Source
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from zoscale.batch import MicroBatch, Row
+from zoscale.batch import MicroBatch
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS, Candidate, OneSided, TwoPoint
 from zoscale.evaluate import evaluate
@@ -26,6 +26,7 @@ from zoscale.models import AnswerModel
 from zoscale.noise import Noise
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD
+from zoscale.prefixes import Row
 from zoscale.probes import PROBES, Block, Coordinate, Direction, Entry, Gaussian, Piece, Probe, Rademacher, Tensors
 from zoscale.shards import Master, Segment, ShardedParam, shard_parameters, trainable_specs
 

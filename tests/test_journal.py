@@ -21,7 +21,8 @@ from processes import ROOT, environment, run
 
 import zoscale.journal
 from zoscale.config import ConfigError
-from zoscale.journal import FORMAT, Header, Journal, JournalWriter, Record
+from zoscale.journal import Journal, JournalWriter
+from zoscale.journal_format import FORMAT, Header, Record
 
 HEADER = Header(
     seed=7,

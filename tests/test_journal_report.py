@@ -20,7 +20,8 @@ import pytest
 from processes import ROOT, environment
 from test_journal import HEADER, INF, NAN, NUM_STEPS, RECORDS, START, record, write
 
-from zoscale.journal import Header, Journal, JournalWriter, Record
+from zoscale.journal import Journal, JournalWriter
+from zoscale.journal_format import Header, Record
 from zoscale.journal_report import journal_command
 
 Call = Callable[..., str]

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
-    {"config", "philox", "fused", "phases", "stillness", "devices"},
+    {"config", "philox", "fused", "phases", "stillness", "devices", "prefixes"},
     {
         "noise",
         "batch",
@@ -16,10 +16,10 @@ LAYERS = [
         "provenance",
         "quantization",
         "run_directory",
-        "journal",
+        "journal_format",
         "watchdog",
     },
-    {"slurm", "launcher", "adapters", "weighted_lora"},
+    {"slurm", "launcher", "adapters", "weighted_lora", "journal"},
     {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report", "blackbox"},
     {"probes", "partitions", "tracking", "meters", "fingerprint", "agreement", "preemption", "division"},
     {"estimators", "tasks", "comparison", "adapter_choice"},

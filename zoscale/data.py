@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from zoscale.batch import MicroBatch, Question, Row, common_prefix, share_prefixes
+from zoscale.batch import MicroBatch, Question
 from zoscale.config import ConfigError, DataConfig
 from zoscale.noise import Domain, Key, Noise
+from zoscale.prefixes import Row, common_prefix, share_prefixes
 from zoscale.tasks import Example, Task, demonstrate
 
 _SPLIT, _ORDER, _STRATA = 0, 1, 2  # second words of the draws in Domain.DATA; strata take all from theirs on

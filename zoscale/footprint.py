@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from zoscale.batch import MicroBatch, Row
+from zoscale.batch import MicroBatch
 from zoscale.config import ModelConfig
 from zoscale.fan import Rows
 from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel, add_adapter, is_block, load_model
+from zoscale.prefixes import Row
 from zoscale.shards import TensorSpec, trainable_specs
 from zoscale.weight_fan import find_units
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from zoscale.config import ConfigError
-from zoscale.journal import Journal, Record
+from zoscale.journal import Journal
+from zoscale.journal_format import Record
 
 _EDGE = 5  # steps shown at either end
 _FEW = 3  # numbers of a kind shown per step

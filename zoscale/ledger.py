@@ -10,7 +10,8 @@ from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation
 from zoscale.evaluation_log import EvaluationLog
-from zoscale.journal import Header, Journal, JournalWriter, Record
+from zoscale.journal import Journal, JournalWriter
+from zoscale.journal_format import Header, Record
 from zoscale.manifest import complete, keep_last, name_of, remove_unfinished
 from zoscale.recovery import Log, check_header, load_newest, record_of, replay, restore
 from zoscale.run_directory import RunDirectory, write_json

@@ -7,7 +7,7 @@ from zoscale import checkpoint, fingerprint
 from zoscale.config import ConfigError, RunConfig, flatten
 from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.estimators import GradientEstimate
-from zoscale.journal import Header, Record
+from zoscale.journal_format import Header, Record
 from zoscale.manifest import complete
 from zoscale.optim import ZeroOrderOptimizer
 from zoscale.provenance import code

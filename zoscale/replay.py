@@ -16,7 +16,8 @@ from zoscale.assembly import build_engine
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.export import read_origin, save_trained
-from zoscale.journal import Header, Journal
+from zoscale.journal import Journal
+from zoscale.journal_format import Header
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import read_model_config
 from zoscale.recovery import check_replay, check_start, replay

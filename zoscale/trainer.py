@@ -15,7 +15,7 @@ from zoscale.data import Encoder, Splits, TrainBatches, evaluation_batches
 from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation, evaluate
 from zoscale.fingerprint import check_replicas
-from zoscale.journal import Record
+from zoscale.journal_format import Record
 from zoscale.ledger import Ledger
 from zoscale.objectives import OBJECTIVES
 from zoscale.preemption import Preempted, stop_on_signals
