@@ -35,7 +35,7 @@ LAYERS = [
     {"first_order"},
     {"export", "checkpoint", "run_meters", "assembly", "footprint"},
     {"recovery", "submit", "budget"},
-    {"ledger", "replay", "release"},
+    {"ledger", "replay", "release", "progress"},
     {"trainer", "run_report"},
     {"run", "evaluation_job", "plan_report", "smoke", "doctor"},
     {"cli"},

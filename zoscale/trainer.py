@@ -3,7 +3,6 @@
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -19,46 +18,12 @@ from zoscale.journal_format import Record
 from zoscale.ledger import Ledger
 from zoscale.objectives import OBJECTIVES
 from zoscale.preemption import Preempted, stop_on_signals
+from zoscale.progress import BestOnDev, Score, Skips
 from zoscale.recovery import Log
 from zoscale.run_meters import RunMeters
 from zoscale.tasks import Task
 from zoscale.tracking import Tracker
 from zoscale.watchdog import Watchdog
-
-
-@dataclass(frozen=True)
-class Score:
-    """An evaluation on dev and the step before which it was taken."""
-
-    step: int
-    dev: Evaluation
-
-
-class Skips:
-    """Counts the steps that a non-finite loss has skipped.
-
-    Args:
-        most_in_row: more of them in a row end the run.
-    """
-
-    def __init__(self, most_in_row: int) -> None:
-        self.total = 0
-        self._in_row = 0
-        self._most_in_row = most_in_row
-
-    def count(self, step: int, *, skipped: bool) -> None:
-        """Count a step.
-
-        Raises:
-            FloatingPointError: if too many in a row were skipped.
-        """
-        self.total += skipped
-        self._in_row = self._in_row + 1 if skipped else 0
-        if self._in_row > self._most_in_row:
-            raise FloatingPointError(
-                f"the loss was not finite for {self._in_row} steps in a row, up to step {step}; lower optimizer.lr or "
-                "estimator.tau, or compute in bfloat16 or float32"
-            )
 
 
 class Trainer:
@@ -106,7 +71,8 @@ class Trainer:
         self.schedule = get_scheduler(
             config.schedule.name, engine.optimizer, config.schedule.warmup_steps, max(1, config.train.steps)
         )
-        self._best_score: Score | None = None
+        adapters = engine.adapters
+        self._best = BestOnDev(task.select_by, 0 if adapters is None else adapters.selection.warmup_steps)
         self._skips = Skips(config.train.max_skipped_in_row)
 
     def run(self) -> dict[str, Any]:
@@ -190,7 +156,7 @@ class Trainer:
             self.tracker.log(step, self._metrics(records[-1]))
         for earlier, dev in self.ledger.evaluations.series("dev"):
             if earlier < step:
-                self._consider(Score(earlier, dev))
+                self._best.consider(Score(earlier, dev))
         if step == 0 or self._is_evaluated(step):
             self._choose(step)
 
@@ -235,39 +201,23 @@ class Trainer:
 
     def _choose(self, step: int) -> None:
         """Evaluate on dev and keep the weights if they are the best so far."""
-        if self.dev and self._consider(Score(step, self._evaluate("dev", self.dev, step))):
+        if self.dev and self._best.consider(Score(step, self._evaluate("dev", self.dev, step))):
             with self.watchdog.slow("checkpoint"):
                 self.ledger.save_best()
-
-    def _consider(self, score: Score) -> bool:
-        """Whether a score is the best so far; if so it is remembered. Weights of before a selection are no result."""
-        if self.engine.adapters is not None and score.step < self.engine.adapters.selection.warmup_steps:
-            return False
-        is_best = self._best_score is None or self._better(score.dev, self._best_score.dev)
-        if is_best:
-            self._best_score = score
-        return is_best
-
-    def _better(self, a: Evaluation, b: Evaluation) -> bool:
-        if not (a.is_finite and b.is_finite):
-            return a.is_finite
-        name = self.task.select_by
-        new, old = a.metrics[name], b.metrics[name]
-        return bool(new < old) if name.endswith("loss") else bool(new > old)
 
     def _restore_best(self, final: Evaluation) -> Evaluation:
         """Validation with the weights that were best on dev; the engine keeps those weights."""
         steps = self.config.train.steps
-        if self._best_score is None or self._best_score.step == steps:
+        if self._best.score is None or self._best.score.step == steps:
             return final
         with self.watchdog.slow("loading the best weights"):
-            self.ledger.load_best(self._best_score.step)
+            self.ledger.load_best(self._best.score.step)
         return self._evaluate("validation/best", self.validation, steps)
 
     def _summary(
         self, before: Evaluation, final: Evaluation, best: Evaluation, first: int, seconds: float
     ) -> dict[str, Any]:
-        steps, score, records = self.config.train.steps, self._best_score, self.ledger.records
+        steps, score, records = self.config.train.steps, self._best.score, self.ledger.records
         return {
             "validation": {"before": before.flat(), "final": final.flat(), "chosen": best.flat()},
             "dev": {"best_step": score.step, **score.dev.flat()} if score else None,
