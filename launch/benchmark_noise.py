@@ -1,64 +1,142 @@
-"""Cost of the noise against `torch.randn`, as ratios measured in one run.
+"""Cost of the noise: against `torch.randn`, and of the passes over weights that use it against a plain copy.
 
-python launch/benchmark_noise.py [--elements N] [--repeats R] [--threads T] [--device cuda] [--json FILE]
+python launch/benchmark_noise.py [--elements N] [--repeats R] [--directions Q] [--threads T] [--device D] [--json FILE]
+On a GPU: python launch/benchmark_noise.py --device cuda --elements 268435456
+
+A ratio is a median time over that of `torch.randn`. A share is the bytes of weights and state that a pass must read and
+write, per second, over those of `copy_` on as many float32 numbers: 100 % costs the memory traffic alone.
+The weights are bfloat16 with a float32 master slice.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from zoscale.estimators import GradientEstimate
 from zoscale.noise import Key, Noise, Range
+from zoscale.optim import ZOSGD, JaguarSignSGD
+from zoscale.probes import Block, Direction, Gaussian, Probe, Rademacher, pieces
+from zoscale.shards import ShardedParam, TensorSpec
+
+Work = Callable[[], object]
+_WIDTH = 1024
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's queue included."""
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+def medians(contestants: Mapping[str, Work], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median wall seconds of each over alternating repetitions, the device's queue included."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(repeats + 2):
+        for name, work in contestants.items():
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat >= 2:  # the first two compile and warm up
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def measure(elements: int, repeats: int, device: torch.device) -> dict[str, float]:
-    """Median time of each generator over alternating repetitions, divided by that of `torch.randn`."""
+def generators(elements: int, device: torch.device) -> dict[str, Work]:
+    """Each distribution drawn to memory, and `torch.randn`."""
     eager, compiled = Noise(0), Noise(0, compiled=True)
     key, ranges = Key(0), [Range(0, 0, elements)]
-    contestants: dict[str, Callable[[], object]] = {
+    return {
         "torch.randn": lambda: torch.randn(elements, device=device),
         "normal, compiled": lambda: compiled.normal(key, ranges, device),
         "normal, eager": lambda: eager.normal(key, ranges, device),
         "rademacher, compiled": lambda: compiled.rademacher(key, ranges, device),
         "rademacher, eager": lambda: eager.rademacher(key, ranges, device),
     }
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for repeat in range(repeats + 2):
-        for name, work in contestants.items():
-            taken = seconds(work, device)
-            if repeat >= 2:  # the first two compile and warm up
-                times[name].append(taken)
-    base = statistics.median(times["torch.randn"])
-    return {name: statistics.median(taken) / base for name, taken in times.items()}
+
+
+class Weights:
+    """A matrix of zeros, and the passes of a step over it.
+
+    Args:
+        elements: of the matrix, rounded up to whole rows.
+        q: directions of an update.
+    """
+
+    def __init__(self, elements: int, q: int, device: torch.device) -> None:
+        spec = TensorSpec(0, "weight", (-(-elements // _WIDTH), _WIDTH))
+        weight = nn.Parameter(torch.zeros(spec.shape, dtype=torch.bfloat16, device=device), requires_grad=False)
+        self.shard = ShardedParam(weight, spec)
+        self.q = q
+        self.noise = Noise(0, compiled=True)
+
+    def passes(self) -> dict[str, tuple[int, Work]]:
+        """By name the bytes per element that must be read and written, and the pass."""
+        master, live, memory = 4, 2, 4
+        probes = {"gaussian": Gaussian(), "rademacher": Rademacher(), "block 0.5 x 0.5": Block(rows=0.5, columns=0.5)}
+        made: dict[str, tuple[int, Work]] = {}
+        for name, probe in probes.items():
+            made[f"perturb, {name}"] = (master + live, self._perturbation(probe))
+        for name, probe in probes.items():
+            made[f"zo_sgd, {name}"] = (2 * master + live, self._update(ZOSGD([self.shard], lr=1e-6), probe))
+        for name, probe in probes.items():
+            update = self._update(JaguarSignSGD([self.shard], lr=1e-6), probe)
+            made[f"jaguar_sign_sgd, {name}"] = (2 * master + live + 2 * memory, update)
+        return made
+
+    def _directions(self, probe: Probe) -> tuple[Direction, ...]:
+        return tuple(probe.draw(self.noise, [self.shard.spec], 0, k) for k in range(self.q))
+
+    def _perturbation(self, probe: Probe) -> Work:
+        direction = self._directions(probe)[0]
+
+        def work() -> None:
+            for group in pieces([self.shard]):
+                for piece, segment in zip(group, direction.segments(group), strict=True):
+                    if segment is not None:
+                        segment.write(self.shard.live, self.shard.truth, piece.start, 1e-3)
+
+        return work
+
+    def _update(self, optimizer: ZOSGD | JaguarSignSGD, probe: Probe) -> Work:
+        estimate = GradientEstimate(self._directions(probe), (1e-3,) * self.q, 0.0)
+        return lambda: optimizer.step(estimate)
+
+
+def measure(elements: int, q: int, repeats: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
+    """The generators' ratios and the passes' shares, by name."""
+    seconds = medians(generators(elements, device), repeats, device)
+    ratios = {name: taken / seconds["torch.randn"] for name, taken in seconds.items()}
+    weights = Weights(elements, q, device)
+    source, passes = torch.zeros_like(weights.shard.truth), weights.passes()
+    target = torch.empty_like(source)
+    works = {"copy_": lambda: target.copy_(source), **{name: work for name, (_, work) in passes.items()}}
+    seconds = medians(works, repeats, device)
+    rate = 2 * source.element_size() / seconds["copy_"]
+    shares = {name: size / seconds[name] / rate for name, (size, _) in passes.items()}
+    print(f"copy_ {rate * len(source) / 1e9:.1f} GB/s")
+    return ratios, shares
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--elements", type=int, default=2**20, help="elements drawn per call")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each generator")
+    parser.add_argument("--elements", type=int, default=2**20, help="elements of a call")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each contestant")
+    parser.add_argument("--directions", type=int, default=1, help="directions of an update")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", type=Path, help="write the ratios here too")
+    parser.add_argument("--json", type=Path, help="write ratios and shares here too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    ratios = measure(arguments.elements, arguments.repeats, torch.device(arguments.device))
+    ratios, shares = measure(
+        arguments.elements, arguments.directions, arguments.repeats, torch.device(arguments.device)
+    )
     for name, ratio in ratios.items():
-        print(f"{name:22} {ratio:6.2f} x torch.randn")
+        print(f"{name:32} {ratio:6.2f} x torch.randn")
+    for name, share in shares.items():
+        print(f"{name:32} {share:6.1%} of the copy bandwidth")
     if arguments.json:
-        arguments.json.write_text(json.dumps(ratios, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({**ratios, "shares": shares}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from zoscale.forward import perturbed
 from zoscale.noise import Noise
 from zoscale.optim import ZOSGD, JaguarSignSGD
 from zoscale.probes import Block, Direction, DrawnDirection, Gaussian, Piece, Probe, Rademacher, Row, Tensors, pieces
-from zoscale.shards import CHUNK, Segment, ShardedParam, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import CHUNK, ShardedParam, TensorSpec
 
 torch.set_num_threads(1)
 

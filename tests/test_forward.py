@@ -28,7 +28,8 @@ from zoscale.objectives import classification, language_modeling
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD
 from zoscale.prefixes import Row
 from zoscale.probes import PROBES, Block, Coordinate, Direction, Entry, Gaussian, Piece, Probe, Rademacher, Tensors
-from zoscale.shards import Master, Segment, ShardedParam, shard_parameters, trainable_specs
+from zoscale.segments import Segment
+from zoscale.shards import Master, ShardedParam, shard_parameters, trainable_specs
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,8 @@ from zoscale.estimators import GradientEstimate, TwoPoint
 from zoscale.noise import Noise
 from zoscale.optim import ZOSGD, JaguarSignSGD
 from zoscale.probes import Block, Direction, Gaussian, Piece, Probe, Rademacher
-from zoscale.shards import Segment, ShardedParam, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import ShardedParam, TensorSpec
 
 torch.set_num_threads(1)
 
@@ -33,18 +34,20 @@ def fresh_compiled() -> Iterator[None]:
     fused.compiled.cache_clear()
 
 
-def everything(x: Tensor, half: Tensor, memory: Tensor, z: Tensor, words: Tensor, settings: Tensor) -> list[Tensor]:
+def everything(x: Tensor, half: Tensor, memory: Tensor, z: Tensor, words: Tensor, *settings: Tensor) -> list[Tensor]:
     """Every function of the module once, on copies: [out, ...]."""
-    rho, rest = settings[0], settings[1:]
+    rho, *rest = settings
     out, total, first, second = torch.empty_like(half), x.clone(), memory.clone(), memory.clone()
+    visits = z.abs() * 3
     fused.perturb(out, x, z, rho)
     fused.accumulate(total, z, rho)
-    fused.remember(first, z, settings)
-    fused.remember_mean(second, x, z.abs() * 3, rest)
-    ends = [out, total, first, second]
+    fused.visit(total, visits, z, rho)
+    fused.remember(first, z, *settings)
+    fused.remember_mean(second, x, visits, *rest)
+    ends = [out, total, visits, first, second]
     for live, truth, drawn in ((half.clone(), x.clone(), None), (None, half.clone(), words), (None, x.half(), words)):
-        fused.descend(truth, live, z, rest, drawn)
-        fused.descend_sign(truth, live, memory, rest, drawn)
+        fused.descend(truth, live, z, *rest, drawn)
+        fused.descend_sign(truth, live, memory, *rest, drawn)
         ends += [truth] if live is None else [truth, live]
     return ends
 
@@ -62,11 +65,11 @@ def test_compiled_equals_eager() -> None:
     inputs = [x, x.bfloat16(), memory, z, words]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        for settings in (torch.tensor([0.3, 0.9, 0.1]), torch.tensor([-1.7, 1e-3, 0.0])):
+        for settings in (fused.scalars(0.3, 0.9, 0.1), fused.scalars(-1.7, 1e-3, 0.0)):
             for part in (slice(0, 1111), slice(37, 900), slice(5, 8)):
                 cut = [tensor[part] for tensor in inputs]
-                plain = everything(*cut, settings)
-                for one, other in zip(fused.compiled(everything)(*cut, settings), plain, strict=True):
+                plain = everything(*cut, *settings)
+                for one, other in zip(fused.compiled(everything)(*cut, *settings), plain, strict=True):
                     assert one.dtype == other.dtype and torch.equal(one, other)
         assert torch.equal(fused.compiled(philox.signs)(words), philox.signs(words))
 

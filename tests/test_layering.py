@@ -9,6 +9,7 @@ LAYERS = [
     {"config", "philox", "fused", "phases", "stillness", "devices", "prefixes"},
     {
         "noise",
+        "triton_kernels",
         "batch",
         "metrics",
         "selection",
@@ -19,7 +20,8 @@ LAYERS = [
         "journal_format",
         "watchdog",
     },
-    {"slurm", "launcher", "adapters", "weighted_lora", "journal"},
+    {"slurm", "launcher", "adapters", "weighted_lora", "journal", "streams"},
+    {"segments"},
     {"shards", "mesh", "objectives", "mlflow_sender", "manifest", "journal_report", "blackbox"},
     {"probes", "partitions", "tracking", "meters", "fingerprint", "agreement", "preemption", "division"},
     {"estimators", "tasks", "comparison", "adapter_choice"},

@@ -48,7 +48,8 @@ from zoscale.probes import (
     Tensors,
     pieces,
 )
-from zoscale.shards import CHUNK, Master, Segment, ShardedParam, TensorSpec, shard_parameters
+from zoscale.segments import Segment
+from zoscale.shards import CHUNK, Master, ShardedParam, TensorSpec, shard_parameters
 
 torch.set_num_threads(1)
 

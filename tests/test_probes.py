@@ -29,7 +29,8 @@ from zoscale.probes import (
     Tensors,
     pieces,
 )
-from zoscale.shards import CHUNK, Segment, ShardedParam, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import CHUNK, ShardedParam, TensorSpec
 
 torch.set_num_threads(1)
 
@@ -257,10 +258,11 @@ def test_segment_arithmetic() -> None:
     """One float32 multiplication and one addition per element; visits count where z is not zero."""
     value, index = torch.tensor([1.0, -1.0, 0.0]), torch.tensor([4, 0, 2])
     for segment in (Segment(value, index), Segment(torch.tensor([-1.0, 0.0, 0.0, 0.0, 1.0]))):
-        total, visits = torch.full((5,), 0.5), torch.zeros(5)
+        total, again, visits = torch.full((5,), 0.5), torch.full((5,), 0.5), torch.zeros(5)
         segment.add_to(total, 0.1)
         assert total.tolist() == torch.tensor([0.5 - 0.1, 0.5, 0.5, 0.5, 0.5 + 0.1]).tolist()
-        segment.count_in(visits)
+        segment.visit(again, visits, 0.1)
+        assert torch.equal(again, total)
         assert visits[[0, 4]].tolist() == [1, 1] and visits[[1, 3]].tolist() == [0, 0]
 
 

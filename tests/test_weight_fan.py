@@ -92,7 +92,7 @@ def test_parts_of_the_weights(scheme: Callable[[nn.Module], nn.Module]) -> None:
 
 def test_large_weights_are_run_slab_by_slab(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slabs of whole rows, of which the scratch copy never holds more; groups of noise end within a module."""
-    monkeypatch.setattr("zoscale.weight_fan.CHUNK", 100)
+    monkeypatch.setattr("zoscale.shards.CHUNK", 100)
     monkeypatch.setattr("zoscale.scratch.pieces", partial(pieces, limit=64))
     model = model_of("llama")
     units = find_units(model)

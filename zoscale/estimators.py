@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from zoscale.probes import Direction, Piece
-from zoscale.shards import Segment
+from zoscale.segments import Segment
+from zoscale.streams import Sum
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,20 @@ class GradientEstimate:
         """Whether the arithmetic of the update is fused by a compiler."""
         return any(direction.is_compiled for direction in self.directions)
 
+    def stream(self, piece: Piece) -> Sum | None:
+        """g on a piece for kernels that make every z_k in registers; None where some must be drawn."""
+        return Sum.of([direction.stream(piece) for direction in self.directions], self.projected_grads)
+
+    def streams(self, group: Sequence[Piece]) -> list[Sum] | None:
+        """`stream` of each piece, if all have one."""
+        found = [self.stream(piece) for piece in group]
+        return [one for one in found if one is not None] if None not in found else None
+
     def mean(self, group: Sequence[Piece]) -> list[Tensor]:
         """(1/q) sum_k rho_k z_k on each piece: float32 of its size."""
+        sums = self.streams(group)
+        if sums is not None:
+            return [found.mean() for found in sums]
         totals = _zeros(group)
         for number, segment, rho in self._terms(group):
             segment.add_to(totals[number], rho)
@@ -82,8 +95,7 @@ class GradientEstimate:
         """On each piece, sum_k rho_k z_k and the number of directions that visit a coordinate: float32 of its size."""
         totals, visits = _zeros(group), _zeros(group)
         for number, segment, rho in self._terms(group):
-            segment.add_to(totals[number], rho)
-            segment.count_in(visits[number])
+            segment.visit(totals[number], visits[number], rho)
             del segment  # before the next is drawn
         return list(zip(totals, visits, strict=True))
 

@@ -29,7 +29,7 @@ def perturb(out: Tensor, base: Tensor, z: Tensor, radius: Tensor) -> None:
     Args:
         out, base: of any floating type.
         z: float32.
-        radius: float32 scalar.
+        radius: from `scalars`.
     """
     out.copy_(base.float() + z * radius)
 
@@ -39,37 +39,34 @@ def accumulate(total: Tensor, z: Tensor, rho: Tensor) -> None:
     total.add_(z * rho)
 
 
-def remember(memory: Tensor, z: Tensor, settings: Tensor) -> None:
-    """memory = beta memory + (1 - beta) rho z where z is not zero, in float32.
+def visit(total: Tensor, visits: Tensor, z: Tensor, rho: Tensor) -> None:
+    """`accumulate`, and visits += 1 where z is not zero."""
+    total.add_(z * rho)
+    visits.add_(z != 0)
 
-    Args:
-        settings: rho, beta and 1 - beta: float32 [3].
-    """
-    rho, beta, rest = settings.unbind()
+
+def remember(memory: Tensor, z: Tensor, rho: Tensor, beta: Tensor, rest: Tensor) -> None:
+    """memory = beta memory + (1 - beta) rho z where z is not zero, in float32; `rest` is 1 - beta."""
     memory.copy_(torch.where(z != 0, memory * beta + z * rho * rest, memory))
 
 
-def remember_mean(memory: Tensor, total: Tensor, visits: Tensor, settings: Tensor) -> None:
-    """memory = beta memory + (1 - beta) total / visits where visits > 0, in float32.
-
-    Args:
-        settings: beta and 1 - beta: float32 [2].
-    """
-    beta, rest = settings.unbind()
+def remember_mean(memory: Tensor, total: Tensor, visits: Tensor, beta: Tensor, rest: Tensor) -> None:
+    """memory = beta memory + (1 - beta) total / visits where visits > 0, in float32; `rest` is 1 - beta."""
     mixed = (total / visits.clamp(min=1)).mul_(rest).add_(memory * beta)
     memory.copy_(torch.where(visits > 0, mixed, memory))
 
 
-def descend(truth: Tensor, live: Tensor | None, update: Tensor, settings: Tensor, words: Tensor | None) -> None:
+def descend(
+    truth: Tensor, live: Tensor | None, update: Tensor, lr: Tensor, weight_decay: Tensor, words: Tensor | None
+) -> None:
     """x = truth - lr (update + weight_decay truth) in float32, rounded to the truth and to the live slice.
 
     Args:
         truth, live: of any floating type; None = there is only the truth.
         update: float32.
-        settings: lr and weight_decay: float32 [2].
+        lr, weight_decay: from `scalars`.
         words: random words (int32) to round a 16-bit truth stochastically with; None = to nearest.
     """
-    lr, weight_decay = settings.unbind()
     x = truth.float()
     x = x - (update + x * weight_decay) * lr
     truth.copy_(x if words is None else stochastically_rounded(x, words, truth.dtype))
@@ -77,9 +74,11 @@ def descend(truth: Tensor, live: Tensor | None, update: Tensor, settings: Tensor
         live.copy_(x)
 
 
-def descend_sign(truth: Tensor, live: Tensor | None, memory: Tensor, settings: Tensor, words: Tensor | None) -> None:
+def descend_sign(
+    truth: Tensor, live: Tensor | None, memory: Tensor, lr: Tensor, weight_decay: Tensor, words: Tensor | None
+) -> None:
     """`descend` along the sign of a memory (float32); sign(0) = 0."""
-    descend(truth, live, memory.sign(), settings, words)
+    descend(truth, live, memory.sign(), lr, weight_decay, words)
 
 
 def stochastically_rounded(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,10 +104,19 @@ def stochastically_rounded(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tens
     return torch.where(finite, rounded, x)
 
 
-@functools.lru_cache(maxsize=256)
-def scalars(device: torch.device, *values: float) -> Tensor:
-    """float32 values on a device: not constants of a graph, so that other values need no other graph."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def scalars(*values: float) -> tuple[Tensor, ...]:
+    """Numbers as float32 tensors: not constants of a graph, so that other values need no other graph.
+
+    They have no dimension and lie on the CPU, which is how a number becomes an argument of a kernel on any device:
+    nothing is transferred and nobody waits.
+    """
+    return torch.tensor(values, dtype=torch.float32).unbind()
+
+
+def on_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device, in the order of its other work: the CPU does not wait for it."""
+    is_cuda = torch.device(device).type == "cuda"
+    return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from zoscale.estimators import Candidate
 from zoscale.fan import Rows, replaced_forward
 from zoscale.mesh import Mesh
 from zoscale.probes import pieces
-from zoscale.shards import ShardedParam, TensorSpec, not_gathered, write_perturbed
+from zoscale.shards import ShardedParam, TensorSpec, not_gathered
 
 _QUANTIZED = ("Linear4bit",)  # PEFT's layers that are `Linear` but for the type of the base layer's weights
 
@@ -140,7 +140,7 @@ def _perturbed(
                 stack = stacks[piece.shard.spec.name]
                 for number, candidate in enumerate(candidates):
                     if id(candidate.direction) == key:
-                        write_perturbed(stack[number], piece.shard.truth, piece.start, segment, candidate.radius)
+                        segment.write(stack[number], piece.shard.truth, piece.start, candidate.radius)
     return {whole.spec.name: stacks[whole.spec.name].view(-1, *whole.spec.shape).to(device) for whole in wholes}
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zoscale import philox
-from zoscale.fused import chosen
+from zoscale.fused import chosen, on_device
 
 _BLOCK_MULTIPLE = 64  # blocks per call are a multiple of this: whole vectors only, so a value has one code path
 _KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements a call
@@ -165,7 +165,7 @@ class Noise:
             blocks, tensors = _counters(ranges, firsts, sizes, device)
             shared = self._words(key)
         run = chosen(kernel, self.compiled)
-        drawn = run(blocks, tensors, torch.tensor(shared, dtype=torch.int32, device=device))
+        drawn = run(blocks, tensors, on_device(torch.tensor(shared, dtype=torch.int32), device))
         begins = [4 * (end - size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         skips = [start % 4 for _, start, _ in ranges]
         return [
@@ -215,7 +215,7 @@ def _counters(
     shift = torch.tensor([*firsts, 0]) - (ends - counts)
     tensors = torch.tensor([*(philox.signed(tensor) for tensor, _, _ in ranges), 0], dtype=torch.int32)
     blocks = torch.arange(padded) + shift.repeat_interleave(counts)
-    return blocks.to(torch.int32).to(device), tensors.repeat_interleave(counts).to(device)
+    return on_device(blocks.to(torch.int32), device), on_device(tensors.repeat_interleave(counts), device)
 
 
 def _ranks(words: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _ONE, _SIGN = 0x3F800000, -(2**31)  # float32 1 as a bit pattern, and its sign bit
 _UNIT = 2.0**-24  # a word's top 24 bits are exact in float32
-_SQRT_HALF_BITS = 0x3F3504F3  # of float32 sqrt(1/2)
-_LOG_2 = (0.693359375, -2.12194440e-4)  # a part that is exact times small integers, and the rest
-_LOG_SERIES = (
+SQRT_HALF_BITS = 0x3F3504F3  # of float32 sqrt(1/2)
+LOG_2 = (0.693359375, -2.12194440e-4)  # a part that is exact times small integers, and the rest
+LOG_SERIES = (
     7.0376836292e-2,
     -1.1514610310e-1,
     1.1676998740e-1,
@@ -145,15 +145,15 @@ def _minus_two_log(numerator: Tensor) -> Tensor:
     Moshier's Cephes library. Inline arithmetic: a call into a mathematics library would spill every vector register.
     """
     bits = numerator.to(torch.float32).view(torch.int32)
-    exponent = (bits - _SQRT_HALF_BITS) >> 23
+    exponent = (bits - SQRT_HALF_BITS) >> 23
     x = (bits - (exponent << 23)).view(torch.float32) - 1
     square = x * x
-    series = _LOG_SERIES[0] * x + _LOG_SERIES[1]
-    for coefficient in _LOG_SERIES[2:]:
+    series = LOG_SERIES[0] * x + LOG_SERIES[1]
+    for coefficient in LOG_SERIES[2:]:
         series = series * x + coefficient
     power = (exponent - 24).to(torch.float32)
-    tail = series * x * square + power * _LOG_2[1] - 0.5 * square
-    return -2.0 * (x + tail + power * _LOG_2[0])
+    tail = series * x * square + power * LOG_2[1] - 0.5 * square
+    return -2.0 * (x + tail + power * LOG_2[0])
 
 
 def _unit_vector(turn: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from zoscale.estimators import Candidate
 from zoscale.probes import Direction, Piece, pieces
-from zoscale.shards import Segment, ShardedParam, write_perturbed
+from zoscale.segments import Segment, values
+from zoscale.shards import ShardedParam
 
 
 @dataclass(frozen=True)
@@ -115,23 +116,22 @@ def _write(work: Tensor, base: Tensor, drawn: Sequence[Drawn], place: int, radiu
     for part in drawn:
         segment = part.segments[place]
         if segment is not None:
-            write_perturbed(work, base, part.start, segment, radius)
+            segment.write(work, base, part.start, radius)
 
 
 def _joined(group: Sequence[Piece], segments: Sequence[Segment | None]) -> Segment | None:
     """One segment over pieces that lie one after the other."""
+    found = [segment for segment in segments if segment is not None]
+    if not found:
+        return None
+    z = values(found)
     if all(segment is not None and segment.index is None for segment in segments):
-        values = [segment.value for segment in segments if segment is not None]
-        return Segment(torch.cat(values), is_compiled=all(s.is_compiled for s in segments if s is not None))
-    start, values, index = 0, [], []
+        return Segment(torch.cat(z), is_compiled=all(segment.is_compiled for segment in found))
+    start, index, made = 0, [], iter(z)
     for piece, segment in zip(group, segments, strict=True):
         if segment is not None:
-            here = (
-                torch.arange(len(segment.value), device=segment.value.device)
-                if segment.index is None
-                else segment.index
-            )
-            values.append(segment.value)
+            own = next(made)
+            here = torch.arange(len(own), device=own.device) if segment.index is None else segment.index
             index.append(here + start)
         start += piece.stop - piece.start
-    return Segment(torch.cat(values), torch.cat(index)) if values else None
+    return Segment(torch.cat(z), torch.cat(index))

@@ -8,15 +8,20 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from zoscale.fused import accumulate, chosen, perturb, scalars
+from zoscale.segments import Segment
 
 Master = Literal["fp32", "none", "stochastic"]
 
 CHUNK = 2**20
 """Elements handled at once: bounds the temporaries of perturbing and updating (a few fp32 buffers of this size)."""
-
+_TIMES_ON_A_GPU = 16  # where a pass over fewer elements takes less time than its launch
 
 _NOBODY = -1  # no module of DeepSpeed's has this number
+
+
+def chunk(device: torch.device) -> int:
+    """`CHUNK` for a device."""
+    return CHUNK * _TIMES_ON_A_GPU if device.type == "cuda" else CHUNK
 
 
 @dataclass(frozen=True)
@@ -52,56 +57,6 @@ class TensorSpec:
     def columns(self) -> int:
         """Elements per row; more than two dimensions are viewed as (first, rest)."""
         return self.numel // max(1, self.rows)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A direction z on elements [start, start + n) of a tensor.
-
-    Args:
-        value: float32 [n] (dense), or float32 [s] at `index` (zero elsewhere).
-        index: int64 [s], positions relative to start, distinct; None = every element.
-        is_compiled: whether its arithmetic is fused by a compiler, like the noise it is made of.
-    """
-
-    value: Tensor
-    index: Tensor | None = None
-    is_compiled: bool = False
-
-    def place(self, start: int) -> slice | Tensor:
-        """Where it acts in a tensor of which its own element 0 is element `start`."""
-        return slice(start, start + self.value.numel()) if self.index is None else self.index + start
-
-    def add_to(self, accumulator: Tensor, scale: float) -> None:
-        """accumulator += scale * z, as one float32 multiplication and one addition per element."""
-        if self.index is None:
-            chosen(accumulate, self.is_compiled)(accumulator, self.value, scalars(self.value.device, scale)[0])
-        else:
-            accumulator[self.index] = accumulator[self.index] + self.value * scale
-
-    def count_in(self, visits: Tensor) -> None:
-        """Add one where z is not zero."""
-        if self.index is None:
-            visits.add_(self.value != 0)
-        else:
-            visits[self.index] += 1
-
-
-def write_perturbed(live: Tensor, truth: Tensor, start: int, segment: Segment, radius: float) -> None:
-    """live = truth + radius * z from `start` on, rounded once from fp32 to the type of `live`.
-
-    Args:
-        live, truth: 1-D, of one length.
-        start: where the segment begins.
-        segment: z.
-        radius: signed smoothing radius.
-    """
-    where = segment.place(start)
-    if segment.index is None:
-        run = chosen(perturb, segment.is_compiled)
-        run(live[where], truth[where], segment.value, scalars(live.device, radius)[0])
-    else:
-        live[where] = (truth[where].float() + segment.value * radius).to(live.dtype)
 
 
 class ShardedParam:
@@ -146,7 +101,7 @@ class ShardedParam:
         where = segment.place(start)
         base = self.truth[where]
         self._undo.append((where, base if self.has_master else base.clone()))
-        write_perturbed(self.live, self.truth, start, segment, radius)
+        segment.write(self.live, self.truth, start, radius)
 
     def restore(self) -> None:
         """Make the live slice what it was before `perturb`, bit for bit."""

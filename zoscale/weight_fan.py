@@ -16,7 +16,7 @@ from zoscale.estimators import Candidate
 from zoscale.fan import Rows, replaced_forward
 from zoscale.models import is_block
 from zoscale.scratch import Draws
-from zoscale.shards import CHUNK, ShardedParam, TensorSpec, trainable_specs
+from zoscale.shards import ShardedParam, TensorSpec, chunk, trainable_specs
 
 Weights = Mapping[nn.Parameter, TensorSpec]
 
@@ -62,6 +62,9 @@ class LinearUnit(Unit):
 
     def __init__(self, module: nn.Linear, weights: Weights) -> None:
         self.linear = module
+        widest = max(spec.numel // module.out_features for spec in weights.values())
+        rows = max(1, chunk(module.weight.device) // widest)
+        self._height = rows - rows % _ROWS if rows > _ROWS else rows
         super().__init__(module, weights)
 
     def _outlines(self) -> list[ShardedParam]:
@@ -73,9 +76,7 @@ class LinearUnit(Unit):
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         height = self.linear.out_features
-        rows = max(1, CHUNK // max(spec.numel // height for spec in self.weights.values()))
-        rows -= rows % _ROWS if rows > _ROWS else 0
-        return ((first, min(first + rows, height)) for first in range(0, height, rows))
+        return ((first, min(first + self._height, height)) for first in range(0, height, self._height))
 
     def _elements(self, spec: TensorSpec, first: int, last: int) -> tuple[int, int]:
         width = spec.numel // self.linear.out_features

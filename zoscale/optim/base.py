@@ -15,9 +15,10 @@ from zoscale.mesh import Mesh
 from zoscale.probes import PROBES, Piece, Probe
 from zoscale.probes.gradient import Gradient
 from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.streams import Sum
 
 _ANY = TensorSpec(0, "", (1, 1))
-Write = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor | None], None]
+Write = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None], None]
 _GROUP_KEYS = ("pattern", "max_ndim", "lr_scale")
 
 
@@ -165,20 +166,29 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
                 param = params[index]
                 self.state[param][name] = value.clone().to(param.device) if isinstance(value, Tensor) else value
 
-    def descend(self, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
+    def descend(self, piece: Piece, update: Tensor | Sum, group: Mapping[str, Any]) -> None:
         """x <- x - lr (update + weight_decay x) on one piece, in float32; the live slice takes it in the same pass."""
-        self._write(descend, piece, update, group)
+        if isinstance(update, Sum):
+            update.descend(*_slices(piece), *_settings(group), rounded=piece.shard.is_rounded_stochastically)
+        else:
+            self._write(descend, piece, update, group)
 
     def descend_sign(self, piece: Piece, memory: Tensor, group: Mapping[str, Any]) -> None:
         """`descend` along the sign of a memory; sign(0) = 0."""
         self._write(descend_sign, piece, memory, group)
 
+    def remember_and_descend_sign(
+        self, piece: Piece, memory: Tensor, update: Sum, beta: float, group: Mapping[str, Any]
+    ) -> None:
+        """`descend_sign` along a memory that takes an update up first, in one pass."""
+        rounded = piece.shard.is_rounded_stochastically
+        update.remember_and_descend_sign(memory, beta, *_slices(piece), *_settings(group), rounded=rounded)
+
     def _write(self, function: Write, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
-        shard, where = piece.shard, slice(piece.start, piece.stop)
-        words = self._current.directions[0].rounding_words(piece) if shard.is_rounded_stochastically else None
-        settings = scalars(shard.truth.device, float(group["lr"]), float(group["weight_decay"]))
-        live = shard.live[where] if shard.has_master else None
-        chosen(function, self._current.is_compiled)(shard.truth[where], live, update, settings, words)
+        is_rounded = piece.shard.is_rounded_stochastically
+        words = self._current.directions[0].rounding_words(piece) if is_rounded else None
+        lr, weight_decay = scalars(*_settings(group))
+        chosen(function, self._current.is_compiled)(*_slices(piece), update, lr, weight_decay, words)
 
     def buffer(self, shard: ShardedParam, name: str = "momentum") -> Tensor:
         """State of a shard, zero at first: float32 of its local length."""
@@ -213,6 +223,16 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.check(options)
         kept = {key: value for key, value in options.items() if key not in _GROUP_KEYS}
         return {**kept, "rule": rule, "params": []}
+
+
+def _slices(piece: Piece) -> tuple[Tensor, Tensor | None]:
+    """The truth of a piece, and its live slice where that is kept apart."""
+    shard, where = piece.shard, slice(piece.start, piece.stop)
+    return shard.truth[where], shard.live[where] if shard.has_master else None
+
+
+def _settings(group: Mapping[str, Any]) -> tuple[float, float]:
+    return float(group["lr"]), float(group["weight_decay"])
 
 
 def _matches(group: Mapping[str, Any], spec: TensorSpec) -> bool:

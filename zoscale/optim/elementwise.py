@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from zoscale.shards import ShardedParam, TensorSpec
 
 class ElementwiseOptimizer(ZeroOrderOptimizer):
     """x <- x - lr (u + weight_decay x), u from `direction`. Vectors (biases, LayerNorm) are not decayed."""
+
+    is_descent: ClassVar[bool] = False
+    """Whether u is g itself: then it is made where it is used."""
 
     @abstractmethod
     def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -27,5 +30,10 @@ class ElementwiseOptimizer(ZeroOrderOptimizer):
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for batch in pieces(shards):
-            for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
-                self.descend(piece, self.direction(piece, gradient, group), group)
+            sums = estimate.streams(batch) if self.is_descent else None
+            if sums is not None:
+                for piece, made_there in zip(batch, sums, strict=True):
+                    self.descend(piece, made_there, group)
+            else:
+                for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
+                    self.descend(piece, self.direction(piece, gradient, group), group)

@@ -17,6 +17,7 @@ from zoscale.optim.owners import on_owners
 from zoscale.optim.spectral import SpectralOptimizer
 from zoscale.probes import Piece, pieces
 from zoscale.shards import ShardedParam
+from zoscale.streams import Sum
 
 State = MutableMapping[Tensor, Any]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -56,8 +57,11 @@ class JaguarSignSGD(ZeroOrderOptimizer):
         check_beta(options["beta"])
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        for piece, memory in _remember(self.state, shards, estimate, group["beta"]):
-            self.descend_sign(piece, memory, group)
+        for piece, memory, pending in _visit(self.state, shards, estimate, group["beta"]):
+            if pending is None:
+                self.descend_sign(piece, memory, group)
+            else:
+                self.remember_and_descend_sign(piece, memory, pending, group["beta"], group)
 
 
 class JaguarMuon(SpectralOptimizer):
@@ -119,7 +123,10 @@ class JaguarMuon(SpectralOptimizer):
         self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
     ) -> Iterator[tuple[Piece, Tensor]]:
         """Bring the memory up to date; yields each piece with it."""
-        return _remember(self.state, shards, estimate, beta)
+        for piece, memory, pending in _visit(self.state, shards, estimate, beta):
+            if pending is not None:
+                pending.remember(memory, beta)
+            yield piece, memory
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for piece, memory in self.remember(shards, estimate, group["beta"]):
@@ -146,15 +153,22 @@ def _momentum(states: State, shard: ShardedParam) -> Tensor:
     return momentum
 
 
-def _remember(
+def _visit(
     states: State, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
-) -> Iterator[tuple[Piece, Tensor]]:
-    """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates; yields each piece with its memory."""
+) -> Iterator[tuple[Piece, Tensor, Sum | None]]:
+    """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates.
+
+    Yields:
+        Each piece with its memory, and what a kernel is still to make g of and to take up; None = it is up to date.
+    """
     mix = _mix_one if len(estimate.directions) == 1 else _mix_mean
     for batch in pieces(shards):
         memories = [_momentum(states, piece.shard)[piece.start : piece.stop] for piece in batch]
-        mix(memories, batch, estimate, beta)
-        yield from zip(batch, memories, strict=True)
+        pending = [estimate.stream(piece) for piece in batch]
+        drawn = [number for number, found in enumerate(pending) if found is None]
+        if drawn:
+            mix([memories[number] for number in drawn], [batch[number] for number in drawn], estimate, beta)
+        yield from zip(batch, memories, pending, strict=True)
 
 
 def _mix_one(memories: Sequence[Tensor], batch: Sequence[Piece], estimate: GradientEstimate, beta: float) -> None:
@@ -164,8 +178,7 @@ def _mix_one(memories: Sequence[Tensor], batch: Sequence[Piece], estimate: Gradi
         if segment is None:
             continue
         if segment.index is None:
-            settings = scalars(memory.device, rho, beta, 1 - beta)
-            chosen(remember, segment.is_compiled)(memory, segment.value, settings)
+            chosen(remember, segment.is_compiled)(memory, segment.value, *scalars(rho, beta, 1 - beta))
         else:
             memory[segment.index] = memory[segment.index] * beta + segment.value * rho * (1 - beta)
 
@@ -174,4 +187,4 @@ def _mix_mean(memories: Sequence[Tensor], batch: Sequence[Piece], estimate: Grad
     """Of several: a coordinate takes the mean over the directions that visit it."""
     run = chosen(remember_mean, estimate.is_compiled)
     for memory, (total, visits) in zip(memories, estimate.totals(batch), strict=True):
-        run(memory, total, visits, scalars(memory.device, beta, 1 - beta))
+        run(memory, total, visits, *scalars(beta, 1 - beta))

@@ -7,7 +7,8 @@ from dataclasses import replace
 from zoscale.estimators import Candidate, GradientEstimate
 from zoscale.optim.zo_sgd import ZOSGD
 from zoscale.probes import Direction, Piece
-from zoscale.shards import Segment, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import TensorSpec
 
 
 class Step(Direction):

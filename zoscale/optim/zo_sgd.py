@@ -24,6 +24,8 @@ class ZOSGD(ElementwiseOptimizer):
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
+    is_descent = True
+
     def __init__(
         self,
         shards: Sequence[ShardedParam],

@@ -48,6 +48,8 @@ class ZOSignRho(ZOSignSGD):
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
+    is_descent = True
+
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         signs = tuple(math.copysign(1.0, rho) if rho else 0.0 for rho in estimate.projected_grads)
         super().update(shards, replace(estimate, projected_grads=signs), group)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from zoscale.noise import Domain, Key, Noise, Range
-from zoscale.shards import CHUNK, Segment, ShardedParam, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import ShardedParam, TensorSpec, chunk
+from zoscale.streams import Stream
 
 
 class Piece(NamedTuple):
@@ -24,17 +26,18 @@ class Piece(NamedTuple):
         return Range(self.shard.spec.id, offset + self.start, offset + self.stop)
 
 
-def pieces(shards: Iterable[ShardedParam], limit: int = CHUNK) -> Iterator[list[Piece]]:
-    """All elements of the local slices, in groups of at most `limit` elements.
+def pieces(shards: Iterable[ShardedParam], limit: int | None = None) -> Iterator[list[Piece]]:
+    """All elements of the local slices, in groups of at most `limit` elements (None = a chunk of their device).
 
     One group is drawn in one pass of the generator: many small tensors share it, a large one is cut.
     """
     group: list[Piece] = []
     size = 0
     for shard in shards:
-        for start in range(0, len(shard), limit):
-            piece = Piece(shard, start, min(start + limit, len(shard)))
-            if size + piece.stop - piece.start > limit and group:
+        most = limit or chunk(shard.truth.device)
+        for start in range(0, len(shard), most):
+            piece = Piece(shard, start, min(start + most, len(shard)))
+            if size + piece.stop - piece.start > most and group:
                 yield group
                 group, size = [], 0
             group.append(piece)
@@ -49,6 +52,10 @@ class Direction(ABC):
     @abstractmethod
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         """z on each piece, float32 on the shards' device; None where it is zero. The pieces share a device."""
+
+    def stream(self, piece: Piece) -> Stream | None:
+        """z on a piece as coordinates, for kernels that make it in registers; None where it must be drawn."""
+        return None
 
     def touches(self, spec: TensorSpec) -> bool:
         """Whether z may be other than zero on a tensor; known without drawing it."""

@@ -1,21 +1,29 @@
 """Dense probes: independent values on every trainable element."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from zoscale.noise import Noise
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
-from zoscale.shards import Segment, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import TensorSpec
+from zoscale.streams import Distribution, Stream, stream_of
 
 
 class _Dense(DrawnDirection):
-    def __init__(self, noise: Noise, step: int, k: int, distribution: Literal["normal", "rademacher"]) -> None:
+    def __init__(self, noise: Noise, step: int, k: int, distribution: Distribution) -> None:
         super().__init__(noise, step, k)
-        self._draw = noise.normal if distribution == "normal" else noise.rademacher
+        self.distribution = distribution
 
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
-        values = self._draw(self.key, [piece.range for piece in group], group[0].shard.truth.device)
+        streams = [stream for piece in group if (stream := self.stream(piece)) is not None]
+        if len(streams) == len(group):
+            return [Segment(stream) for stream in streams]
+        draw = self.noise.normal if self.distribution == "normal" else self.noise.rademacher
+        values = draw(self.key, [piece.range for piece in group], group[0].shard.truth.device)
         return [Segment(value, is_compiled=self.is_compiled) for value in values]
+
+    def stream(self, piece: Piece) -> Stream | None:
+        return stream_of(self.noise, self.key, piece.range, self.distribution, piece.shard.truth.device)
 
 
 class Gaussian(Probe):

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from zoscale.noise import Domain, Key, Noise, Range
 from zoscale.probes.base import DrawnDirection, Piece, Probe
-from zoscale.shards import Segment, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import TensorSpec
 
 _BLOCK = 2**16  # elements of z made by one matrix product
 

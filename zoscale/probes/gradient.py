@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from zoscale.noise import Noise
 from zoscale.probes.base import Direction, Piece, Probe
-from zoscale.shards import Segment, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import TensorSpec
 
 
 class GradientDirection(Direction):

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from zoscale.noise import Domain, Key, Noise
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
-from zoscale.shards import Segment, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import TensorSpec
+from zoscale.streams import Stream, stream_of
 
 Signs = Literal["rademacher", "ones"]
 
@@ -24,9 +26,14 @@ class _Support:
     rows: Tensor | None
     columns: Tensor | None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is every element."""
+        return self.rows is None and self.columns is None
+
     def positions(self, spec: TensorSpec, first: int, last: int) -> Tensor | None:
         """Flat positions of the support in [first, last) of the tensor, relative to first; None = all of them."""
-        if self.rows is None and self.columns is None:
+        if self.is_whole:
             return None
         width = spec.columns
         low, high = first // width, -(-last // width)
@@ -53,14 +60,23 @@ class JaguarDirection(DrawnDirection):
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         device = group[0].shard.truth.device
         found: dict[Piece, Tensor | None] = {}
+        streams = {piece: stream for piece in group if (stream := self.stream(piece)) is not None}
         for piece in group:
             support = self.supports.get(piece.shard.spec.id)
-            if support is not None:
+            if support is not None and piece not in streams:
                 index = support.positions(piece.shard.spec, piece.range.start, piece.range.stop)
                 if index is None or index.numel():
                     found[piece] = None if index is None else index.to(device, non_blocking=True)
         signs = dict(zip(found, self._signs(found, device), strict=True))
-        return [self._segment(piece, found[piece], signs[piece]) if piece in found else None for piece in group]
+        made = {piece: self._segment(piece, index, signs[piece]) for piece, index in found.items()}
+        made |= {piece: Segment(stream) for piece, stream in streams.items()}
+        return [made.get(piece) for piece in group]
+
+    def stream(self, piece: Piece) -> Stream | None:
+        support = self.supports.get(piece.shard.spec.id)
+        if self.signs != "rademacher" or support is None or not support.is_whole:
+            return None
+        return stream_of(self.noise, self.key, piece.range, "rademacher", piece.shard.truth.device)
 
     def touches(self, spec: TensorSpec) -> bool:
         return spec.id in self.supports

@@ -14,7 +14,9 @@ from zoscale.probes.base import Direction, Piece, Probe
 from zoscale.probes.dense import Gaussian, Rademacher
 from zoscale.probes.factored import Orthogonal, Subspace
 from zoscale.probes.jaguar import Block, Coordinate, Entry, Row, Tensors, check_share, portion
-from zoscale.shards import Segment, TensorSpec
+from zoscale.segments import Segment
+from zoscale.shards import TensorSpec
+from zoscale.streams import Stream
 
 PROBES_OF_ALL_LAYERS: dict[str, type[Probe]] = {
     "gaussian": Gaussian,
@@ -53,6 +55,9 @@ class LayersDirection(Direction):
         active = [piece for piece in group if piece.shard.spec.id in self.active]
         found = dict(zip(active, self.inner.segments(active), strict=True)) if active else {}
         return [found.get(piece) for piece in group]
+
+    def stream(self, piece: Piece) -> Stream | None:
+        return self.inner.stream(piece) if piece.shard.spec.id in self.active else None
 
     def touches(self, spec: TensorSpec) -> bool:
         return spec.id in self.active and self.inner.touches(spec)

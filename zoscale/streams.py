@@ -1,0 +1,186 @@
+"""`Stream`: z on a part of a tensor as its coordinates, for kernels that make it in registers.
+
+Only where Triton's kernels run: on a GPU, or on the CPU in Triton's interpreter (`TRITON_INTERPRET=1`, for tests).
+Elsewhere z is drawn to memory by `noise.py`, which measures no slower on a CPU: there the arithmetic of the generator
+costs, not the memory traffic.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from zoscale import philox
+from zoscale.fused import on_device
+from zoscale.noise import Domain, Key, Noise, Range
+
+Distribution = Literal["normal", "rademacher"]
+_ALIGNED = 16  # elements, and bytes
+
+
+@dataclass(frozen=True)
+class Stream:
+    """z of one direction on elements of one tensor.
+
+    Args:
+        noise: whose numbers they are.
+        key: step and direction.
+        range: the elements.
+        distribution: of z.
+        device: of the slices that it is used on.
+    """
+
+    noise: Noise
+    key: Key
+    range: Range
+    distribution: Distribution
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.range.stop - self.range.start
+
+    def perturb(self, out: Tensor, base: Tensor, radius: float) -> None:
+        """See `fused.perturb`: out = base + radius z, two slices of this length."""
+        _launch(kernels_on(self.device), "perturb", self, (out, base), (_word(self.key), radius))
+
+
+def _launch(
+    kernels: Any, name: str, stream: Stream, slices: Sequence[Tensor | None], rest: Sequence[Any], **variant: bool
+) -> None:
+    """Run a kernel on slices of a stream's length.
+
+    Args:
+        kernels: `triton_kernels`.
+        name: of the kernel.
+        stream: where the slices lie in their tensor, and their step.
+        slices: its first arguments.
+        rest: those after the place of the slices.
+        variant: its constants.
+    """
+    if not len(stream):
+        return
+    start, seed = stream.range.start, stream.noise.seed
+    skip = start % kernels.UNIT
+    words = (start // kernels.UNIT, stream.range.tensor, stream.key.step, seed & 0xFFFFFFFF, seed >> 32)
+    addresses = (part.data_ptr() for part in slices if part is not None)
+    variant["NORMAL"] = stream.distribution == "normal"
+    variant["ALIGNED"] = not any(number % _ALIGNED for number in (*addresses, skip, len(stream)))
+    place = (len(stream), skip, *map(philox.signed, words))
+    programs = -(-(skip + len(stream)) // kernels.SIZE)
+    with torch.cuda.device_of(slices[0]):  # type: ignore[no-untyped-call]
+        getattr(kernels, name)[programs,](*slices, *place, *rest, **variant, enable_fp_fusion=False)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """(1/q) sum_k rho_k z_k, every z_k a stream on the same elements.
+
+    Args:
+        streams: of one step, distribution and range.
+        rhos: float32 factors.
+    """
+
+    streams: Sequence[Stream]
+    rhos: tuple[float, ...]
+
+    @classmethod
+    def of(cls, streams: Sequence[Stream | None], rhos: tuple[float, ...]) -> "Sum | None":
+        """The sum, if all are streams that differ in their direction alone."""
+        found = [stream for stream in streams if stream is not None]
+        kinds = {(id(stream.noise), stream.key.step, stream.distribution) for stream in found}
+        return cls(found, rhos) if len(found) == len(streams) and len(kinds) == 1 else None
+
+    def mean(self) -> Tensor:
+        """Its values: float32."""
+        out = torch.empty(len(self.streams[0]), device=self.streams[0].device)
+        self._run("mean", (out,))
+        return out
+
+    def descend(self, truth: Tensor, live: Tensor | None, lr: float, weight_decay: float, *, rounded: bool) -> None:
+        """`fused.descend` along it; `rounded`: stochastically, by words that are drawn in the same pass."""
+        self._run("descend", (truth, live), lr, weight_decay, self._rounding(rounded))
+
+    def remember(self, memory: Tensor, beta: float) -> None:
+        """`fused.remember_mean` of its terms."""
+        self._run("remember", (memory,), beta, 1 - beta)
+
+    def remember_and_descend_sign(
+        self, memory: Tensor, beta: float, truth: Tensor, live: Tensor | None, lr: float, weight_decay: float,
+        *, rounded: bool,
+    ) -> None:  # fmt: skip
+        """`remember`, then `fused.descend_sign` along the memory, in one pass."""
+        rest = (beta, 1 - beta, lr, weight_decay, self._rounding(rounded))
+        self._run("remember_and_descend_sign", (memory, truth, live), *rest)
+
+    def _rounding(self, rounded: bool) -> int | None:
+        return _word(Key(self.streams[0].key.step, domain=Domain.ROUNDING)) if rounded else None
+
+    def _run(self, kernel: str, slices: Sequence[Tensor | None], *rest: Any, **variant: bool) -> None:
+        first = self.streams[0]
+        words = tuple(_word(stream.key) for stream in self.streams)
+        settings = (len(words), *_tables(words, self.rhos, first.device), *rest)
+        _launch(kernels_on(first.device), kernel, first, slices, settings, **variant)
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(words: tuple[int, ...], rhos: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Counter words (int32 [q]) and factors (float32 [q]) of a step, in one transfer."""
+    factors = torch.tensor(rhos, dtype=torch.float32).view(torch.int32)
+    both = on_device(torch.cat([torch.tensor(words, dtype=torch.int32), factors]), device)
+    return both[: len(words)], both[len(words) :].view(torch.float32)
+
+
+def _word(key: Key) -> int:
+    return philox.signed(key.direction | key.domain << 24)
+
+
+def stream_of(noise: Noise, key: Key, wanted: Range, distribution: Distribution, device: torch.device) -> Stream | None:
+    """The stream, or None where it must be drawn to memory."""
+    if not noise.compiled or kernels_on(device) is None:
+        return None
+    return Stream(noise, key, wanted, distribution, device)
+
+
+def drawn(streams: Sequence[Stream]) -> list[Tensor]:
+    """The values of streams of one direction, in one pass of the generator: float32 each."""
+    if not streams:
+        return []
+    first = streams[0]
+    draw = first.noise.normal if first.distribution == "normal" else first.noise.rademacher
+    return draw(first.key, [stream.range for stream in streams], first.device)
+
+
+@functools.cache
+def kernels_on(device: torch.device) -> Any:
+    """`triton_kernels`, where it gives the right numbers on the device; else None, with one warning on a GPU."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    try:
+        from zoscale import triton_kernels
+
+        _check(triton_kernels, device)
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        warnings.warn(f"noise is drawn to memory, slower: Triton's kernels cannot be used: {reason[0]}", stacklevel=3)
+        return None
+    return triton_kernels
+
+
+def _check(kernels: Any, device: torch.device) -> None:
+    """Compare a few numbers of every distribution with those of `noise.py`.
+
+    Raises:
+        RuntimeError: if they differ.
+    """
+    noise, key, wanted = Noise(2**63 + 5), Key(2**31 + 1, 3), Range(7, 2**33 + 77, 2**33 + 377)
+    for distribution in get_args(Distribution):
+        stream = Stream(noise, key, wanted, distribution, device)
+        zeros, made = torch.zeros(2, len(stream), device=device)
+        _launch(kernels, "perturb", stream, (made, zeros), (_word(key), 1.0))
+        if not torch.allclose(made, drawn([stream])[0], rtol=1e-6, atol=1e-6):
+            raise RuntimeError(f"expected the {distribution} numbers of philox.py, got others")
