@@ -1,7 +1,8 @@
 """Cost of the noise: against `torch.randn`, and of the passes over weights that use it against a plain copy.
 
-python launch/benchmark_noise.py [--elements N] [--repeats R] [--directions Q] [--threads T] [--device D] [--json FILE]
-On a GPU: python launch/benchmark_noise.py --device cuda --elements 268435456
+python launch/benchmark_noise.py [generators | passes] [--elements N] [--repeats R] [--directions Q] [--threads T]
+    [--device cpu | cuda] [--json FILE]
+python launch/benchmark_noise.py passes --device cuda --elements 268435456     # on a GPU
 
 A ratio is a median time over that of `torch.randn`. A share is the bytes of weights and state that a pass must read and
 write, per second, over those of `copy_` on as many float32 numbers: 100 % costs the memory traffic alone.
@@ -103,40 +104,47 @@ class Weights:
         return lambda: optimizer.step(estimate)
 
 
-def measure(elements: int, q: int, repeats: int, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
-    """The generators' ratios and the passes' shares, by name."""
+def ratios(elements: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Of the generators' times to that of `torch.randn`, by name."""
     seconds = medians(generators(elements, device), repeats, device)
-    ratios = {name: taken / seconds["torch.randn"] for name, taken in seconds.items()}
+    return {name: taken / seconds["torch.randn"] for name, taken in seconds.items()}
+
+
+def shares(elements: int, q: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """Of the passes' bandwidth in that of a copy, by name."""
     weights = Weights(elements, q, device)
     source, passes = torch.zeros_like(weights.shard.truth), weights.passes()
     target = torch.empty_like(source)
-    works = {"copy_": lambda: target.copy_(source), **{name: work for name, (_, work) in passes.items()}}
-    seconds = medians(works, repeats, device)
-    rate = 2 * source.element_size() / seconds["copy_"]
-    shares = {name: size / seconds[name] / rate for name, (size, _) in passes.items()}
-    print(f"copy_ {rate * len(source) / 1e9:.1f} GB/s")
-    return ratios, shares
+    works: dict[str, Work] = {name: work for name, (_, work) in passes.items()}
+    seconds = medians({"copy_": lambda: target.copy_(source), **works}, repeats, device)
+    copied = 2 * source.element_size() / seconds["copy_"]
+    print(f"{'copy_':32} {copied * len(source) / 1e9:6.1f} GB/s")
+    return {name: size / seconds[name] / copied for name, (size, _) in passes.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("what", nargs="?", choices=["generators", "passes"], help="only these")
     parser.add_argument("--elements", type=int, default=2**20, help="elements of a call")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each contestant")
     parser.add_argument("--directions", type=int, default=1, help="directions of an update")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--json", type=Path, help="write ratios and shares here too")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    ratios, shares = measure(
-        arguments.elements, arguments.directions, arguments.repeats, torch.device(arguments.device)
-    )
-    for name, ratio in ratios.items():
-        print(f"{name:32} {ratio:6.2f} x torch.randn")
-    for name, share in shares.items():
-        print(f"{name:32} {share:6.1%} of the copy bandwidth")
+    size, repeats, device = arguments.elements, arguments.repeats, torch.device(arguments.device)
+    found: dict[str, float] = {}
+    if arguments.what != "passes":
+        found |= (generated := ratios(size, repeats, device))
+        for name, ratio in generated.items():
+            print(f"{name:32} {ratio:6.2f} x torch.randn")
+    if arguments.what != "generators":
+        found |= (passed := shares(size, arguments.directions, repeats, device))
+        for name, share in passed.items():
+            print(f"{name:32} {share:6.1%} of the copy's bandwidth")
     if arguments.json:
-        arguments.json.write_text(json.dumps({**ratios, "shares": shares}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,30 @@
-"""Triton's kernels, without a GPU: in the interpreter against the eager definition, and compiled for a GPU."""
+"""Triton's kernels: against the eager definition, in the interpreter and on a GPU; and compiled for an absent GPU."""
 
 import importlib.util
 import sys
 
 import pytest
+import torch
 from processes import run
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+]
+DEFINITION = [sys.executable, "tests/triton_worker.py", "numbers", "steps"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["numbers", "steps"])
-def test_interpreted_kernels_equal_the_definition(scenario: str) -> None:
+def test_kernels_equal_the_definition() -> None:
     """Signs, momenta and updates bit for bit, normals to 1e-6; memory, perturbations and whole steps."""
-    run([sys.executable, "tests/triton_worker.py", scenario], TRITON_INTERPRET="1")
+    run(DEFINITION, TRITON_INTERPRET="1")
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
+def test_kernels_equal_the_definition_on_a_gpu() -> None:
+    assert torch.cuda.is_available()
+    run(DEFINITION)
+
+
 def test_kernels_compile_for_a_gpu() -> None:
-    run([sys.executable, "tests/triton_worker.py", "gpu"])
+    """Nothing is contracted, values are taken at once, and no size or step needs another variant."""
+    run([sys.executable, "tests/triton_worker.py", "compiles"])

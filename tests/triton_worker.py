@@ -1,10 +1,13 @@
 """What `test_triton.py` runs in processes of their own: Triton reads TRITON_INTERPRET when it is imported.
 
-python tests/triton_worker.py numbers | steps | gpu
+python tests/triton_worker.py (numbers | steps | compiles)...
 """
 
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,7 +23,8 @@ from zoscale.scratch import Draws
 from zoscale.shards import Master, ShardedParam, TensorSpec
 from zoscale.streams import Distribution, Stream, Sum
 
-CPU = torch.device("cpu")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not IS_INTERPRETED else torch.device("cpu")
 SEED, STEP, TENSOR = 0xFEDCBA9876543210, 2**32 - 3, 2**32 - 1
 RHOS = (0.3, -1.7, 2.9)
 DIRECTIONS = (0, 2**24 - 1, 5)
@@ -53,21 +57,22 @@ def numbers() -> None:
 def check_kernels(wanted: Range, distribution: Distribution, half: torch.dtype) -> None:
     n = wanted.stop - wanted.start
     noise, generator = Noise(SEED), torch.Generator().manual_seed(n)
-    base, memory = torch.randn(2, n, generator=generator)
-    found = [Stream(noise, Key(STEP, k), wanted, distribution, CPU) for k in DIRECTIONS]
+    base, memory = torch.randn(2, n, generator=generator).to(DEVICE)
+    found = [Stream(noise, Key(STEP, k), wanted, distribution, DEVICE) for k in DIRECTIONS]
     drawn = [streams.drawn([stream])[0] for stream in found]
     for out, start in ((base.to(half), base), (base.clone(), base.to(half))):
         expected = torch.empty_like(out)
         found[1].perturb(out, start, 0.37)
         fused.perturb(expected, start, drawn[1], *fused.scalars(0.37))
         same(out, expected, distribution)
-    (words,) = noise.words(Key(STEP, domain=Domain.ROUNDING), [wanted])
+    (words,) = noise.words(Key(STEP, domain=Domain.ROUNDING), [wanted], DEVICE)
     lr, weight_decay = fused.scalars(LR, WEIGHT_DECAY)
     for q, (truth, live) in ((1, (base, base.to(half))), (3, (base.to(half), None))):
-        ours, total, visits = Sum(found[:q], RHOS[:q]), torch.zeros(n), torch.zeros(n)
+        ours, (total, visits) = Sum(found[:q], RHOS[:q]), torch.zeros(2, n, device=DEVICE)
         for z, rho in zip(drawn[:q], fused.scalars(*RHOS), strict=False):
             fused.visit(total, visits, z, rho)
-        same(ours.mean(), total / q, distribution)
+        mean = total / torch.full_like(total, q)  # CUDA multiplies by the reciprocal of a number
+        same(ours.mean(), mean, distribution)
         kept, expected = memory.clone(), memory.clone()
         ours.remember(kept, BETA)
         fused.remember_mean(expected, total, visits, *fused.scalars(BETA, 1 - BETA))
@@ -75,7 +80,7 @@ def check_kernels(wanted: Range, distribution: Distribution, half: torch.dtype) 
         rounded = live is None
         one, other = clones(truth, live), clones(truth, live)
         ours.descend(*one, LR, WEIGHT_DECAY, rounded=rounded)
-        fused.descend(*other, total / q, lr, weight_decay, words if rounded else None)
+        fused.descend(*other, mean, lr, weight_decay, words if rounded else None)
         same_slices(one, other, distribution)
         one, other, again = clones(truth, live), clones(truth, live), memory.clone()
         ours.remember_and_descend_sign(again, BETA, *one, LR, WEIGHT_DECAY, rounded=rounded)
@@ -100,7 +105,7 @@ def shards_of(master: Master) -> list[ShardedParam]:
     """A slice of a matrix that starts anywhere, and a vector: bfloat16."""
     generator, shards = torch.Generator().manual_seed(1), []
     for number, (shape, offset, length) in enumerate([((40, 16), 131, 250), ((33,), 0, 33)]):
-        live = nn.Parameter(torch.randn(length, generator=generator).bfloat16(), requires_grad=False)
+        live = nn.Parameter(torch.randn(length, generator=generator).to(DEVICE, torch.bfloat16), requires_grad=False)
         spec = TensorSpec(number, f"layers.{number}.weight", shape)
         shards.append(ShardedParam(live, spec, master=master))
         shards[-1].offset = offset
@@ -111,6 +116,7 @@ def steps() -> None:
     """Whole steps with every z in registers are those with z in memory, whoever perturbs and updates."""
     calls: list[str] = []
     launch = streams._launch
+    torch.compile = lambda function, **_: function
 
     def counted(kernels: Any, name: str, *rest: Any, **variant: bool) -> None:
         calls.append(name)
@@ -139,45 +145,76 @@ def run_steps(make: Any, probe: Probe, q: int, master: Master, noise: Noise) -> 
     optimizer = make(shards, lr=LR, weight_decay=WEIGHT_DECAY)
     for step in range(2):
         directions = tuple(probe.draw(noise, [shard.spec for shard in shards], step, k) for k in range(q))
-        points = [Candidate(direction, 0.05) for direction in directions]
-        with perturbed(shards, points[-1]):
+        point = Candidate(directions[-1], 0.05)
+        with perturbed(shards, point):
             seen += [shard.live.clone() for shard in shards]
-        draws = Draws(points, shards)
+        draws = Draws([point], shards)
         for _, values in draws.values([(shard.live, draws.of(shard)) for shard in shards]):
             seen += [value.clone() for value in values]
         optimizer.step(GradientEstimate(directions, RHOS[:q], 0.0))
     return [*seen, *(shard.truth.float() for shard in shards), *(shard.live for shard in shards)]
 
 
-def gpu() -> None:
-    """Kernels compile for a GPU that need not be there: nothing is contracted, and values are taken at once."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Compiled:
+    """`triton_kernels` for a GPU that need not be there: a launch compiles, and goes no further."""
 
-    from zoscale import triton_kernels
+    def __init__(self) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
 
-    for name, slices, is_normal in [
-        ("perturb", {"out": "*bf16", "base": "*fp32"}, True),
-        ("perturb", {"out": "*bf16", "base": "*fp32"}, False),
-        ("mean", {"out": "*fp32"}, False),
-        ("remember", {"memory": "*fp32"}, False),
-        ("descend", {"truth": "*bf16", "last_rounding": "i32"}, False),
-        ("remember_and_descend_sign", {"memory": "*fp32", "truth": "*fp32", "live": "*bf16"}, False),
-    ]:
-        kernel: Any = getattr(triton_kernels, name)
-        types = dict.fromkeys(("n", "skip", "unit", "tensor", "step", "seed_low", "seed_high", "last", "q"), "i32")
-        types |= dict.fromkeys(("radius", "beta", "rest", "lr", "weight_decay"), "fp32")
-        types |= {"lasts": "*i32", "rhos": "*fp32", **slices}
-        constants = {arg: None for arg in kernel.arg_names if arg not in types}
-        constants |= {"NORMAL": is_normal, "ALIGNED": True}
-        signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
-        assert "v4" in ptx and (is_normal or "fma" not in ptx), name
+        from zoscale import triton_kernels
+
+        self.kernels = triton_kernels
+        self.UNIT, self.SIZE = triton_kernels.UNIT, triton_kernels.SIZE
+        self.made: dict[int, tuple[bool, Any]] = {}
+        target = GPUTarget("cuda", 90, 32)
+        current = {"get_current_device": lambda: 0, "get_current_stream": lambda _: 0}
+        triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: target, **current))
+
+    def __getattr__(self, name: str) -> "Grid":
+        def launch(grid: tuple[int, ...], *arguments: Any, **variant: Any) -> None:
+            kernel = getattr(self.kernels, name).warmup(*arguments, grid=grid, **variant)
+            self.made[id(kernel)] = (variant["NORMAL"], kernel)
+
+        return Grid(launch)
+
+
+class Grid:
+    """What kernel[grid](...) needs."""
+
+    def __init__(self, launch: Callable[..., None]) -> None:
+        self.launch = launch
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self.launch, grid)
+
+
+def compiles() -> None:
+    """Kernels compile for a GPU: nothing is contracted, values are taken at once, and sizes need no other variant."""
+    compiled = Compiled()
+    streams.kernels_on = lambda device: compiled
+    counts = []
+    for step, places in ((0, PLACES[:2]), (1, [(2048, 16), (2**33 + 1, 1)]), (2**31, [(3, 2**20)])):
+        for start, n in places:
+            truth, live, memory = torch.zeros(n), torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n)
+            for distribution in DISTRIBUTIONS:
+                wanted = Range(3, start, start + n)
+                found = [Stream(Noise(SEED), Key(step, k), wanted, distribution, DEVICE) for k in DIRECTIONS]
+                found[0].perturb(live, truth, 0.1)
+            both, one = Sum(found, RHOS), Sum(found[:1], RHOS[:1])
+            both.remember_and_descend_sign(memory, BETA, truth, live, LR, 0.0, rounded=False)
+            both.descend(live, None, LR, 1.0, rounded=True)
+            one.remember(memory, BETA)
+            one.mean()
+        counts.append(len(compiled.made))
+    assert counts == [12] * 3, "with normals and signs, aligned and not"
+    codes = [(is_normal, kernel.asm["ptx"]) for is_normal, kernel in compiled.made.values()]
+    assert all(is_normal or "fma" not in ptx for is_normal, ptx in codes)
+    assert sum("global.v4" in ptx for _, ptx in codes) == 6
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    scenarios: dict[str, Callable[[], None]] = {"numbers": numbers, "steps": steps, "gpu": gpu}
-    scenarios[sys.argv[1]]()
+    scenarios: dict[str, Callable[[], None]] = {"numbers": numbers, "steps": steps, "compiles": compiles}
+    for name in sys.argv[1:]:
+        scenarios[name]()

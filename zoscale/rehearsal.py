@@ -15,7 +15,7 @@ from zoscale.probes import Probe
 from zoscale.scratch import Draws
 from zoscale.shards import Master, ShardedParam, shard_parameters
 
-_SHAPES = {"matrix": (1024, 1024), "vector": (1024,)}  # a whole chunk: the compiler sees that threads pay
+_SHAPES = [(1024, 1024), (1024,), (31, 33), (1021,)]  # first a whole chunk: the compiler sees that threads pay
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Rehearsal:
         if not noise.compiled:
             return
         for dtype, device in sorted({(s.live.dtype, s.truth.device) for s in shards if len(s)}, key=str):
-            values = {name: nn.Parameter(torch.zeros(s, dtype=dtype, device=device)) for name, s in _SHAPES.items()}
-            self._step(noise, shard_parameters(nn.ParameterDict(values), master=self.master), device)
+            for shape in _SHAPES:  # one by one: a probe may choose among tensors
+                values = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))})
+                self._step(noise, shard_parameters(values, master=self.master), device)
 
     @torch.no_grad()
     def _step(self, noise: Noise, shards: Sequence[ShardedParam], device: torch.device) -> None:

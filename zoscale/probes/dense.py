@@ -17,7 +17,7 @@ class _Dense(DrawnDirection):
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         streams = [stream for piece in group if (stream := self.stream(piece)) is not None]
         if len(streams) == len(group):
-            return [Segment(stream) for stream in streams]
+            return [Segment(stream, is_compiled=True) for stream in streams]
         draw = self.noise.normal if self.distribution == "normal" else self.noise.rademacher
         values = draw(self.key, [piece.range for piece in group], group[0].shard.truth.device)
         return [Segment(value, is_compiled=self.is_compiled) for value in values]

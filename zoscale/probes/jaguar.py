@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zoscale.fused import on_device
 from zoscale.noise import Domain, Key, Noise
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
 from zoscale.segments import Segment
@@ -31,8 +32,11 @@ class _Support:
         """Whether it is every element."""
         return self.rows is None and self.columns is None
 
-    def positions(self, spec: TensorSpec, first: int, last: int) -> Tensor | None:
-        """Flat positions of the support in [first, last) of the tensor, relative to first; None = all of them."""
+    def positions(self, spec: TensorSpec, first: int, last: int, device: torch.device) -> Tensor | None:
+        """Flat positions of the support in [first, last) of the tensor, relative to first; None = all of them.
+
+        Made on the device, of the few rows and columns, and counted on the CPU: nobody waits.
+        """
         if self.is_whole:
             return None
         width = spec.columns
@@ -40,8 +44,17 @@ class _Support:
         rows = torch.arange(low, high) if self.rows is None else self.rows
         rows = rows[torch.searchsorted(rows, low) : torch.searchsorted(rows, high)]
         columns = torch.arange(width) if self.columns is None else self.columns
-        flat = (rows[:, None] * width + columns).view(-1)
-        return flat[torch.searchsorted(flat, first) : torch.searchsorted(flat, last)] - first
+        begin, end = (_count_before(position, rows, columns, width) for position in (first, last))
+        flat = (on_device(rows, device)[:, None] * width + on_device(columns, device)).view(-1)
+        return flat[begin:end] - first
+
+
+def _count_before(position: int, rows: Tensor, columns: Tensor, width: int) -> int:
+    """How many of rows x columns lie before a flat position."""
+    row, column = divmod(position, width)
+    above = int(torch.searchsorted(rows, row))
+    is_within = above < len(rows) and int(rows[above]) == row
+    return above * len(columns) + (int(torch.searchsorted(columns, column)) if is_within else 0)
 
 
 class JaguarDirection(DrawnDirection):
@@ -64,12 +77,12 @@ class JaguarDirection(DrawnDirection):
         for piece in group:
             support = self.supports.get(piece.shard.spec.id)
             if support is not None and piece not in streams:
-                index = support.positions(piece.shard.spec, piece.range.start, piece.range.stop)
+                index = support.positions(piece.shard.spec, piece.range.start, piece.range.stop, device)
                 if index is None or index.numel():
-                    found[piece] = None if index is None else index.to(device, non_blocking=True)
+                    found[piece] = index
         signs = dict(zip(found, self._signs(found, device), strict=True))
         made = {piece: self._segment(piece, index, signs[piece]) for piece, index in found.items()}
-        made |= {piece: Segment(stream) for piece, stream in streams.items()}
+        made |= {piece: Segment(stream, is_compiled=True) for piece, stream in streams.items()}
         return [made.get(piece) for piece in group]
 
     def stream(self, piece: Piece) -> Stream | None:
