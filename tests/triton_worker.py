@@ -58,7 +58,9 @@ def check_kernels(wanted: Range, distribution: Distribution, half: torch.dtype) 
     n = wanted.stop - wanted.start
     noise, generator = Noise(SEED), torch.Generator().manual_seed(n)
     base, memory = torch.randn(2, n, generator=generator).to(DEVICE)
-    found = [Stream(noise, Key(STEP, k), wanted, distribution, DEVICE) for k in DIRECTIONS]
+    kernels = streams.kernels_on(DEVICE)
+    assert kernels is not None
+    found = [Stream(noise, Key(STEP, k), wanted, distribution, DEVICE, kernels) for k in DIRECTIONS]
     drawn = [streams.drawn([stream])[0] for stream in found]
     for out, start in ((base.to(half), base), (base.clone(), base.to(half))):
         expected = torch.empty_like(out)
@@ -118,9 +120,9 @@ def steps() -> None:
     launch = streams._launch
     torch.compile = lambda function, **_: function
 
-    def counted(kernels: Any, name: str, *rest: Any, **variant: bool) -> None:
+    def counted(name: str, *rest: Any) -> None:
         calls.append(name)
-        launch(kernels, name, *rest, **variant)
+        launch(name, *rest)
 
     streams._launch = counted
     cases: list[tuple[Any, Probe, int, Master, set[str]]] = [
@@ -192,14 +194,13 @@ class Grid:
 def compiles() -> None:
     """Kernels compile for a GPU: nothing is contracted, values are taken at once, and sizes need no other variant."""
     compiled = Compiled()
-    streams.kernels_on = lambda device: compiled
     counts = []
     for step, places in ((0, PLACES[:2]), (1, [(2048, 16), (2**33 + 1, 1)]), (2**31, [(3, 2**20)])):
         for start, n in places:
             truth, live, memory = torch.zeros(n), torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n)
             for distribution in DISTRIBUTIONS:
                 wanted = Range(3, start, start + n)
-                found = [Stream(Noise(SEED), Key(step, k), wanted, distribution, DEVICE) for k in DIRECTIONS]
+                found = [Stream(Noise(SEED), Key(step, k), wanted, distribution, DEVICE, compiled) for k in DIRECTIONS]
                 found[0].perturb(live, truth, 0.1)
             both, one = Sum(found, RHOS), Sum(found[:1], RHOS[:1])
             both.remember_and_descend_sign(memory, BETA, truth, live, LR, 0.0, rounded=False)

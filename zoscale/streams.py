@@ -33,6 +33,7 @@ class Stream:
         range: the elements.
         distribution: of z.
         device: of the slices that it is used on.
+        kernels: `triton_kernels`.
     """
 
     noise: Noise
@@ -40,36 +41,33 @@ class Stream:
     range: Range
     distribution: Distribution
     device: torch.device
+    kernels: Any
 
     def __len__(self) -> int:
         return self.range.stop - self.range.start
 
     def perturb(self, out: Tensor, base: Tensor, radius: float) -> None:
         """See `fused.perturb`: out = base + radius z, two slices of this length."""
-        _launch(kernels_on(self.device), "perturb", self, (out, base), (_word(self.key), radius))
+        _launch("perturb", self, (out, base), (_word(self.key), radius))
 
 
-def _launch(
-    kernels: Any, name: str, stream: Stream, slices: Sequence[Tensor | None], rest: Sequence[Any], **variant: bool
-) -> None:
+def _launch(name: str, stream: Stream, slices: Sequence[Tensor | None], rest: Sequence[Any]) -> None:
     """Run a kernel on slices of a stream's length.
 
     Args:
-        kernels: `triton_kernels`.
         name: of the kernel.
         stream: where the slices lie in their tensor, and their step.
         slices: its first arguments.
         rest: those after the place of the slices.
-        variant: its constants.
     """
     if not len(stream):
         return
-    start, seed = stream.range.start, stream.noise.seed
+    kernels, start, seed = stream.kernels, stream.range.start, stream.noise.seed
     skip = start % kernels.UNIT
     words = (start // kernels.UNIT, stream.range.tensor, stream.key.step, seed & 0xFFFFFFFF, seed >> 32)
     addresses = (part.data_ptr() for part in slices if part is not None)
-    variant["NORMAL"] = stream.distribution == "normal"
-    variant["ALIGNED"] = not any(number % _ALIGNED for number in (*addresses, skip, len(stream)))
+    is_aligned = not any(number % _ALIGNED for number in (*addresses, skip, len(stream)))
+    variant = {"NORMAL": stream.distribution == "normal", "ALIGNED": is_aligned}
     place = (len(stream), skip, *map(philox.signed, words))
     programs = -(-(skip + len(stream)) // kernels.SIZE)
     with torch.cuda.device_of(slices[0]):  # type: ignore[no-untyped-call]
@@ -120,11 +118,11 @@ class Sum:
     def _rounding(self, rounded: bool) -> int | None:
         return _word(Key(self.streams[0].key.step, domain=Domain.ROUNDING)) if rounded else None
 
-    def _run(self, kernel: str, slices: Sequence[Tensor | None], *rest: Any, **variant: bool) -> None:
+    def _run(self, kernel: str, slices: Sequence[Tensor | None], *rest: Any) -> None:
         first = self.streams[0]
         words = tuple(_word(stream.key) for stream in self.streams)
         settings = (len(words), *_tables(words, self.rhos, first.device), *rest)
-        _launch(kernels_on(first.device), kernel, first, slices, settings, **variant)
+        _launch(kernel, first, slices, settings)
 
 
 @functools.lru_cache(maxsize=8)
@@ -141,9 +139,8 @@ def _word(key: Key) -> int:
 
 def stream_of(noise: Noise, key: Key, wanted: Range, distribution: Distribution, device: torch.device) -> Stream | None:
     """The stream, or None where it must be drawn to memory."""
-    if not noise.compiled or kernels_on(device) is None:
-        return None
-    return Stream(noise, key, wanted, distribution, device)
+    kernels = kernels_on(device) if noise.compiled else None
+    return None if kernels is None else Stream(noise, key, wanted, distribution, device, kernels)
 
 
 def drawn(streams: Sequence[Stream]) -> list[Tensor]:
@@ -172,15 +169,22 @@ def kernels_on(device: torch.device) -> Any:
 
 
 def _check(kernels: Any, device: torch.device) -> None:
-    """Compare a few numbers of every distribution with those of `noise.py`.
+    """Compare a few numbers of every kernel and distribution with those of `noise.py`.
 
     Raises:
         RuntimeError: if they differ.
     """
     noise, key, wanted = Noise(2**63 + 5), Key(2**31 + 1, 3), Range(7, 2**33 + 77, 2**33 + 377)
-    for distribution in get_args(Distribution):
-        stream = Stream(noise, key, wanted, distribution, device)
-        zeros, made = torch.zeros(2, len(stream), device=device)
-        _launch(kernels, "perturb", stream, (made, zeros), (_word(key), 1.0))
-        if not torch.allclose(made, drawn([stream])[0], rtol=1e-6, atol=1e-6):
-            raise RuntimeError(f"expected the {distribution} numbers of philox.py, got others")
+    normal, signs = (Stream(noise, key, wanted, kind, device, kernels) for kind in get_args(Distribution))
+    zeros, normals, made, mean, memory, truth, again, both = torch.zeros(8, len(signs), device=device)
+    normal.perturb(normals, zeros, 1.0)
+    signs.perturb(made, zeros, 1.0)
+    one = Sum((signs,), (1.0,))
+    mean.copy_(one.mean())
+    one.remember(memory, 0.0)
+    one.descend(truth, None, -1.0, 0.0, rounded=False)
+    one.remember_and_descend_sign(again, 0.0, both, None, -1.0, 0.0, rounded=False)
+    if not torch.allclose(normals, drawn([normal])[0], rtol=1e-6, atol=1e-6):
+        raise RuntimeError("expected the normals of philox.py, got others")
+    if not all(torch.equal(found, drawn([signs])[0]) for found in (made, mean, memory, truth, again, both)):
+        raise RuntimeError("expected the signs of philox.py, got others")

@@ -1,12 +1,13 @@
 """Triton kernels of the passes over weights: z is made in registers, each value is read and written once.
 
-The numbers are those of `philox.py` and the arithmetic that of `fused.py`, operation by operation; compiled without
-contraction (`enable_fp_fusion=False`) the results have the bits of eager mode. Importing this needs Triton.
+The numbers are those of `philox.py`: signs and words bit for bit, normals to 1e-6 (their polynomials are contracted).
+All other arithmetic is that of `fused.py`, operation by operation: launched with `enable_fp_fusion=False` it has the
+bits of eager mode. Importing this needs Triton.
 
 A slice has `n` elements, and its first one is element `skip` of the tensor's unit `unit`: the 128 elements whose signs
 are one Philox block. `ALIGNED` says that all addresses, `skip` and `n` are multiples of 16, so that a thread takes its
 values at once. Kernels are specialised on nothing else: two variants per combination of types, whatever the sizes.
-`key` and `counter` are the words of `philox.key_schedule` and of a Philox block.
+`lasts` (int32 [q]) and `rhos` (float32 [q]) are the last counter words and the factors of q directions.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
