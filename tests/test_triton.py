@@ -2,29 +2,59 @@
 
 import importlib.util
 import sys
+import warnings
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from processes import run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
-]
+from zoscale.noise import Key, Noise, Range
+from zoscale.streams import kernels_on, stream_of
+
 DEFINITION = [sys.executable, "tests/triton_worker.py", "numbers", "steps"]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
+@pytest.mark.slow
+@needs_triton
 def test_kernels_equal_the_definition() -> None:
     """Signs, momenta and updates bit for bit, normals to 1e-6; memory, perturbations and whole steps."""
     run(DEFINITION, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
+@needs_triton
 def test_kernels_equal_the_definition_on_a_gpu() -> None:
     assert torch.cuda.is_available()
     run(DEFINITION)
 
 
+@pytest.mark.slow
+@needs_triton
 def test_kernels_compile_for_a_gpu() -> None:
     """Nothing is contracted, values are taken at once, and no size or step needs another variant."""
     run([sys.executable, "tests/triton_worker.py", "compiles"])
+
+
+NAMES = ("perturb", "mean", "remember", "descend", "remember_and_descend_sign")
+IDLE = SimpleNamespace(UNIT=128, SIZE=2048, **{name: defaultdict(lambda: lambda *_, **__: None) for name in NAMES})
+
+
+@pytest.mark.parametrize(("kernels", "reason"), [(None, "triton_kernels"), (IDLE, "expected the normals")])
+def test_without_right_kernels_noise_is_drawn_to_memory_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, kernels: Any, reason: str
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "zoscale.triton_kernels", kernels)
+    kernels_on.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k in range(2):
+            wanted = (Key(0, k), Range(0, 0, 9), "normal", torch.device("cpu"))
+            assert stream_of(Noise(0, compiled=True), *wanted) is None  # type: ignore[arg-type]
+    kernels_on.cache_clear()
+    (warning,) = caught
+    assert "drawn to memory, slower" in str(warning.message) and reason in str(warning.message)
