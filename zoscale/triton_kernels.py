@@ -7,7 +7,8 @@ bits of eager mode. Importing this needs Triton.
 A slice has `n` elements, and its first one is element `skip` of the tensor's unit `unit`: the 128 elements whose signs
 are one Philox block. `ALIGNED` says that all addresses, `skip` and `n` are multiples of 16, so that a thread takes its
 values at once. Kernels are specialised on nothing else: two variants per combination of types, whatever the sizes.
-`lasts` (int32 [q]) and `rhos` (float32 [q]) are the last counter words and the factors of q directions.
+`low` and `high` are the seed, `lasts` (int32 [q]) and `rhos` (float32 [q]) the last counter words and factors of q
+directions.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -52,10 +53,10 @@ def _interleaved(a, b, c, d, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _words(first, COUNT: tl.constexpr, tensor, step, last, seed_low, seed_high):
+def _words(first, COUNT: tl.constexpr, tensor, step, last, low, high):
     """Philox4x32-10 of COUNT blocks from `first` on."""
     blocks = first + tl.arange(0, COUNT).to(tl.uint32)
-    return tl.philox_impl(blocks, _word(tensor), _word(step), _word(last), _word(seed_low), _word(seed_high))
+    return tl.philox_impl(blocks, _word(tensor), _word(step), _word(last), _word(low), _word(high))
 
 
 @triton.jit
@@ -90,16 +91,16 @@ def _box_muller(radius_word, angle_word):
 
 
 @triton.jit
-def _normals(unit, tensor, step, last, seed_low, seed_high):
-    w0, w1, w2, w3 = _words(unit * 32, _BLOCKS, tensor, step, last, seed_low, seed_high)
+def _normals(unit, tensor, step, last, low, high):
+    w0, w1, w2, w3 = _words(unit * 32, _BLOCKS, tensor, step, last, low, high)
     z0, z1 = _box_muller(w0, w1)
     z2, z3 = _box_muller(w2, w3)
     return _interleaved(z0, z1, z2, z3, _SIZE)
 
 
 @triton.jit
-def _signs(unit, tensor, step, last, seed_low, seed_high):
-    w0, w1, w2, w3 = _words(unit, _UNITS, tensor, step, last, seed_low, seed_high)
+def _signs(unit, tensor, step, last, low, high):
+    w0, w1, w2, w3 = _words(unit, _UNITS, tensor, step, last, low, high)
     words = _interleaved(w0, w1, w2, w3, _WORDS)
     shifts = (31 - tl.arange(0, 32)).to(tl.uint32)
     bits = ((words[:, None] << shifts[None, :]) & 0x80000000) | 0x3F800000
@@ -107,9 +108,9 @@ def _signs(unit, tensor, step, last, seed_low, seed_high):
 
 
 @triton.jit
-def _z(NORMAL: tl.constexpr, unit, tensor, step, last, seed_low, seed_high):
+def _z(NORMAL: tl.constexpr, unit, tensor, step, last, low, high):
     draw: tl.constexpr = _normals if NORMAL else _signs
-    return draw(unit, tensor, step, last, seed_low, seed_high)
+    return draw(unit, tensor, step, last, low, high)
 
 
 @triton.jit
@@ -128,12 +129,12 @@ def _at(pointer, here, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _total(NORMAL: tl.constexpr, q, lasts, rhos, unit, tensor, step, seed_low, seed_high):
+def _total(NORMAL: tl.constexpr, q, lasts, rhos, unit, tensor, step, low, high):
     """sum_k rho_k z_k, and the number of z_k that are not zero."""
     total = tl.zeros((_SIZE,), tl.float32)
     visits = tl.zeros((_SIZE,), tl.float32)
     for k in range(q):
-        z = _z(NORMAL, unit, tensor, step, tl.load(lasts + k), seed_low, seed_high)
+        z = _z(NORMAL, unit, tensor, step, tl.load(lasts + k), low, high)
         total += z * tl.load(rhos + k)
         visits += tl.where(z != 0, 1.0, 0.0)
     return total, visits
@@ -176,8 +177,7 @@ def _stochastically_rounded(x, words, dtype: tl.constexpr):
 
 @triton.jit
 def _descend(
-    truth, live, here, inside, u, lr, weight_decay, unit, tensor, step, seed_low, seed_high, last_rounding,
-    ALIGNED: tl.constexpr,
+    truth, live, here, inside, u, lr, weight_decay, unit, tensor, step, low, high, last_rounding, ALIGNED: tl.constexpr
 ):  # fmt: skip
     """See `fused.descend`; the words to round with are drawn here where there is a counter word for them."""
     x = tl.load(_at(truth, here, ALIGNED), mask=inside).to(tl.float32)
@@ -185,7 +185,7 @@ def _descend(
     if last_rounding is None:
         _store(_at(truth, here, ALIGNED), x, inside)
     else:
-        w0, w1, w2, w3 = _words(unit * 32, _BLOCKS, tensor, step, last_rounding, seed_low, seed_high)
+        w0, w1, w2, w3 = _words(unit * 32, _BLOCKS, tensor, step, last_rounding, low, high)
         words = _interleaved(w0, w1, w2, w3, _SIZE)
         rounded = _stochastically_rounded(x, words, truth.dtype.element_ty)
         _store(_at(truth, here, ALIGNED), rounded, inside)
@@ -195,64 +195,58 @@ def _descend(
 
 @_kernel
 def perturb(
-    out, base, n, skip, unit, tensor, step, seed_low, seed_high, last, radius,
-    NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    out, base, n, skip, unit, tensor, step, low, high, last, radius, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out = base + radius z."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
-    z = _z(NORMAL, unit, tensor, step, last, seed_low, seed_high)
+    z = _z(NORMAL, unit, tensor, step, last, low, high)
     x = tl.load(_at(base, here, ALIGNED), mask=inside).to(tl.float32) + z * radius
     _store(_at(out, here, ALIGNED), x, inside)
 
 
 @_kernel
 def mean(
-    out, n, skip, unit, tensor, step, seed_low, seed_high, q, lasts, rhos,
-    NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    out, n, skip, unit, tensor, step, low, high, q, lasts, rhos, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out = (1/q) sum_k rho_k z_k."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
-    total, _ = _total(NORMAL, q, lasts, rhos, unit, tensor, step, seed_low, seed_high)
+    total, _ = _total(NORMAL, q, lasts, rhos, unit, tensor, step, low, high)
     tl.store(_at(out, here, ALIGNED), _divided(total, q), mask=inside)
 
 
 @_kernel
 def descend(
-    truth, live, n, skip, unit, tensor, step, seed_low, seed_high, q, lasts, rhos, lr, weight_decay, last_rounding,
+    truth, live, n, skip, unit, tensor, step, low, high, q, lasts, rhos, lr, weight_decay, last_rounding,
     NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`fused.descend` along (1/q) sum_k rho_k z_k."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
-    total, _ = _total(NORMAL, q, lasts, rhos, unit, tensor, step, seed_low, seed_high)
+    total, _ = _total(NORMAL, q, lasts, rhos, unit, tensor, step, low, high)
     u = _divided(total, q)
-    _descend(
-        truth, live, here, inside, u, lr, weight_decay, unit, tensor, step, seed_low, seed_high, last_rounding, ALIGNED
-    )
+    _descend(truth, live, here, inside, u, lr, weight_decay, unit, tensor, step, low, high, last_rounding, ALIGNED)
 
 
 @_kernel
 def remember(
-    memory, n, skip, unit, tensor, step, seed_low, seed_high, q, lasts, rhos, beta, rest,
+    memory, n, skip, unit, tensor, step, low, high, q, lasts, rhos, beta, rest,
     NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`fused.remember_mean` of rho_k z_k."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
-    total, visits = _total(NORMAL, q, lasts, rhos, unit, tensor, step, seed_low, seed_high)
+    total, visits = _total(NORMAL, q, lasts, rhos, unit, tensor, step, low, high)
     m = _remembered(tl.load(_at(memory, here, ALIGNED), mask=inside), total, visits, q, beta, rest)
     tl.store(_at(memory, here, ALIGNED), m, mask=inside)
 
 
 @_kernel
 def remember_and_descend_sign(
-    memory, truth, live, n, skip, unit, tensor, step, seed_low, seed_high, q, lasts, rhos, beta, rest,
+    memory, truth, live, n, skip, unit, tensor, step, low, high, q, lasts, rhos, beta, rest,
     lr, weight_decay, last_rounding, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`remember`, then `fused.descend_sign` along the memory."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
-    total, visits = _total(NORMAL, q, lasts, rhos, unit, tensor, step, seed_low, seed_high)
+    total, visits = _total(NORMAL, q, lasts, rhos, unit, tensor, step, low, high)
     m = _remembered(tl.load(_at(memory, here, ALIGNED), mask=inside), total, visits, q, beta, rest)
     tl.store(_at(memory, here, ALIGNED), m, mask=inside)
     u = tl.where(m > 0, 1.0, 0.0) - tl.where(m < 0, 1.0, 0.0)
-    _descend(
-        truth, live, here, inside, u, lr, weight_decay, unit, tensor, step, seed_low, seed_high, last_rounding, ALIGNED
-    )
+    _descend(truth, live, here, inside, u, lr, weight_decay, unit, tensor, step, low, high, last_rounding, ALIGNED)
