@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import reference as ref
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from processes import torchrun
+from reference_choices import Weighted, train
 from reference_methods import Method, oracle_probe
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from zoscale.optim.owners import CAPACITY
@@ -93,7 +96,11 @@ FAN_VARIANTS = {
         "hpz": {"zero_hpz_partition_size": 2},
     }.items()
 }
+PLAN = {"keep": 2, "warmup_steps": 2, "expansions": 1, "expand_every": 2}
+"""WeightLoRA+: two adapters of four stay after step 2, one of twice the rank after step 4."""
+ADAPTER = {"peft_type": "weight_lora", "target_modules": ["v_proj", "fc1"], **PLAN}
 CHECKS: dict[str, dict[str, Any]] = {
+    "chosen": LORA | SIGN | BLOCK | TWO | {"adapter": ADAPTER, "blocks": False},
     "exactness_fp32": FULL | SIGN | BLOCK | TWO | {"check": "exactness"},
     "exactness_bf16": FULL | SIGN | {"probe": "gaussian"} | TWO | {"check": "exactness", "dtype": "bfloat16"},
     "exactness_bf16_none": FULL | SIGN | BLOCK | TWO | {"check": "exactness", "dtype": "bfloat16", "master": "none"},
@@ -117,18 +124,30 @@ ADAMW: dict[str, Any] = {
         "groups": [{"pattern": "embed", "lr_scale": 0.1}],
     },
     "check": "resumed",
+    "starts": [3],
 }
 MOMENTUM: dict[str, Any] = {
     "optimizer": "fo_sgd",
     "optimizer_args": {"lr": 5e-2, "momentum": 0.9, "weight_decay": 0.1, "max_grad_norm": 0.5},
     "check": "resumed",
+    "starts": [3],
 }
+def chosen(method: dict[str, Any], *starts: int) -> dict[str, Any]:
+    """A first-order method with groups of which some are empty after the choices."""
+    groups = [{"pattern": "factor", "lr_scale": 2.0}, {"pattern": "layers.0", "lr_scale": 0.5}]
+    changes = {"adapter": ADAPTER, "starts": starts, "steps": 6, "scale": 0.5}
+    return LORA | method | changes | {"optimizer_args": method["optimizer_args"] | {"groups": groups}}
+
+
 FIRST_ORDER: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "adamw_full": (FULL | ADAMW, (1,)),
     "adamw_lora_bf16": (LORA | ADAMW | {"dtype": "bfloat16"}, (2,)),
     "adamw_full_bf16": (FULL | ADAMW | {"dtype": "bfloat16"}, (2,)),
     "adamw_full_persistent": (FULL | ADAMW | {"zero": {"stage3_param_persistence_threshold": 640}}, (2,)),
     "sgd_lora": (LORA | MOMENTUM, (1, 2, 3)),
+    "sgd_chosen": (chosen(MOMENTUM, 4), (1, 2, 3)),
+    "adamw_chosen": (chosen(ADAMW, 1, 3, 4), (1, 2, 3)),
+    "adamw_chosen_bf16": (chosen(ADAMW, 4) | {"dtype": "bfloat16"}, (2,)),
     "adamw_non_finite": (LORA | ADAMW | {"check": "non_finite"}, (2,)),
 }
 """Backpropagation: scenarios and their world sizes."""
@@ -200,25 +219,20 @@ def dense(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[list[Any],
     return losses, rhos, trainer.params
 
 
+def plain_model(scenario: dict[str, Any], models: dict[str, Path]) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(models[scenario["arch"]]).eval()
+    return model.to(getattr(torch, scenario.get("dtype", "float32")))
+
+
 def backpropagated(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     """Losses, gradient norms and final fp32 weights of plain torch in one process."""
-    model: Any = AutoModelForCausalLM.from_pretrained(models[scenario["arch"]]).eval()
-    model = model.to(getattr(torch, scenario.get("dtype", "float32")))
+    model = plain_model(scenario, models)
     if scenario["lora"]:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {n: tiny.values(n, tuple(p.shape)).requires_grad_() for n, p in trained.items()}
-    given = dict(scenario["optimizer_args"])
-    limit, (group,) = given.pop("max_grad_norm", math.inf), given.pop("groups", None) or [{}]
-    rows = [
-        {
-            "params": [w],
-            "lr": given["lr"] * (group["lr_scale"] if group and group["pattern"] in n else 1),
-            "weight_decay": given["weight_decay"] if w.dim() > 1 else 0.0,
-        }
-        for n, w in masters.items()
-    ]
-    optimizer = (torch.optim.AdamW if "adamw" in scenario["optimizer"] else torch.optim.SGD)(rows, **given)
+    limit = scenario["optimizer_args"].get("max_grad_norm", math.inf)
+    optimizer = torch_optimizer(scenario, masters)
     losses, norms = [], []
     for step in range(STEPS):
         with torch.no_grad():
@@ -233,6 +247,35 @@ def backpropagated(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[A
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), limit)))
         optimizer.step()
     return losses, norms, masters
+
+
+def chosen_among(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """`backpropagated` with WeightLoRA+."""
+    lora = LoraConfig(task_type="CAUSAL_LM", **tiny.LORA | {"target_modules": ADAPTER["target_modules"]})
+    model = Weighted(get_peft_model(plain_model(scenario, models), lora), mean_loss)
+    names = [name for layer in model.layers for name in model.names(layer)]
+    trained = {n: nn.Parameter(tiny.values(n, tuple(model.shapes.get(n, (1,))), scenario["scale"])) for n in names}
+    limit = scenario["optimizer_args"].get("max_grad_norm", math.inf)
+    losses, norms = train(
+        model, trained, lambda step: tiny.batch(step, 4), partial(torch_optimizer, scenario), plan=PLAN,
+        steps=scenario["steps"], max_grad_norm=limit, seed=7,
+    )  # fmt: skip
+    return losses, norms, dict(trained)
+
+
+def torch_optimizer(scenario: dict[str, Any], masters: dict[str, Any]) -> torch.optim.Optimizer:
+    """A first-order method of a scenario by torch alone; the first group whose pattern is in a name counts."""
+    given = {key: value for key, value in scenario["optimizer_args"].items() if key != "max_grad_norm"}
+    groups = given.pop("groups", [])
+    rows = [
+        {
+            "params": [w],
+            "lr": given["lr"] * next((group["lr_scale"] for group in groups if group["pattern"] in name), 1),
+            "weight_decay": given["weight_decay"] if w.dim() > 1 else 0.0,
+        }
+        for name, w in masters.items()
+    ]
+    return (torch.optim.AdamW if "adamw" in scenario["optimizer"] else torch.optim.SGD)(rows, **given)
 
 
 def rule_of(scenario: dict[str, Any], vectors: tuple[str, ...]) -> Any:
@@ -319,7 +362,7 @@ def test_fan_out_equals_the_oracle_and_itself_at_any_world_size(job: Any, oracle
         assert_same_bits(weights, first[2])
 
 
-@pytest.mark.parametrize("name", [name for name in TRAJECTORIES if "muon" not in name])
+@pytest.mark.parametrize("name", [name for name in [*TRAJECTORIES, "chosen"] if "muon" not in name])
 def test_a_trajectory_has_the_same_bits_at_any_world_size(job: Any, name: str) -> None:
     """Whatever the rule multiplies to matrices, unless it gathers them (Muon)."""
     world, out = job
@@ -381,17 +424,38 @@ def test_backpropagation_equals_plain_torch(job: Any, models: dict[str, Path], n
         pytest.skip(f"{name} is run at {worlds} ranks")
     report, weights = outcome(out, name)
     assert report["zero"] == "DeepSpeedZeroOptimizer_Stage3" and report["dtype"] == "torch.float32"
-    losses, norms, expected = backpropagated(scenario, models)
+    losses, norms, expected = (chosen_among if "adapter" in scenario else backpropagated)(scenario, models)
     close = {"rtol": 2e-2, "atol": 2e-2} if "bf16" in name else {"rtol": 1e-5, "atol": 1e-5}
-    for turn, start in (("first", 0), ("again", 3)):
-        assert report[turn]["losses"] == pytest.approx(losses[start:], rel=close["rtol"])
-        assert report[turn]["norms"] == pytest.approx(norms[start:], rel=10 * close["rtol"])
-        assert report[turn]["between"] == pytest.approx(report["first"]["between"][start:], rel=1e-5)
-    assert len(set(report["first"]["between"])) == STEPS, "every forward reads the updated weights"
+    for start in (0, *scenario["starts"]):
+        turn = report[str(start)]
+        assert turn["losses"] == pytest.approx(losses[start:], rel=close["rtol"])
+        assert turn["norms"] == pytest.approx(norms[start:], rel=10 * close["rtol"])
+        assert turn["between"] == pytest.approx(report["0"]["between"][start:], rel=1e-5)
+    assert len(set(report["0"]["between"])) == len(losses), "every forward reads the updated weights"
+    assert weights.keys() == expected.keys()
     for tensor_name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected[tensor_name].detach(), **close)
-    moved = [float((tensor - tiny.values(n, tuple(tensor.shape))).abs().max()) for n, tensor in weights.items()]
+    scale = scenario.get("scale", 0.1)
+    moved = [float((tensor - tiny.values(n, tuple(tensor.shape), scale)).abs().max()) for n, tensor in weights.items()]
     assert max(moved) > 1e-2, "nothing was trained"
+
+
+@pytest.mark.parametrize("name", [name for name, (s, _) in FIRST_ORDER.items() if "adapter" in s])
+def test_what_a_choice_leaves_is_all_that_is_trained(job: Any, models: dict[str, Path], name: str) -> None:
+    """Disconnected adapters are called by no pass and in no optimizer; plain PEFT computes what the result computed."""
+    world, out = job
+    if world not in FIRST_ORDER[name][1]:
+        pytest.skip(f"{name} is run at {FIRST_ORDER[name][1]} ranks")
+    report, weights = outcome(out, name)
+    numel = sum(tensor.numel() for tensor in weights.values())
+    for start in (0, *FIRST_ORDER[name][0]["starts"]):
+        assert report[str(start)]["elements"] == [numel, numel], "DeepSpeed keeps those that are trained and no others"
+        assert sorted(report[str(start)]["calls"].values()) == [0, 0, 0, 2]
+    tensors = load_file(out / name / "adapter_model.safetensors")
+    assert len(tensors) == 2 and all(6 in tensor.shape for tensor in tensors.values())
+    model = PeftModel.from_pretrained(plain_model(FIRST_ORDER[name][0], models), out / name)
+    logprobs = -float(mean_loss(model, tiny.batch(0, 1)).detach()) * int((tiny.batch(0, 1)[0]["labels"] != -100).sum())
+    assert logprobs == pytest.approx(report["0"]["between"][-1], rel=2e-2 if "bf16" in name else 1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("exactness")])

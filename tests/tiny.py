@@ -35,10 +35,10 @@ def save_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def values(name: str, shape: tuple[int, ...], scale: float = 0.1) -> torch.Tensor:
     """Starting values of a trainable tensor, by its name."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    return torch.randn(shape, generator=generator) * 0.1
+    return torch.randn(shape, generator=generator) * scale
 
 
 def batch(step: int, num_micro_batches: int = 3) -> list[dict[str, torch.Tensor]]:

@@ -1,8 +1,12 @@
 """Runs scenarios under real ZeRO-3: `torchrun zero3_worker.py SCENARIOS.json OUT`. Rank 0 writes OUT/<name>.*"""
 
+import gc
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +14,17 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 from safetensors.torch import save_file
 
+from zoscale.adapters import selection_of
 from zoscale.assembly import build_model
 from zoscale.checkpoint import load, save
 from zoscale.config import ModelConfig
 from zoscale.engine import ZeroOrderEngine, micro_batches
 from zoscale.estimators import ESTIMATORS
+from zoscale.export import save_trained
 from zoscale.fingerprint import of_model
 from zoscale.first_order import FirstOrderEngine
 from zoscale.meters import CommMeter, Traffic, count_allgathers
@@ -57,15 +64,22 @@ def engine_of(scenario: dict[str, Any], accelerator: Accelerator | None) -> Zero
     """The same on the ranks of an accelerator, or alone in this process."""
     torch.manual_seed(5)
     config = model_config(scenario)
-    adapter = tiny.LORA if scenario["lora"] else None
+    adapter = tiny.LORA | scenario.get("adapter", {}) if scenario["lora"] else None
     model = build_model(config, read_model_config(config), adapter, accelerator)
+    if not scenario.get("blocks", True):
+        model.get_base_model()._no_split_modules = None
     num_empty = sum(param.is_meta for param in model.parameters())
     optimizer, arguments = TABLES["optimizer"][scenario["optimizer"]], scenario.get("optimizer_args", {})
     if scenario["optimizer"] in FIRST_ORDER:
         return started(
             FirstOrderEngine(
-                model, accelerator=accelerator, optimizer=lambda shards, mesh: optimizer(shards, mesh, **arguments)
-            )
+                model,
+                accelerator=accelerator,
+                optimizer=lambda shards, mesh: optimizer(shards, mesh, **arguments),
+                seed=7,
+                selection=selection_of(adapter),
+            ),
+            scenario.get("scale", 0.1),
         )
     engine = ZeroOrderEngine(
         model,
@@ -78,15 +92,16 @@ def engine_of(scenario: dict[str, Any], accelerator: Accelerator | None) -> Zero
         forward=scenario.get("forward", "sequential"),
         max_rows=scenario.get("max_rows"),
         candidate_parts=scenario.get("parts", 1),
+        selection=selection_of(adapter),
     )
     scenario["num_empty"] = num_empty
     return engine if scenario.get("check") == "beginning" else started(engine)
 
 
-def started(engine: ZeroOrderEngine) -> ZeroOrderEngine:
+def started(engine: ZeroOrderEngine, scale: float = 0.1) -> ZeroOrderEngine:
     """With known weights."""
     for shard in engine.shards:
-        whole = tiny.values(shard.spec.name, shard.spec.shape).reshape(-1)
+        whole = tiny.values(shard.spec.name, shard.spec.shape, scale).reshape(-1)
         shard.truth.copy_(whole[shard.offset : shard.offset + len(shard)])
         shard.publish()
     return engine
@@ -230,23 +245,71 @@ def merged_rows(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, 
 
 
 def resumed(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
-    """First-order steps with evaluations between them; then the last ones again, from the checkpoint of any world."""
-    folder, report = Path(scenario["model"]).with_name(f"{scenario['name']}_checkpoint"), dict[str, Any]()
-    for turn in ("first", "again"):
-        losses, norms, between = [], [], []
+    """First-order steps with evaluations between them; then the last ones again, from the checkpoints of any world."""
+    folder, report = Path(scenario["model"]), dict[str, Any]()
+    folders = {start: folder.with_name(f"{scenario['name']}_checkpoint_{start}") for start in scenario["starts"]}
+    engine.arrange = partial(arrange_watched, engine, engine.arrange)  # type: ignore[method-assign]
+    for start in (0, *scenario["starts"]):
+        if start:
+            load(engine, folders[start], "hash")
+        losses, norms, between, calls = [], [], [], dict[str, int]()
         for step in range(engine.num_steps, scenario["steps"]):
-            if step == 3 and not folder.exists():
-                save(engine, folder, "hash")
+            if step in folders and not folders[step].exists():
+                save(engine, folders[step], "hash")
             result = engine.step(tiny.batch(step, 4))
             losses.append(result.loss)
             norms.append(result.estimate.projected_grads[0])
-            with torch.no_grad():
+            with torch.no_grad(), calls_counted(engine, calls):
                 between.append(float(engine.answers.answer_logprobs(micro_batches(tiny.batch(0, 1))[0]).sum()))
-        report[turn] = {"losses": losses, "norms": norms, "between": between}
-        if turn == "first":
-            load(engine, folder, "hash")
+        elements = [engine.num_trainable, elements_of_deepspeed(engine)]
+        report[str(start)] = {"losses": losses, "norms": norms, "between": between, "calls": calls, "elements": elements}
     assert all(other == report for other in engine.mesh.gather_objects(report)), "ranks hold different scalars"
+    if engine.adapters is not None:
+        save_trained(engine, Path(scenario["out"]) / scenario["name"])
     return report | {"zero": type(engine.answers.module.optimizer).__name__, "dtype": str(engine.shards[0].truth.dtype)}
+
+
+def arrange_watched(engine: ZeroOrderEngine, arrange: Callable[[Any], None], shapes: Any) -> None:
+    """The tensors that stay keep their fp32 weights bit for bit, and their optimizer state."""
+    before = {(shard.spec.name, shard.spec.shape): (shard.truth.clone(), engine.optimizer.state_of(shard)) for shard in engine.shards}
+    arrange(shapes)
+    for shard in engine.shards:
+        if (shard.spec.name, shard.spec.shape) in before:
+            truth, state = before[shard.spec.name, shard.spec.shape]
+            now = engine.optimizer.state_of(shard)
+            assert torch.equal(shard.truth, truth) and now.keys() == state.keys()
+            assert all(torch.equal(torch.as_tensor(now[key]), torch.as_tensor(state[key])) for key in state)
+
+
+def elements_of_deepspeed(engine: ZeroOrderEngine) -> int:
+    """Elements that DeepSpeed's optimizers of a model keep fp32 weights of, all ranks together, without padding."""
+    own = sum(
+        flat.numel()
+        for optimizer in gc.get_objects()
+        if type(optimizer) is DeepSpeedZeroOptimizer_Stage3 and optimizer.module is engine.model
+        for flat in optimizer.fp32_partitioned_groups_flat
+    )
+    padding = sum(-(-shard.spec.numel // engine.mesh.world_size) - len(shard) for shard in engine.shards)
+    return sum(engine.mesh.gather_objects(own - padding))
+
+
+@contextmanager
+def calls_counted(engine: ZeroOrderEngine, calls: dict[str, int]) -> Iterator[None]:
+    """Count the calls of the weighted adapters' matrices within, connected or not, by layer."""
+    slots = engine.adapters.slots if engine.adapters is not None else []
+    calls |= {slot.own_name: 0 for slot in slots}
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    hooks = [
+        module.register_forward_hook(lambda *_, name=slot.own_name: count(name))
+        for slot in slots
+        for module in (slot.a, slot.b)
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 CHECKS = {
@@ -265,7 +328,7 @@ CHECKS = {
 def main(scenarios: str, out: str) -> None:
     for scenario in json.loads(Path(scenarios).read_text()):
         engine = build(scenario)
-        report = CHECKS[scenario.get("check", "trajectory")](engine, scenario)
+        report = CHECKS[scenario.get("check", "trajectory")](engine, scenario | {"out": out})
         final = weights(engine)
         if engine.mesh.is_main:
             save_file(final, Path(out) / f"{scenario['name']}.safetensors")

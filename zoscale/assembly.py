@@ -178,6 +178,7 @@ def build_training_engine(
         objective=objective,
         seed=config.seed,
         tokenizer=tokenizer,
+        selection=selection_of(config.adapter),
     )
 
 

@@ -35,7 +35,10 @@ class BackwardForward:
         self.answers = answers
         self.shards = shards
         self.mesh = mesh
-        self._engine: Any = answers.module
+
+    @property
+    def _engine(self) -> Any:
+        return self.answers.module
 
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
         """See `Forward`; the candidates are those of `Backpropagation`."""

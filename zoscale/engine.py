@@ -204,6 +204,11 @@ class ZeroOrderEngine:
         if self.adapters is None or {s.name: s.shape for s in self.specs} == {n: tuple(s) for n, s in shapes.items()}:
             return
         self.adapters.arrange(shapes, partial(cut_up_like, self.model))
+        self._take_over()
+        self.forward = self._new_forward()
+
+    def _take_over(self) -> None:
+        """Let slices and optimizer be those of the tensors that the model trains now."""
         forget_order(self.answers.module)
         old = {shard.param: shard for shard in self.shards}
         self.shards = []
@@ -212,7 +217,6 @@ class ZeroOrderEngine:
             shard.spec = spec
             self.shards.append(shard)
         self.optimizer.adopt(self.shards)
-        self.forward = self._new_forward()
         for shard in old.values():
             shard.release()
 

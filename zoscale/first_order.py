@@ -1,13 +1,14 @@
 """`FirstOrderEngine`: backpropagation through DeepSpeed ZeRO-3, behind the zero-order engine's interface."""
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zoscale.adapters import selection_of
+from zoscale.adapter_choice import Shapes
 from zoscale.backward import BackwardForward
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
@@ -19,10 +20,12 @@ from zoscale.objectives import OBJECTIVES, Objective, language_modeling
 from zoscale.optim.first_order import FirstOrderOptimizer, FOAdamW
 from zoscale.partitions import shards_of_optimizer
 from zoscale.probes.gradient import Gradient
+from zoscale.selection import Selection
 from zoscale.shard_groups import GroupedAccelerator
 from zoscale.shards import Master, ShardedParam, trainable_specs
 
 _BUCKET = 2**24  # elements, 64 MiB: DeepSpeed's own 5e8 would dwarf small models
+_OF_ENGINE = ("pre_bwd_fn", "post_bwd_fn", "_external_params")  # what an ended engine leaves in modules and the next would take for its own
 
 FirstOrderFactory = Callable[[Sequence[ShardedParam], Mesh], FirstOrderOptimizer]
 
@@ -34,13 +37,20 @@ class FirstOrderEngine(ZeroOrderEngine):
     all ranks. Dropout is off: the loss is the one that the zero-order methods see. Weights are trained in fp32 and
     computed with in the model's type.
 
+    DeepSpeed's optimizer keeps the tensors that it starts with, so a choice among weighted adapters (WeightLoRA, arXiv
+    2506.02724) ends its engine and starts another one for the tensors that are left. To the paper a choice sets the
+    other adapters' w to 0 for good: for what stays, training goes on, and moments and number of steps are kept. The
+    matrices of twice the rank are new variables in another basis: they start with zero moments at step 0, their w
+    keeps its own. Matrices and vectors are in groups of their own, so no group has both.
+
     Args:
         model: a Hugging Face (or PEFT) causal LM.
         accelerator: from `zoscale.start`, with ZeRO-3 over all ranks.
         optimizer: makes the update rule; a class with its defaults will do.
         objective: the loss of a micro-batch, differentiable.
-        seed: of no matter to training.
+        seed: of the rows of A that WeightLoRA+ adds; of no other matter to training.
         tokenizer: of the model; needed where answers are generated in evaluations.
+        selection: which adapters are kept, and when they are chosen; for a model after `weigh_adapters`.
 
     Raises:
         ValueError: if nothing is trainable, or the model is not sharded over all ranks.
@@ -55,6 +65,7 @@ class FirstOrderEngine(ZeroOrderEngine):
         objective: Objective = language_modeling,
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self._factory = optimizer
         super().__init__(
@@ -67,6 +78,7 @@ class FirstOrderEngine(ZeroOrderEngine):
             seed=seed,
             noise="eager",
             tokenizer=tokenizer,
+            selection=selection,
         )
         self.optimizer: FirstOrderOptimizer
         self.optimizer.attach(self.answers.module)
@@ -75,23 +87,35 @@ class FirstOrderEngine(ZeroOrderEngine):
         is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
         if accelerator is None or not is_sharded or isinstance(accelerator, GroupedAccelerator):
             raise ValueError("expected ZeRO-3 over all ranks (mesh.shard_size null) for first-order training")
-        import deepspeed
-
-        mesh, found = Mesh(accelerator.device), trainable_specs(model)
-        rule = self._factory([ShardedParam.outline(spec, 0, 0, mesh.device) for spec, _ in found], mesh)
-        named = {spec.name: param for spec, param in found}
-        groups = [
-            {**_options(group), "params": [named[name] for name in group["param_names"]]} for group in rule.param_groups
-        ]
-        sizes = [spec.numel for spec, _ in found]
-        bucket = min(sum(sizes), max(_BUCKET, *sizes))
-        plugin: Any = accelerator.state.deepspeed_plugin
-        config = with_gradients(plugin.deepspeed_config, bucket, rule.max_grad_norm)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=rule.torch_optimizer(groups), config=config)
-        return engine, mesh
+        mesh, plugin = Mesh(accelerator.device), cast(Any, accelerator.state.deepspeed_plugin)
+        self._deepspeed: Mapping[str, Any] = plugin.deepspeed_config
+        return start_engine(model, self._factory(_outlines(model, mesh), mesh), self._deepspeed), mesh
 
     def _slices(self, model: nn.Module, master: Master) -> list[ShardedParam]:
         return shards_of_optimizer(model)
+
+    def arrange(self, shapes: Shapes) -> None:
+        super().arrange(shapes)
+        gc.collect()  # an engine of DeepSpeed that has ended and its optimizer hold each other, and their tensors
+
+    def _take_over(self) -> None:
+        here = {param for _, param in trainable_specs(self.model)}
+        kept = {s.param: (s.truth, self.optimizer.state_of(s)) for s in self.shards if s.param in here}
+        gone = [shard for shard in self.shards if shard.param not in here]
+        end_engine(self.answers.module)
+        self.optimizer.adopt(_outlines(self.model, self.mesh))
+        self.answers.module = start_engine(self.model, self.optimizer, self._deepspeed)
+        self.optimizer.attach(self.answers.module)
+        self.shards = shards_of_optimizer(self.model)
+        self.optimizer.adopt(self.shards)
+        for shard in self.shards:
+            if shard.param in kept:
+                truth, state = kept[shard.param]
+                shard.truth.copy_(truth)
+                shard.publish()
+                self.optimizer.load_state_of(shard, state)
+        for shard in gone:
+            shard.release()
 
     def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int) -> Forward:
         return BackwardForward(self.answers, self.shards, self.mesh)
@@ -115,12 +139,6 @@ def check_first_order(config: RunConfig) -> None:
         ("forward.name", "auto", config.forward.name == "auto", "leave it out: there are no candidates"),
         ("forward.max_rows", "null", config.forward.max_rows is None, "leave it out: there are no candidates"),
         ("master", "fp32", config.master == "fp32", "leave it out: DeepSpeed trains fp32 weights"),
-        (
-            "adapter.peft_type",
-            "other than weight_lora",
-            selection_of(config.adapter) is None,
-            "train plain LoRA: DeepSpeed's optimizer keeps the tensors that it starts with",
-        ),
         ("model.dtype", "bfloat16 or float32", config.model.dtype != "float16", "set model.dtype"),
     )
     values = config.flatten()
@@ -129,11 +147,41 @@ def check_first_order(config: RunConfig) -> None:
             raise ConfigError(f"{key} {expected} with optimizer {config.optimizer.name}", str(values[key]), remedy)
 
 
+def start_engine(model: nn.Module, rule: FirstOrderOptimizer, config: Mapping[str, Any]) -> Any:
+    """DeepSpeed's engine and stage-3 optimizer for the tensors that a model trains now. A collective.
+
+    Args:
+        model: sharded, without an engine.
+        rule: with these tensors in its groups.
+        config: as `runtime.fill_deepspeed_config` gives it.
+    """
+    import deepspeed
+
+    found = trainable_specs(model)
+    sizes = [spec.numel for spec, _ in found]
+    bucket = min(sum(sizes), max(_BUCKET, *sizes))
+    optimizer = rule.new_torch_optimizer({spec.name: param for spec, param in found})
+    for module in model.modules():
+        for name in _OF_ENGINE:
+            vars(module).pop(name, None)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=with_gradients(config, bucket, rule.max_grad_norm)
+    )
+    return engine
+
+
+def end_engine(engine: Any) -> None:
+    """Take DeepSpeed's engine and its stage-3 optimizer off their model; `destroy` leaves the engine's own hooks."""
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+
+
 def with_gradients(config: Mapping[str, Any], bucket: int, max_grad_norm: float | None) -> dict[str, Any]:
     """A DeepSpeed configuration for forward passes made fit for backward passes.
 
     Args:
-        config: as `runtime.fill_deepspeed_config` gives it.
+        config: for forward passes.
         bucket: gradients that are reduced together, unless the configuration says so.
         max_grad_norm: to clip to.
     """
@@ -148,5 +196,5 @@ def with_gradients(config: Mapping[str, Any], bucket: int, max_grad_norm: float 
     }
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+def _outlines(model: nn.Module, mesh: Mesh) -> list[ShardedParam]:
+    return [ShardedParam.outline(spec, 0, 0, mesh.device) for spec, _ in trainable_specs(model)]

@@ -139,7 +139,7 @@ def _spans(engine: ZeroOrderEngine, timer: PhaseTimer) -> list[AbstractContextMa
     first_order = engine.estimator.num_backwards > 0
     return [
         timed(timer, "noise", engine, "directions"),
-        *([timed(timer, "forward", engine.forward, "backward")] if first_order else []),
+        *([timed(timer, "forward", type(engine.forward), "backward")] if first_order else []),
         timed(timer, "other" if first_order else "noise", type(engine.forward), "losses"),
         timed(timer, "noise", engine.noise, "words", "uniform", "normal", "rademacher", "rademacher_at"),
         timed(timer, "forward", engine, "objective"),

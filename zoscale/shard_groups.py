@@ -136,7 +136,11 @@ def cut_up_like(model: nn.Module, param: nn.Parameter) -> None:
 def forget_order(module: nn.Module) -> None:
     """Let ZeRO-3 find out anew which parameters a pass reads, after they have changed; a no-op for a whole model."""
     zero: Any = getattr(module, "optimizer", None)
-    if zero is not None and not (coordinator := zero.get_param_coordinator()).is_invalid_trace():
+    if zero is None:
+        return
+    for part in module.modules():
+        getattr(part, "_external_params", {}).clear()  # of other modules, that it was seen to read
+    if not (coordinator := zero.get_param_coordinator()).is_invalid_trace():
         coordinator._invalidate_trace()
 
 

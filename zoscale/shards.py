@@ -124,6 +124,7 @@ class ShardedParam:
     def release(self) -> None:
         """Give the slice's memory back, whoever still refers to it: the tensor is gone from the model."""
         self.reach_next_forward()
+        vars(self.param).pop("_z3_optimizer", None)  # which holds the memory of all others
         storage = self.live.untyped_storage()
         if storage.resizable():
             storage.resize_(0)

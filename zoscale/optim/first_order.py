@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from zoscale.estimators import Backpropagation, Estimator, GradientEstimate
 from zoscale.mesh import Mesh
@@ -51,10 +52,10 @@ class FirstOrderOptimizer(ZeroOrderOptimizer):
 
     @abstractmethod
     def torch_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer for DeepSpeed.
+        """The rule of torch.
 
         Args:
-            groups: `param_groups` with the model's own parameters.
+            groups: some of `param_groups`, with the model's own parameters.
         """
 
     @classmethod
@@ -65,8 +66,27 @@ class FirstOrderOptimizer(ZeroOrderOptimizer):
                 raise ValueError(f"expected the {what} {name} with {cls.__name__}, got {type(got).__name__}")
 
     def attach(self, engine: Any) -> None:
-        """Step with this DeepSpeed engine from now on; its optimizer came from `torch_optimizer`, groups alike."""
+        """Step with this DeepSpeed engine from now on; its optimizer came from `new_torch_optimizer`."""
         self._engine = engine
+
+    def new_torch_optimizer(self, params: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer for DeepSpeed, with the groups that have tensors now.
+
+        Args:
+            params: the model's own, by name.
+        """
+        return self.torch_optimizer(
+            [
+                {key: value for key, value in group.items() if key not in ("params", "param_names")}
+                | {"params": [params[name] for name in group["param_names"]]}
+                for group in self._present_groups
+            ]
+        )
+
+    @property
+    def _present_groups(self) -> list[dict[str, Any]]:
+        """Adapters that were disconnected may leave a group empty."""
+        return [group for group in self.param_groups if group["params"]]
 
     def rule(self, spec: TensorSpec) -> str:
         return "matrix" if spec.is_matrix else "vector"
@@ -83,7 +103,7 @@ class FirstOrderOptimizer(ZeroOrderOptimizer):
         if self._engine is None:
             raise ValueError(f"expected a FirstOrderEngine for {type(self).__name__}, got a ZeroOrderEngine")
         inner = self._engine.optimizer.optimizer
-        for own, group in zip(self.param_groups, inner.param_groups, strict=True):
+        for own, group in zip(self._present_groups, inner.param_groups, strict=True):
             group["lr"] = own["lr"]
         self._engine.step()
 
@@ -169,6 +189,10 @@ class FOAdamW(FirstOrderOptimizer):
         check_beta(options["beta2"], "beta2")
         if not 0 < options["eps"] < math.inf:
             raise ValueError(f"expected a finite eps > 0, got {options['eps']}")
+
+    def load_state_of(self, shard: ShardedParam, state: Mapping[str, Any]) -> None:
+        """As the other rules'. Moments without a number of steps are zeros: those of a tensor that took none yet."""
+        super().load_state_of(shard, {"step": 0.0, **state} if state else state)
 
     def torch_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW([{**group, "betas": (group["beta1"], group["beta2"])} for group in groups])
