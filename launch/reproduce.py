@@ -52,7 +52,7 @@ def read(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--methods", type=words, metavar="A,B", help="default: those of the preset")
     parser.add_argument("--schemes", type=words, metavar="ft,lora", help="default: those of the preset")
     parser.add_argument("--seeds", type=numbers, metavar="0,1", help="the first one chooses the learning rate")
-    parser.add_argument("--forwards", type=int, help="of a training batch, per run")
+    parser.add_argument("--forwards", type=int, help="forward equivalents of a training batch, per run")
     parser.add_argument("--lr", type=learning_rates, default=[], action="append", metavar="METHOD=LR,LR",
                         help="instead of the preset's; may be repeated")  # fmt: skip
     parser.add_argument("--model", help="Hugging Face id or folder")

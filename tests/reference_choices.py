@@ -1,4 +1,4 @@
-"""The oracle of WeightLoRA+ by backpropagation (arXiv 2506.02724), in plain torch: it imports nothing of the package."""
+"""The oracle of WeightLoRA+ by backpropagation (arXiv 2506.02724), in plain torch; it imports nothing of ours."""
 
 from __future__ import annotations
 

@@ -178,12 +178,12 @@ def test_the_answer_names_groups_seeds_and_costs(report: Path) -> None:
         "jaguar_sign_sgd": ["0"],
     }
     assert found["metric"] == "dev/accuracy"
-    assert [verdict["per"] for verdict in found["verdicts"]] == ["forward pass", "second", "device (GPU) hour"]
+    assert [verdict["per"] for verdict in found["verdicts"]] == ["forward equivalent", "second", "device (GPU) hour"]
     assert {verdict["certainty"] for verdict in found["verdicts"]} <= {"one seed only", "tie"}
     assert found["differences"]["optimizer.name"] == {label: label for label in groups}
     assert not {"seed", "output_dir", "data.batch_size"} & set(found["differences"])
     for group in groups.values():
-        assert group["totals"]["forwards"]["mean"] == 16.0
+        assert group["totals"]["forward_equivalents"]["mean"] == 16.0
         assert len(group["ranks"]) == 2
         assert all(rank["gathered_bytes_per_step"] > 4e6 for rank in group["ranks"])
         assert {*PHASES, "evaluation"} == set(group["seconds_per_step"])
@@ -231,7 +231,7 @@ def test_hand_made_runs_in_a_store(home: Path) -> None:
     assert [run.id for run in runs] == kept, "in the order in which they were made"
     assert runs[1].metrics["dev/score"] == {0: 0.2, 1: 0.3, 2: 0.4}
     text = shell(f"zoscale compare 'by hand' --uri {uri} --no-report", home).stdout
-    assert "FAILED: b." in text and "forward pass" in text and "dev/score there" in text
+    assert "FAILED: b." in text and "forward equivalent" in text and "dev/score there" in text
 
 
 def test_mistakes_are_refused_with_a_remedy(

@@ -138,13 +138,25 @@ def test_smoothing_keeps_the_steps() -> None:
     assert smooth({1: 1.0, 2: 3.0, 3: 8.0}, 2) == {1: 1.0, 2: 2.0, 3: 5.5}
 
 
+def test_a_backward_pass_is_two_forward_passes() -> None:
+    """A first-order run of 1 + 1 passes a step pays 3; zero-order runs log no backward passes."""
+    counts = {step: 1.0 * step for step in range(5, 41, 5)}
+    first_order = run("adamw", 0, (0.5, 0.6, 0.7), metrics={"train/forwards": counts, "train/backwards": counts})
+    comparison = compare([first_order, run("muon", 0, (0.5, 0.6, 0.7))], "both", None)
+    assert FORWARDS.costs(first_order, [0, 7, 10]) == {0: 0.0, 7: pytest.approx(21.0), 10: 30.0}
+    assert [group["totals"]["forward_equivalents"]["mean"] for group in comparison.to_dict()["groups"]] == [120.0, 80.0]
+    found = verdict(comparison, "forward equivalent")
+    assert (found["budget"], [s["cost_to_target"] for s in found["standings"]]) == (60.0, [60.0, 80.0])
+    assert tables.result_table(comparison)[0][5] == "forward equivalents"
+
+
 # --- verdicts ------------------------------------------------------------------------------------------------
 
 
 def test_a_clear_verdict() -> None:
     comparison = compare(two(), "both", None)
     assert comparison.goal.metric == "dev/accuracy"
-    found = verdict(comparison, "forward pass")
+    found = verdict(comparison, "forward equivalent")
     assert (found["best"], found["certainty"], found["budget"]) == ("muon", "clear", 160.0)
     assert found["standings"][0]["value"] == {
         "mean": pytest.approx(0.81333, abs=1e-4),
@@ -156,14 +168,14 @@ def test_a_clear_verdict() -> None:
     assert [s["cost_to_target"] for s in found["standings"]] == [40.0, 160.0]
     text = "\n".join(tables.explanations(comparison))
     assert "muon is better than sgd on 3 of 3 shared seeds (mean difference 0.213)" in text
-    assert "dev/accuracy 0.6000 takes, in forward passes: muon 40, sgd 160" in text
+    assert "dev/accuracy 0.6000 takes, in forward equivalents: muon 40, sgd 160" in text
 
 
 def test_the_same_seconds_are_not_the_same_steps() -> None:
     """Twice as fast per step, the worse method per forward is the better one per second."""
     runs = two(second=(0.5, 0.5, 0.72, 0.75, 0.75))
     found = {axis.unit: verdict(compare(runs, "both", None), axis.unit) for axis in AXES}
-    assert found["forward pass"]["best"] == "muon"
+    assert found["forward equivalent"]["best"] == "muon"
     assert (found["second"]["best"], found["second"]["budget"]) == ("sgd", 2.0)
     assert found["second"]["standings"][1]["value"]["mean"] == pytest.approx(0.7)
     assert found[HOURS.unit]["best"] == "sgd"
@@ -174,7 +186,7 @@ def test_overlapping_bands_are_said_to_overlap() -> None:
     runs = two()
     runs[-1] = run("sgd", 2, (0.5, 0.5, 0.5, 0.5, 0.805), per_step=0.05)
     comparison = compare(runs, "both", None)
-    found = verdict(comparison, "forward pass")
+    found = verdict(comparison, "forward equivalent")
     assert (found["best"], found["certainty"]) == ("muon", "within the seeds' band")
     assert "the worst seed does not beat the best seed of sgd" in found["explanation"]
     assert "3 of 3 shared seeds" in "\n".join(tables.explanations(comparison)), "paired, it is better all the same"
@@ -182,10 +194,10 @@ def test_overlapping_bands_are_said_to_overlap() -> None:
 
 def test_one_seed_is_said_to_be_one() -> None:
     comparison = compare(two()[:4], "both", None)
-    assert verdict(comparison, "forward pass")["certainty"] == "one seed only"
+    assert verdict(comparison, "forward equivalent")["certainty"] == "one seed only"
     assert "sgd has one seed: nothing is known of its noise." in comparison.notes
     again = compare([*two()[:4], two()[3]], "both", None)
-    assert verdict(again, "forward pass")["certainty"] == "one seed only", "a repeated seed is no second seed"
+    assert verdict(again, "forward equivalent")["certainty"] == "one seed only", "a repeated seed is no second seed"
     assert "sgd has 2 runs and 1 different seeds; every run counts." in again.notes
 
 
@@ -201,7 +213,7 @@ def test_a_tie_and_a_single_group() -> None:
 
 def test_a_method_that_never_learns_sets_no_target() -> None:
     runs = [run("muon", 0, (0.5, 0.9)), run("sgd", 0, (0.5, 0.4))]
-    found = verdict(compare(runs, "both", None), "forward pass")
+    found = verdict(compare(runs, "both", None), "forward equivalent")
     assert found["target"] is None
     assert all(standing["cost_to_target"] is None for standing in found["standings"])
 
@@ -209,7 +221,7 @@ def test_a_method_that_never_learns_sets_no_target() -> None:
 def test_less_loss_is_better() -> None:
     comparison = compare(two(), "both", "loss")
     assert comparison.goal.lower_is_better
-    found = verdict(comparison, "forward pass")
+    found = verdict(comparison, "forward equivalent")
     assert (found["best"], found["certainty"], found["target"]) == ("muon", "clear", pytest.approx(0.4))
     assert comparison.metrics == ("dev/accuracy", "dev/loss"), "seconds are no metric of the model"
 
@@ -229,7 +241,9 @@ def test_metrics_are_those_that_were_logged() -> None:
 
 
 def test_what_a_reader_must_know_is_noted() -> None:
-    unjudged = run("old", 0, (0.5, 0.6), metrics={name: {} for name in (axis.metric for axis in AXES)})
+    unjudged = run(
+        "old", 0, (0.5, 0.6), metrics={name: {} for name in (name for axis in AXES for name in axis.metrics)}
+    )
     other = run("other", 0, (0.5,), tags={"git_commit": "def"}, status="FAILED")
     nothing = run("empty", 0, (math.nan,))
     stopped = run("muon", 3, (0.5, 0.6), status="KILLED")

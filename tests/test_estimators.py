@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from zoscale.estimators import ESTIMATORS, Candidate, Estimator, GradientEstimate, OneSided, TwoPoint
 from zoscale.forward import perturbed
+from zoscale.fused import remember_mean
 from zoscale.noise import Noise
 from zoscale.optim import ZOSGD, JaguarSignSGD
 from zoscale.probes import Block, Direction, DrawnDirection, Gaussian, Piece, Probe, Rademacher, Row, Tensors, pieces
@@ -145,7 +146,7 @@ PROBES_TO_AVERAGE = [Gaussian(), Rademacher(), Row(), Block(rows=0.4, columns=0.
 
 @pytest.mark.parametrize("probe", PROBES_TO_AVERAGE, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize("q", [1, 4])
-def test_mean_and_mean_over_visits_against_numpy(probe: Probe, q: int) -> None:
+def test_mean_and_totals_against_numpy(probe: Probe, q: int) -> None:
     shards = shards_of()
     directions = draw(probe, shards, q)
     rhos = (0.75, -1.5, 0.123456789, 20.0)[:q]
@@ -156,21 +157,31 @@ def test_mean_and_mean_over_visits_against_numpy(probe: Probe, q: int) -> None:
         total = total + np.float32(rho) * z
     visits = (zs != 0).sum(0)
     for limit in (CHUNK, 10):
-        mean, over_visits, seen = [], [], []
+        mean, totals, seen, over_visits = [], [], [], []
         for group in pieces(shards, limit):
             mean += estimate.mean(group)
-            pairs = estimate.mean_over_visits(group)
-            over_visits += [a for a, _ in pairs]
+            pairs = estimate.totals(group)
+            totals += [a for a, _ in pairs]
             seen += [b for _, b in pairs]
-        assert all(part.dtype == torch.float32 for part in mean + over_visits)
+            over_visits += means_over_visits(pairs)
+        assert all(part.dtype == torch.float32 for part in mean + totals + seen)
         assert np.array_equal(torch.cat(mean).numpy(), total / np.float32(q))
+        assert np.array_equal(torch.cat(totals).numpy(), total)
+        assert np.array_equal(torch.cat(seen).numpy(), visits)
         assert np.array_equal(torch.cat(over_visits).numpy(), total / np.maximum(visits, 1).astype(np.float32))
-        assert np.array_equal(torch.cat(seen).numpy(), visits > 0)
     if q > 1 and isinstance(probe, Block):
         assert (visits == 0).sum() > 0 and visits.max() > 1, "the test sees unvisited and repeated coordinates"
 
 
-def test_mean_over_visits_is_unbiased_for_any_support() -> None:
+def means_over_visits(totals: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """What JAGUAR's memory becomes from 0 with beta = 0."""
+    memories = [torch.zeros_like(total) for total, _ in totals]
+    for memory, (total, visits) in zip(memories, totals, strict=True):
+        remember_mean(memory, total, visits, torch.tensor([0.0, 1.0]))
+    return memories
+
+
+def test_the_mean_over_visits_is_unbiased_for_any_support() -> None:
     """Given a visit, E[rho z_i] is the partial derivative i: on f(x) = <g, x> with rho = <g, z>."""
     shards = shards_of([(6, 4), (8,)])
     gradient = np.random.default_rng(1).normal(size=32)
@@ -179,9 +190,9 @@ def test_mean_over_visits_is_unbiased_for_any_support() -> None:
         directions = draw(Block(rows=0.5, columns=0.5), shards, 4, step)
         rhos = tuple(float(gradient @ densified(z, shards)) for z in directions)
         (group,) = pieces(shards)
-        pairs = GradientEstimate(tuple(directions), rhos, 0.0).mean_over_visits(group)
-        visited = torch.cat([b for _, b in pairs]).numpy()
-        projected += float(torch.cat([a for a, _ in pairs]).numpy() @ gradient)
+        pairs = GradientEstimate(tuple(directions), rhos, 0.0).totals(group)
+        visited = torch.cat([visits > 0 for _, visits in pairs]).numpy()
+        projected += float(torch.cat(means_over_visits(pairs)).numpy() @ gradient)
         squares += float((gradient**2)[visited].sum())
         seen += visited
     assert seen.min() > 20 and seen.max() < 60

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
-    {"config", "philox", "fused", "phases", "stillness", "devices", "prefixes"},
+    {"config", "philox", "fused", "phases", "passes", "stillness", "devices", "prefixes"},
     {
         "noise",
         "triton_kernels",

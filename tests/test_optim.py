@@ -485,9 +485,9 @@ def test_memory_keeps_every_visited_block() -> None:
         for step in range(2):
             estimate = fixed_estimate([shard], step, q=1, probe=Block(rows=0.2, columns=0.2))
             (group,) = pieces([shard])
-            ((_, seen),) = estimate.mean_over_visits(group)
+            ((_, visits),) = estimate.totals(group)
             optimizer.step(estimate)
-            visited.append(seen)
+            visited.append(visits > 0)
             remembered.append(optimizer.state[shard.truth]["momentum"].clone())
         first_only = visited[0] & ~visited[1]
         assert int(first_only.sum()) > 0 and int((visited[1] & ~visited[0]).sum()) > 0

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from jobs import JobServer, largest_difference, run_dir_of
+from peft import PeftModel
 from processes import ROOT
+from transformers import AutoModelForCausalLM
 
 from zoscale.config import ConfigError
 from zoscale.journal import Journal
@@ -59,24 +61,33 @@ def test_no_steps_is_an_evaluation_with_demonstrations(server: JobServer) -> Non
 
 
 DIES = """
-import os
+import os, signal
 from zoscale.engine import ZeroOrderEngine
 step = ZeroOrderEngine.step
-ZeroOrderEngine.step = lambda self, batch: os._exit(1) if self.num_steps == 3 else step(self, batch)
+def dies(self, batch):
+    if self.num_steps == {step}: os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch)
+ZeroOrderEngine.step = dies
 """
 
 
 def test_a_first_order_run_that_dies_goes_on_from_its_checkpoint(server: JobServer) -> None:
-    """Two ranks die in step 3 and one takes steps 2 and 3 again: the result of a run that never stopped."""
+    """WeightLoRA+ killed before and after the choices, on other numbers of ranks: as a run that never stopped."""
     options = ["--config", "launch/recipes/quickstart-adamw.yaml", "data.num_train=16", "data.num_dev=4"]
     options += ["data.num_validation=4", "data.batch_size=4", "data.micro_batch_size=2", "tracking.mlflow=false"]
     options += ["train.steps=5", "train.eval_every=0", "train.log_every=1", "checkpoint.every=2"]
+    options += ["adapter.peft_type=weight_lora", "adapter.keep=4", "adapter.warmup_steps=3"]
+    options += ["adapter.expansions=1", "adapter.expand_every=1"]
     whole, broken = server.folder / "whole", server.folder / "broken"
     text = server.run(1, *options, f"output_dir={whole}")
     assert "method: fo_adamw, gradient probe, backpropagation, 1 forward and 1 backward pass per step" in text
-    server.run(2, *options, f"output_dir={broken}", expect=1, plant=DIES)
-    text = server.run(1, *options, f"output_dir={broken}")
+    assert "step 3: kept 4 of 8 adapters, of rank 8: model." in text
+    assert "step 4: kept 2 of 4 adapters, of rank 16: model." in text
+    server.run(2, *options, f"output_dir={broken}", expect=-9, plant=DIES.format(step=3))
+    text = server.run(3, *options, f"output_dir={broken}", expect=-9, plant=DIES.format(step=4))
     assert "resumed at step 2, the newest checkpoint; 1 steps are taken again" in text
+    text = server.run(1, *options, f"output_dir={broken}")
+    assert "resumed at step 4, the newest checkpoint; 0 steps are taken again" in text
     assert largest_difference(whole, broken) < 1e-6
     first, again = run_dir_of(whole), run_dir_of(broken)
     assert first is not None and again is not None
@@ -85,7 +96,7 @@ def test_a_first_order_run_that_dies_goes_on_from_its_checkpoint(server: JobServ
     for one, other in zip(*records, strict=True):
         assert one.losses == pytest.approx(other.losses, rel=1e-5) and one.lrs == other.lrs
     summary = json.loads((again / "summary.json").read_text())
-    assert (summary["forwards"], summary["backwards"], summary["resumed_at_step"]) == (5, 5, 2)
+    assert (summary["forwards"], summary["backwards"], summary["resumed_at_step"]) == (5, 5, 4)
     logged: dict[str, list[float]] = {}
     for row in lines(again / "metrics.jsonl"):
         for name, value in row["metrics"].items():
@@ -98,3 +109,10 @@ def test_a_first_order_run_that_dies_goes_on_from_its_checkpoint(server: JobServ
     assert "trained with zoscale by backpropagation through DeepSpeed ZeRO-3, fo_adamw." in card
     text = server.run(1, "evaluate", "--run", str(again), "--checkpoint", "last")
     assert "step 5" in text, "the last step has a checkpoint"
+    kept = json.loads((again / "choices/step_00000004.json").read_text())["kept"]
+    assert kept == json.loads((first / "choices/step_00000004.json").read_text())["kept"]
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "launch/tiny_opt/model")
+    adapted = PeftModel.from_pretrained(base, again / "adapter", is_trainable=True)
+    assert {name.split(".lora_")[0] for name, param in adapted.named_parameters() if param.requires_grad} == {
+        f"base_model.model.{layer}" for layer in kept
+    }

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoscale import checkpoint
 from zoscale.adapters import check_scheme, selection_of
-from zoscale.assembly import check_methods
 from zoscale.config import ConfigError, parse
 from zoscale.engine import ZeroOrderEngine, micro_batches
 from zoscale.estimators import GradientEstimate
@@ -245,12 +244,6 @@ def test_selections_that_do_not_fit_the_model_are_refused(changes: dict[str, Any
     with pytest.raises(ConfigError) as caught:
         add_adapter(model, ADAPTER | changes)
     assert message in str(caught.value)
-
-
-def test_first_order_methods_are_refused() -> None:
-    options = ["model.id=x", "optimizer.name=fo_adamw", "adapter.peft_type=weight_lora"]
-    with pytest.raises(ConfigError, match=r"adapter\.peft_type other than weight_lora with optimizer fo_adamw"):
-        check_methods(parse(options, TABLES, DEFAULTS))
 
 
 def test_defaults_and_a_model_without_weights() -> None:

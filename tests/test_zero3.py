@@ -132,6 +132,8 @@ MOMENTUM: dict[str, Any] = {
     "check": "resumed",
     "starts": [3],
 }
+
+
 def chosen(method: dict[str, Any], *starts: int) -> dict[str, Any]:
     """A first-order method with groups of which some are empty after the choices."""
     groups = [{"pattern": "factor", "lr_scale": 2.0}, {"pattern": "layers.0", "lr_scale": 0.5}]

@@ -247,11 +247,11 @@ def merged_rows(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, 
 def resumed(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
     """First-order steps with evaluations between them; then the last ones again, from the checkpoints of any world."""
     folder, report = Path(scenario["model"]), dict[str, Any]()
-    folders = {start: folder.with_name(f"{scenario['name']}_checkpoint_{start}") for start in scenario["starts"]}
+    folders = {place: folder.with_name(f"{scenario['name']}_checkpoint_{place}") for place in scenario["starts"]}
     engine.arrange = partial(arrange_watched, engine, engine.arrange)  # type: ignore[method-assign]
-    for start in (0, *scenario["starts"]):
-        if start:
-            load(engine, folders[start], "hash")
+    for first in (0, *scenario["starts"]):
+        if first:
+            load(engine, folders[first], "hash")
         losses, norms, between, calls = [], [], [], dict[str, int]()
         for step in range(engine.num_steps, scenario["steps"]):
             if step in folders and not folders[step].exists():
@@ -262,7 +262,13 @@ def resumed(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]
             with torch.no_grad(), calls_counted(engine, calls):
                 between.append(float(engine.answers.answer_logprobs(micro_batches(tiny.batch(0, 1))[0]).sum()))
         elements = [engine.num_trainable, elements_of_deepspeed(engine)]
-        report[str(start)] = {"losses": losses, "norms": norms, "between": between, "calls": calls, "elements": elements}
+        report[str(first)] = {
+            "losses": losses,
+            "norms": norms,
+            "between": between,
+            "calls": calls,
+            "elements": elements,
+        }
     assert all(other == report for other in engine.mesh.gather_objects(report)), "ranks hold different scalars"
     if engine.adapters is not None:
         save_trained(engine, Path(scenario["out"]) / scenario["name"])
@@ -271,7 +277,10 @@ def resumed(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]
 
 def arrange_watched(engine: ZeroOrderEngine, arrange: Callable[[Any], None], shapes: Any) -> None:
     """The tensors that stay keep their fp32 weights bit for bit, and their optimizer state."""
-    before = {(shard.spec.name, shard.spec.shape): (shard.truth.clone(), engine.optimizer.state_of(shard)) for shard in engine.shards}
+    before = {
+        (shard.spec.name, shard.spec.shape): (shard.truth.clone(), engine.optimizer.state_of(shard))
+        for shard in engine.shards
+    }
     arrange(shapes)
     for shard in engine.shards:
         if (shard.spec.name, shard.spec.shape) in before:

@@ -16,7 +16,7 @@ commands:
   train     train as configured, or go on; `zoscale train --help` documents every option
   submit    train on a SLURM cluster: one node or several, one run or a sweep
   evaluate  score a checkpoint of a run, or a Hugging Face model, on tasks, with the prediction of every example
-  compare   which of some runs is better per forward pass, per second and per device hour: tables and a report
+  compare   which of some runs is better per forward equivalent, per second and per device hour: tables and a report
   export    write a finished run as a PEFT adapter or a merged model with its model card, and push it
   replay    rebuild the weights of any step from the journal alone, and verify the saved ones
   journal   print or plot the steps of a run

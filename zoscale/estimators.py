@@ -80,19 +80,15 @@ class GradientEstimate:
             del segment  # before the next is drawn
         return totals if len(self.directions) == 1 else [total.div_(len(self.directions)) for total in totals]
 
-    def mean_over_visits(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:
-        """On each piece, the mean of rho_k z_k over the directions that visit a coordinate (z_k not zero there).
+    def totals(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:
+        """On each piece, sum_k rho_k z_k and the number of directions that visit a coordinate (z_k not zero there).
 
         Given that a direction visits coordinate i, E[rho z_i] is the partial derivative i, whatever the support and
-        q: what JAGUAR's memory keeps.
+        q: their mean over the visits is what JAGUAR's memory keeps.
 
         Returns:
-            Per piece the mean (float32, zero where not visited) and the visited coordinates (bool).
+            Per piece both, float32 of its size.
         """
-        return [(total.div_(seen.clamp(min=1)), seen > 0) for total, seen in self.totals(group)]
-
-    def totals(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:
-        """On each piece, sum_k rho_k z_k and the number of directions that visit a coordinate: float32 of its size."""
         totals, visits = _zeros(group), _zeros(group)
         for number, segment, rho in self._terms(group):
             segment.visit(totals[number], visits[number], rho)

@@ -25,7 +25,11 @@ from zoscale.shard_groups import GroupedAccelerator
 from zoscale.shards import Master, ShardedParam, trainable_specs
 
 _BUCKET = 2**24  # elements, 64 MiB: DeepSpeed's own 5e8 would dwarf small models
-_OF_ENGINE = ("pre_bwd_fn", "post_bwd_fn", "_external_params")  # what an ended engine leaves in modules and the next would take for its own
+_OF_ENGINE = (
+    "pre_bwd_fn",
+    "post_bwd_fn",
+    "_external_params",
+)  # what an ended engine leaves in modules and the next would take for its own
 
 FirstOrderFactory = Callable[[Sequence[ShardedParam], Mesh], FirstOrderOptimizer]
 

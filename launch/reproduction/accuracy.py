@@ -9,7 +9,8 @@ from reproduction.markdown import number, percent, table
 from reproduction.pictures import draw_accuracy
 from reproduction.results import Choice, Results
 from reproduction.runner import Runner
-from reproduction.study import BACKWARD, HERE, Study, read_yaml
+from reproduction.study import HERE, Study, read_yaml
+from zoscale.passes import BACKWARD
 from zoscale.run_directory import write_text
 
 
@@ -40,7 +41,7 @@ def report(study: Study, logs: Path) -> Path:
         if runs := runs_of(results, name):
             parts += [f"## {scheme.title}: forwards until an accuracy on dev", "", until_table(results, runs)]
             verdicts = write_comparison(results, name, runs, study.out / name)
-            parts += [f"## {scheme.title}: per forward, per second, per device hour", "", verdicts]
+            parts += [f"## {scheme.title}: per forward equivalent, per second, per device hour", "", verdicts]
     parts += missing(results.missing(), logs)
     path = study.out / "accuracy.md"
     write_text(path, "\n".join(parts))
@@ -79,8 +80,8 @@ def notes(results: Results, published: dict[str, Any]) -> list[str]:
         f"Ours: {results.metric} on validation in percent, of the weights that were best on dev; mean (range over "
         "seeds). The learning rate is the best on dev of the first seed's runs; * marks the edge of its grid.",
         f"Before training: {', '.join(before) or '-'}.",
-        f"A forward is one loss of the batch; in the budget a backward pass counts as {BACKWARD} (a first-order step "
-        f"as {1 + BACKWARD}), an exact directional derivative as 1.",
+        f"Forwards are forward equivalents: a loss of the batch is 1, a backward pass {BACKWARD} (a first-order step "
+        f"{1 + BACKWARD}), an exact directional derivative 1.",
     ]
 
 

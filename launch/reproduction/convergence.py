@@ -26,14 +26,14 @@ class Paid:
 
     Args:
         run: as it was logged.
-        cost_of_step: in forwards of the batch.
+        cost_of_step: in forward equivalents of the batch.
     """
 
     run: Run
     cost_of_step: int
 
     def forwards_until(self, target: float, goal: Goal) -> int | None:
-        """Forwards after which the best weights so far are as good as the target on dev; None if they never are."""
+        """Forward equivalents until the best weights so far are as good as the target on dev; None if they never are."""
         best = goal.best_so_far(self.run)
         step = next((step for step, value in best.items() if not goal.beats(target, value)), None)
         return None if step is None else step * self.cost_of_step

@@ -10,6 +10,7 @@ from zoscale.config import ConfigError, Method, RunConfig, build, load_yaml, par
 from zoscale.config.schema import fields_of
 from zoscale.estimators import Estimator
 from zoscale.methods import DEFAULTS, TABLES
+from zoscale.passes import forward_equivalents
 
 HERE = Path(__file__).parent
 PRESETS = HERE / "presets"
@@ -68,7 +69,7 @@ class Study:
         schemes: by key.
         lrs: by scheme and method.
         seeds: the first one chooses the learning rate.
-        forwards: of a training batch, per run.
+        forwards: forward equivalents of a training batch, per run.
         launch: words of the command that `launch/train.py` follows.
         jobs: cells that run at a time.
         out: folder of the runs and the report.
@@ -122,7 +123,7 @@ class Study:
         )  # fmt: skip
 
     def cells(self, scheme: str, method: str, seeds: Sequence[int], lrs: Sequence[float]) -> list[Cell]:
-        """Runs with the same number of forwards as all others."""
+        """Runs with the same number of forward equivalents as all others."""
         return [self.cell(scheme, method, lr, seed) for seed in seeds for lr in lrs]
 
     def cell(self, scheme: str, method: str, lr: float, seed: int, options: Sequence[str] = ()) -> Cell:
@@ -153,15 +154,11 @@ class Study:
         return merge(merge(tree, {"optimizer": {"lr": lr}}), where | tracking)
 
 
-BACKWARD = 2
-"""Forwards that a backward pass counts for: about as many products of matrices."""
-
-
 def cost_of_step(config: RunConfig) -> int:
-    """Losses of the batch that a step takes, as the engine counts them, in forwards."""
+    """Forward equivalents of a step: losses of the batch, and backward passes."""
     estimator: Estimator = build(config.estimator, TABLES["estimator"])
     trials: int = TABLES["optimizer"][config.optimizer.name].num_trials
-    return estimator.num_candidates + trials + (BACKWARD - 1) * estimator.num_backwards
+    return forward_equivalents(estimator.num_candidates + trials - estimator.num_backwards, estimator.num_backwards)
 
 
 def select_by(task: Method) -> str:

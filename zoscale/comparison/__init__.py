@@ -1,1 +1,1 @@
-"""`zoscale compare`: which method is better per forward pass, per second and per device hour, by what was logged."""
+"""`zoscale compare`: which method is better per forward equivalent, second and device hour, by what was logged."""

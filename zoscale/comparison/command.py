@@ -13,7 +13,7 @@ from zoscale.comparison.runs import REPORT_TAG, Store, read_runs
 from zoscale.config import ConfigError
 from zoscale.mlflow_store import short_waits, shown, store_uri
 
-_WHAT = "Which method is better per forward pass, per second and per device hour: a table, and a report."
+_WHAT = "Which method is better per forward equivalent, per second and per device hour: a table, and a report."
 _FOLDER = "report"  # of the artifacts in MLflow
 _SHOWN = 3  # names in a title
 _LONGEST_TAG = 5000  # characters that every MLflow store takes

@@ -62,7 +62,7 @@ class Comparison:
             "runs": [{"id": run.id, "name": run.name, "status": run.status} for run in group.runs],
             "validation": {"before": _spread(before), "chosen": _spread(chosen)},
             "best": _spread(self.goal.best(group)),
-            "totals": {axis.metric.split("/")[-1]: _spread(group.last(axis.metric)) for axis in AXES},
+            "totals": {axis.name: _spread(group.total(axis)) for axis in AXES},
             "tokens_per_second": _spread(group.last("train/tokens_per_second")),
             "ranks": group.ranks,
             "seconds_per_step": group.seconds_per_step,

@@ -11,6 +11,7 @@ import numpy as np
 
 from zoscale.comparison.numbers import Spread
 from zoscale.comparison.runs import Run, Series
+from zoscale.passes import forward_equivalents
 
 _NOT_COMPUTED = re.compile(
     r"(name|seed|output_dir|resume|overwrite|(checkpoint|tracking)\..*|runtime\.(timeout_minutes|stall_seconds))$"
@@ -28,17 +29,30 @@ class Axis:
 
     Args:
         unit: one of it.
-        metric: the running total that is logged.
+        name: of the total, in the JSON.
         label: of a plot's axis.
+        metrics: the running totals that are logged, and what one of each counts for. A run that has not logged the
+            first is not judged; others that it has not logged are 0.
     """
 
     unit: str
-    metric: str
+    name: str
     label: str
+    metrics: Mapping[str, int]
+
+    def totals(self, run: Run) -> Series:
+        """What a run had paid at each step at which it was logged."""
+        first, *_ = self.metrics
+        steps = list(run.metrics.get(first, ()))
+        paid = np.zeros(len(steps))
+        for metric, worth in self.metrics.items():
+            series = run.metrics.get(metric, {})
+            paid += worth * np.interp(steps, [0, *series], [0.0, *series.values()])
+        return dict(zip(steps, paid.tolist(), strict=True))
 
     def costs(self, run: Run, steps: Iterable[int]) -> dict[int, float]:
         """The cost of a run up to each of some steps, as far as it is known."""
-        totals = run.metrics.get(self.metric)
+        totals = self.totals(run)
         if not totals:
             return {}
         known = [step for step in steps if step <= max(totals)]
@@ -46,9 +60,14 @@ class Axis:
 
 
 AXES = (
-    Axis("forward pass", "train/forwards", "forward passes"),
-    Axis("second", "train/seconds", "seconds of training"),
-    Axis("device (GPU) hour", "train/device_hours", "device (GPU) hours"),
+    Axis(
+        "forward equivalent",
+        "forward_equivalents",
+        "forward equivalents",
+        {"train/forwards": forward_equivalents(1, 0), "train/backwards": forward_equivalents(0, 1)},
+    ),
+    Axis("second", "seconds", "seconds of training", {"train/seconds": 1}),
+    Axis("device (GPU) hour", "device_hours", "device (GPU) hours", {"train/device_hours": 1}),
 )
 
 
@@ -113,6 +132,10 @@ class Group:
     def last(self, metric: str) -> Spread | None:
         """The last value of a metric, over the runs."""
         return Spread.of(_last(run.metrics.get(metric)) for run in self.runs)
+
+    def total(self, axis: Axis) -> Spread | None:
+        """What the runs have paid in the end."""
+        return Spread.of(_last(axis.totals(run)) for run in self.runs)
 
     @cached_property
     def ranks(self) -> list[dict[str, float]]:

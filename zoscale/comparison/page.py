@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 from zoscale.comparison import charts, tables
 from zoscale.comparison.comparison import Comparison
 from zoscale.comparison.palette import colour
+from zoscale.passes import BACKWARD
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif; color: #1a1a1a; margin: 0; }
@@ -77,7 +78,8 @@ _METHOD = (
     "seed there is no such statement. Runs of one seed see the same examples in the same order, so that they may "
     "be compared one by one where the bands overlap.",
     "Seconds are those of training, without evaluations and checkpoints. A device hour is an hour of one rank: on GPUs "
-    "a GPU hour. A forward pass is one candidate on the whole batch.",
+    "a GPU hour. A forward pass is one candidate on the whole batch; in forward equivalents a backward pass counts as "
+    f"{BACKWARD}, the standard estimate, although it costs about one where most weights are frozen.",
 )
 
 

@@ -72,7 +72,7 @@ def result_table(comparison: Comparison) -> list[Row]:
                 spread(before),
                 spread(chosen),
                 spread(comparison.goal.best(group)),
-                *(short(total.mean) if (total := group.last(axis.metric)) else "-" for axis in AXES),
+                *(short(total.mean) if (total := group.total(axis)) else "-" for axis in AXES),
                 short(_over_ranks(group, "tokens_per_second", sum)),
                 mebibytes(_over_ranks(group, "peak_memory_bytes", max)),
                 mebibytes(_over_ranks(group, "gathered_bytes_per_step", max)),
