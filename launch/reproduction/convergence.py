@@ -33,7 +33,7 @@ class Paid:
     cost_of_step: int
 
     def forwards_until(self, target: float, goal: Goal) -> int | None:
-        """Forward equivalents until the best weights so far are as good as the target on dev; None if they never are."""
+        """Forward equivalents until the best weights so far are as good as the target on dev; None = never."""
         best = goal.best_so_far(self.run)
         step = next((step for step, value in best.items() if not goal.beats(target, value)), None)
         return None if step is None else step * self.cost_of_step
