@@ -4,8 +4,9 @@
     python launch/reproduce.py memory      --preset small [options] [key=value ...]
     python launch/reproduce.py sensitivity --preset small [options] [key=value ...]
 
-`accuracy` trains every method with every scheme (all weights, LoRA) for the same number of forwards: all learning rates
-with the first seed, then the one that was best on dev with the other seeds. `memory` weighs a few steps of each.
+`accuracy` trains every method with every scheme (all weights, LoRA) for the same number of forwards, a backward pass
+counted as two: all learning rates with the first seed, then the one that was best on dev with the other seeds.
+`memory` weighs a few steps of each.
 `sensitivity` varies tau, beta, block size and signs of JAGUAR one at a time. Each cell is a run of `launch/train.py`
 with its own folder and MLflow run. The same command goes on where it was stopped: finished runs are kept, a killed one
 continues. At the end OUT/COMMAND.md and its pictures are written; `--report` writes them from what there is and runs

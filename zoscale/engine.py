@@ -204,12 +204,12 @@ class ZeroOrderEngine:
         if self.adapters is None or {s.name: s.shape for s in self.specs} == {n: tuple(s) for n, s in shapes.items()}:
             return
         self.adapters.arrange(shapes, partial(cut_up_like, self.model))
+        forget_order(self.answers.module)
         self._take_over()
         self.forward = self._new_forward()
 
     def _take_over(self) -> None:
         """Let slices and optimizer be those of the tensors that the model trains now."""
-        forget_order(self.answers.module)
         old = {shard.param: shard for shard in self.shards}
         self.shards = []
         for spec, param in trainable_specs(self.model):

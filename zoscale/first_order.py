@@ -25,11 +25,7 @@ from zoscale.shard_groups import GroupedAccelerator
 from zoscale.shards import Master, ShardedParam, trainable_specs
 
 _BUCKET = 2**24  # elements, 64 MiB: DeepSpeed's own 5e8 would dwarf small models
-_OF_ENGINE = (
-    "pre_bwd_fn",
-    "post_bwd_fn",
-    "_external_params",
-)  # what an ended engine leaves in modules and the next would take for its own
+_LEFT_BEHIND = ("pre_bwd_fn", "post_bwd_fn")  # by an ended engine in modules; the next would take them for its own
 
 FirstOrderFactory = Callable[[Sequence[ShardedParam], Mesh], FirstOrderOptimizer]
 
@@ -42,10 +38,10 @@ class FirstOrderEngine(ZeroOrderEngine):
     computed with in the model's type.
 
     DeepSpeed's optimizer keeps the tensors that it starts with, so a choice among weighted adapters (WeightLoRA, arXiv
-    2506.02724) ends its engine and starts another one for the tensors that are left. To the paper a choice sets the
-    other adapters' w to 0 for good: for what stays, training goes on, and moments and number of steps are kept. The
-    matrices of twice the rank are new variables in another basis: they start with zero moments at step 0, their w
-    keeps its own. Matrices and vectors are in groups of their own, so no group has both.
+    2506.02724) ends its engine and starts another one for the tensors that are left. The paper's choice is read as
+    setting the other adapters' w to 0 for good: for what stays, training goes on, and moments and number of steps are
+    kept. The matrices of twice the rank are new variables in another basis: they start with zero moments at step 0;
+    their w keeps its own. DeepSpeed counts steps by group, and matrices and vectors are in different ones.
 
     Args:
         model: a Hugging Face (or PEFT) causal LM.
@@ -166,7 +162,7 @@ def start_engine(model: nn.Module, rule: FirstOrderOptimizer, config: Mapping[st
     bucket = min(sum(sizes), max(_BUCKET, *sizes))
     optimizer = rule.new_torch_optimizer({spec.name: param for spec, param in found})
     for module in model.modules():
-        for name in _OF_ENGINE:
+        for name in _LEFT_BEHIND:
             vars(module).pop(name, None)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=with_gradients(config, bucket, rule.max_grad_norm)

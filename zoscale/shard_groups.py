@@ -138,6 +138,7 @@ def forget_order(module: nn.Module) -> None:
     zero: Any = getattr(module, "optimizer", None)
     if zero is None:
         return
+    zero = getattr(zero, "parameter_offload", zero)
     for part in module.modules():
         getattr(part, "_external_params", {}).clear()  # of other modules, that it was seen to read
     if not (coordinator := zero.get_param_coordinator()).is_invalid_trace():
