@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "zoscale"
 LAYERS = [
     {"config", "philox", "fused", "phases", "passes", "stillness", "devices", "prefixes"},
     {
+        "attention",
         "noise",
         "triton_kernels",
         "batch",

@@ -35,8 +35,8 @@ class MicroBatch:
     """Rows of fixed content and shape. All tensors are int64 unless said otherwise.
 
     Args:
-        input_ids: [R, T], padded on the right: in one pass of a causal model real tokens then neither see padding
-            nor are moved by it.
+        input_ids: [R, T], as a rule padded on the right: in one pass of a causal model real tokens then neither see
+            padding nor are moved by it.
         attention_mask: [R, T], 1 for real tokens.
         position_row, position_column: [P], the distinct outputs that the head is computed for.
         answer_position: [A], index into P; the output that predicts the answer token.
@@ -49,6 +49,7 @@ class MicroBatch:
         questions: of each example; empty where the texts are not known.
         position_ids: [R, T], the place of each token in its sequence; None = its column, for rows of one sequence.
         ends: [R, T], the column from which on a token is not seen any more; None as before.
+        is_right_padded: whether padding follows the real tokens of each row.
     """
 
     input_ids: Tensor
@@ -65,6 +66,7 @@ class MicroBatch:
     questions: tuple[Question, ...] = ()
     position_ids: Tensor | None = None
     ends: Tensor | None = None
+    is_right_padded: bool = True
 
     @classmethod
     def from_rows(
@@ -146,6 +148,7 @@ class MicroBatch:
             torch.ones(rows, dtype=torch.bool, device=row.device),
             rows,
             int(mask.sum()),
+            is_right_padded=bool((mask[:, :-1] >= mask[:, 1:]).all()),
         )
 
     def repeat(self, times: int) -> "MicroBatch":
@@ -176,6 +179,8 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        if device.type == "cuda":  # from pinned memory the host need not wait
+            tensors = {name: value if value.is_cuda else value.pin_memory() for name, value in tensors.items()}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +21,15 @@ class Rows:
         rows: rows R of each.
         positions: answer positions P of each, which the head is computed for.
         shared: modules that see one copy of the rows, because no candidate differs yet.
+        tokens: int64 [R, T], what the input embedding looks up for each candidate, wherever the batch came from (the
+            host, which then need not ask the device); None = not known.
     """
 
     copies: int
     rows: int
     positions: int
     shared: frozenset[nn.Module] = frozenset()
+    tokens: Tensor | None = field(default=None, compare=False)
 
     def seen_by(self, module: nn.Module) -> "Rows":
         """The rows that reach a module."""
@@ -39,7 +42,7 @@ class Rows:
             ValueError: if the rows are not those of the candidates in order (a router moved them).
         """
         if not (self._in_order(x) or (x.shape[0] == 1 and x.shape[1] == self.copies * self.positions)):
-            raise self._error(x)
+            raise self.error(x)
         return x.reshape(self.copies, -1, x.shape[-1])
 
     def split(self, value: Any) -> list[Any]:
@@ -57,7 +60,7 @@ class Rows:
         values = [*args, *kwargs.values()]
         activations = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
         if activations and not any(self._in_order(value) for value in activations):
-            raise self._error(activations[0])
+            raise self.error(activations[0])
         parts = list(zip(*map(self.split, values), strict=True)) if values else [()] * self.copies
         named = len(args)
         return [(list(part[:named]), dict(zip(kwargs, part[named:], strict=True))) for part in parts]
@@ -80,7 +83,8 @@ class Rows:
     def _in_order(self, x: Tensor) -> bool:
         return x.shape[0] % (self.copies * self.rows) == 0
 
-    def _error(self, x: Tensor) -> ValueError:
+    def error(self, x: Tensor) -> ValueError:
+        """What is raised where a module's input is not the rows of the candidates."""
         return ValueError(
             f"expected {self.copies} x {self.rows} rows in the order of the candidates, got a tensor of shape "
             f"{tuple(x.shape)}: this model moves rows between modules; set forward.name=sequential"

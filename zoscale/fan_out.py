@@ -50,7 +50,7 @@ class FanOutForward:
             batch = batches[item.batch].to(self.mesh.device)
             for which in cut(item.candidates, num_passes):
                 shared = self.shared.blocks(candidates[which])
-                rows = _rows(batch, which.stop - which.start, shared)
+                rows = _rows(batches[item.batch], which.stop - which.start, shared)
                 prepared = slice(places[which.start], places[which.start] + rows.copies)
                 with self.shared.once(shared, rows), passing(prepared, rows):
                     answers = self.model.answer_logprobs(batch.repeat(rows.copies)).chunk(rows.copies)
@@ -74,4 +74,4 @@ def _places(items: Sequence[Item]) -> dict[int, int]:
 
 def _rows(batch: MicroBatch, copies: int, shared: Sequence[torch.nn.Module]) -> Rows:
     inside = frozenset(module for block in shared for module in block.modules())
-    return Rows(copies, len(batch.input_ids), len(batch.position_row), inside)
+    return Rows(copies, len(batch.input_ids), len(batch.position_row), inside, batch.input_ids)

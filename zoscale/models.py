@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from zoscale.adapters import choose_trainable, peft_config, selection_of
+from zoscale.attention import padding_unmasked
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
 from zoscale.quantization import loading_options
@@ -45,7 +46,8 @@ class AnswerModel:
         """Log-probability of each answer token: float32 [A]."""
         order_gathers_after_writes(self.module)
         self.model.eval()  # losses are taken without dropout, whatever was done to the model since
-        with _answer_positions(self.head, batch):
+        masks = padding_unmasked() if batch.is_right_padded else nullcontext()
+        with _answer_positions(self.head, batch), masks:
             output = self.module(**batch.model_inputs(self._dtype), use_cache=False)
         if not torch.is_grad_enabled():
             end_without_backward(self.module)

@@ -48,8 +48,8 @@ def classification(logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]
     highest = highest.scatter_reduce(0, batch.option_example, scores, "amax")
     shifted = (scores - highest[batch.option_example]).exp()
     totals = torch.zeros_like(highest).scatter_add(0, batch.option_example, shifted)
-    loss = totals.log().sum() + highest.sum() - scores[batch.option_is_gold].sum()
-    return loss, torch.tensor(float(batch.num_examples), dtype=torch.float64, device=scores.device)
+    loss = totals.log().sum() + highest.sum() - torch.where(batch.option_is_gold, scores, 0.0).sum()
+    return loss, scores.new_full((), batch.num_examples)
 
 
 def language_modeling(logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:

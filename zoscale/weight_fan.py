@@ -4,11 +4,12 @@ The gathered weights are only read: each candidate's values are written to a scr
 nothing needs to be restored.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -104,21 +105,25 @@ class LinearUnit(Unit):
 
 
 class LookupUnit(Unit):
-    """An embedding: only the rows of the tokens at hand are perturbed."""
+    """The input embedding: only the rows of the tokens at hand are perturbed; which ones, the host knows."""
 
     def _outlines(self) -> list[ShardedParam]:
         return []
 
     def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
-        (tokens,) = args
+        if rows.tokens is None or args[0].shape != (rows.copies * rows.rows, rows.tokens.shape[1]):
+            raise rows.error(args[0])
         ((param, spec),) = self.weights.items()
-        used, places = tokens.unique(return_inverse=True)
-        table, width = param.data[used], spec.columns
-        outlines = [ShardedParam.outline(spec, a * width, b * width, param.device) for a, b in _runs(used.tolist())]
-        parts = rows.split(places)
+        used, places = torch.unique(rows.tokens, return_inverse=True)
+        outlines = [
+            ShardedParam.outline(spec, first * spec.columns, last * spec.columns, param.device)
+            for first, last in _runs(used.tolist())
+        ]
+        used, places = (index.to(param.device, non_blocking=True) for index in (used, places))
+        table = param.data[used]
         results: list[Any] = [None] * rows.copies
         for number, (values,) in draws.values([(table.view(-1), draws.at(outlines))]):
-            results[number] = functional.embedding(parts[number], values.view(-1, width))
+            results[number] = functional.embedding(places, values.view(table.shape))
         return rows.join(results)
 
 
@@ -150,7 +155,9 @@ def find_units(model: nn.Module) -> list[Unit] | None:
     if any(_is_out_of_order(model, modules, name) for name in found):
         return None
     outer = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
-    return [_unit(found[n], {p: trainable[p] for p in found[n].parameters() if p in trainable}) for n in outer]
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    inputs = set(table.modules()) if isinstance(table, nn.Module) else set()
+    return [_unit(found[n], {p: trainable[p] for p in found[n].parameters() if p in trainable}, inputs) for n in outer]
 
 
 def _is_out_of_order(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> bool:
@@ -164,10 +171,12 @@ def _is_out_of_order(model: nn.Module, modules: Mapping[str, nn.Module], name: s
     )
 
 
-def _unit(module: nn.Module, weights: Weights) -> Unit:
+def _unit(module: nn.Module, weights: Weights, inputs: Set[nn.Module]) -> Unit:
+    """The cheapest way to run a module; `inputs` are those that look up the rows' tokens."""
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return LinearUnit(module, weights)
-    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward and module.max_norm is None:
+    is_table = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+    if is_table and module.max_norm is None and module in inputs:
         return LookupUnit(module, weights)
     return Unit(module, weights)
 
