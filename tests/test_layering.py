@@ -28,7 +28,7 @@ LAYERS = [
     {"estimators", "tasks", "comparison", "adapter_choice"},
     {"optim", "methods"},
     {"models", "data", "run_record", "shard_groups"},
-    {"generation", "fit", "model_card"},
+    {"generation", "fit", "model_card", "nvme"},
     {"forward", "evaluate", "runtime"},
     {"fan", "scratch", "tangent", "backward", "scoring"},
     {"lora_fan", "weight_fan", "shared_rows", "rehearsal"},

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zoscale import runtime
 from zoscale.adapters import adds_tokens, check_scheme, selection_of
+from zoscale.attention import check_attention
 from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
@@ -30,6 +31,7 @@ from zoscale.models import (
     new_model,
     read_model_config,
 )
+from zoscale.nvme import check_offload
 from zoscale.objectives import OBJECTIVES, ChosenLoss, GeneratedLoss, Objective, language_modeling
 from zoscale.optim import ZeroOrderOptimizer
 from zoscale.optim.first_order import FIRST_ORDER
@@ -61,6 +63,7 @@ def plan(config: RunConfig) -> Plan:
     """
     if config.model.dtype == "float16" and not torch.cuda.is_available():
         raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
+    check_attention(config.model)
     return _plan(config)
 
 
@@ -86,6 +89,7 @@ def _plan(config: RunConfig) -> Plan:
     deepspeed = runtime.read_deepspeed_config(config.runtime.deepspeed)
     if config.optimizer.name in FIRST_ORDER and "offload_optimizer" in deepspeed["zero_optimization"]:
         raise ConfigError(f"no offload_optimizer with optimizer {config.optimizer.name}", "one", "remove it")
+    check_offload(config, deepspeed)
     architecture = read_model_config(config.model)
     encoder = encoder_of(config, architecture)
     splits = Splits.of(task, config.data, config.seed)

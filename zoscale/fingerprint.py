@@ -68,11 +68,12 @@ def of_model(model: nn.Module, mesh: Mesh, *, trainable: bool) -> str:
         ConfigError: if replicas hold different ones.
     """
     slices = local_slices(model, trainable=trainable)
-    sums, *others = _by_replica(mesh, [checksum(values, offset) for _, offset, values in slices])
+    own = [((spec.name, spec.shape, str(values.dtype)), checksum(values, offset)) for spec, offset, values in slices]
+    sums, *others = _by_replica(mesh, [total for _, total in own])
     for replica, other in enumerate(others, start=1):
-        for (spec, _, _), ours, theirs in zip(slices, sums, other, strict=True):
+        for ((name, *_), _), ours, theirs in zip(own, sums, other, strict=True):
             if ours != theirs:
                 got = f"another one from rank {replica * mesh.shard_size} on"
-                raise ConfigError(f"the same {spec.name} on all ranks", got, "load the same model on all")
-    rows = [(spec.name, spec.shape, str(v.dtype), total) for (spec, _, v), total in zip(slices, sums, strict=True)]
+                raise ConfigError(f"the same {name} on all ranks", got, "load the same model on all")
+    rows = [(*tensor, total) for (tensor, _), total in zip(own, sums, strict=True)]
     return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]

@@ -80,11 +80,17 @@ class ModelSize:
         total: all parameters, tied ones once.
         largest_block: of the largest transformer block.
         outside_blocks: embeddings, head and final norm.
+        largest_tensor: of the largest tensor.
+        matrices_in_block: number of matrices of the block that has most.
+        matrices_outside: number of matrices outside of blocks.
     """
 
     total: int
     largest_block: int
     outside_blocks: int
+    largest_tensor: int = 0
+    matrices_in_block: int = 0
+    matrices_outside: int = 0
 
 
 def read_model_config(config: ModelConfig) -> Any:
@@ -112,9 +118,20 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
     with torch.device("meta"):
         model: PreTrainedModel = _auto_model().from_config(architecture, trust_remote_code=trust_remote_code)
     model.tie_weights()
-    total = sum(param.numel() for param in model.parameters())
-    blocks = [sum(p.numel() for p in module.parameters()) for module in model.modules() if is_block(model, module)]
-    return ModelSize(total, max(blocks, default=total), total - sum(blocks))
+    weights = list(model.parameters())
+    total = sum(param.numel() for param in weights)
+    inside = [list(module.parameters()) for module in model.modules() if is_block(model, module)]
+    blocks = [sum(param.numel() for param in block) for block in inside]
+    matrices = [sum(param.dim() > 1 for param in block) for block in inside]
+    num_matrices = sum(param.dim() > 1 for param in weights)
+    return ModelSize(
+        total,
+        max(blocks, default=total),
+        total - sum(blocks),
+        max(param.numel() for param in weights),
+        max(matrices, default=num_matrices),
+        num_matrices - sum(matrices),
+    )
 
 
 def tokens_per_pass(model: nn.Module) -> int:

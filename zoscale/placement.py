@@ -7,7 +7,7 @@ from torch import nn
 
 from zoscale.mesh import Mesh
 from zoscale.models import is_block
-from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up
+from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up, cut_up_adapters
 
 
 def place(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, Mesh]:
@@ -33,6 +33,7 @@ def place(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module,
 def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Hand the model to ZeRO-3 for forward passes only: no optimizer, no gradient hooks, blocks gathered whole."""
     _gather_blocks_whole(model)
+    cut_up_adapters(model)
     engine: Any = accelerator.prepare(model)
     zero: Any = getattr(engine, "optimizer", None)
     if type(zero).__name__ != "DeepSpeedZeRoOffload":

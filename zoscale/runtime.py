@@ -17,6 +17,7 @@ from zoscale.config import ConfigError
 from zoscale.fit import Demand, memory_of_a_rank, smallest_shard_size
 from zoscale.launcher import obey
 from zoscale.models import ModelSize
+from zoscale.nvme import fill_offload, ready_nvme
 from zoscale.shard_groups import GroupedAccelerator
 
 ZERO3: dict[str, Any] = {
@@ -68,7 +69,10 @@ def read_deepspeed_config(path: str | Path | None) -> dict[str, Any]:
         default: dict[str, Any] = json.loads(json.dumps(ZERO3))
         offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
         if offload != "none":  # `accelerate launch --offload_param_device cpu`
-            default["zero_optimization"]["offload_param"] = {"device": offload, "pin_memory": True}
+            options = {"device": offload, "pin_memory": True}
+            if offload == "nvme":
+                options["nvme_path"] = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH", "auto")
+            default["zero_optimization"]["offload_param"] = options
         return default
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -78,6 +82,10 @@ def read_deepspeed_config(path: str | Path | None) -> dict[str, Any]:
     for section in ("zero_optimization", *_DTYPE_SECTIONS.values()):
         if not isinstance(config.get(section, {}), dict):
             raise ConfigError(f"{section} in {path} to be a section of keys", repr(config[section])[:80], "correct it")
+    offload = config.get("zero_optimization", {}).get("offload_param")
+    if not isinstance(offload, dict | None) or (offload or {}).get("device", "none") not in ("none", "cpu", "nvme"):
+        remedy = "start from ds_configs/zero3_offload.json"
+        raise ConfigError(f"offload_param in {path} with device none, cpu or nvme", repr(offload)[:80], remedy)
     stage = config.get("zero_optimization", {}).get("stage")
     if stage != 3:
         raise ConfigError(f"zero_optimization.stage 3 in {path}", repr(stage)[:80], "start from ds_configs/zero3.json")
@@ -89,7 +97,9 @@ def read_deepspeed_config(path: str | Path | None) -> dict[str, Any]:
     return dict(config)
 
 
-def fill_deepspeed_config(config: Mapping[str, Any], dtype: str, size: ModelSize | None) -> dict[str, Any]:
+def fill_deepspeed_config(
+    config: Mapping[str, Any], dtype: str, size: ModelSize | None, shard_size: int = 1
+) -> dict[str, Any]:
     """Replace "auto" by numbers from the model's size, and switch the compute dtype on.
 
     Prefetching and live parameters are bounded by one and two blocks, the reuse distance lets a tied embedding stay
@@ -117,6 +127,7 @@ def fill_deepspeed_config(config: Mapping[str, Any], dtype: str, size: ModelSize
             zero[key] = bounds[key]
         else:
             del zero[key]
+    fill_offload(filled, size, shard_size)
     return filled
 
 
@@ -180,7 +191,8 @@ def _accelerator(runtime: Runtime, size: ModelSize | None, shard_size: int, time
     if is_whole:
         return Accelerator(**options)
     config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
-    filled = fill_deepspeed_config(config, runtime.dtype, size)
+    filled = fill_deepspeed_config(config, runtime.dtype, size, shard_size)
+    ready_nvme(filled)
     if not is_one_group:
         _refuse_hpz(filled)
         return GroupedAccelerator(shard_size=shard_size, deepspeed=filled, timeout=timeout, **options)

@@ -119,7 +119,7 @@ def cut_up(model: nn.Module, mesh: Mesh, config: Mapping[str, Any]) -> None:
             holder, first = nn.ParameterList([param]), param
             deepspeed.zero.Init(module=holder, data_parallel_group=mesh.shard_group, config_dict_or_path=dict(config))
         else:
-            first.convert_to_zero_parameters(param_list=[param])
+            _convert_like(first, param)
     _spread_buffers(model, mesh)
 
 
@@ -130,7 +130,28 @@ def cut_up_like(model: nn.Module, param: nn.Parameter) -> None:
     """
     others: Iterator[Any] = (other for other in model.parameters() if hasattr(other, "convert_to_zero_parameters"))
     if (other := next(others, None)) is not None:
+        _convert_like(other, param)
+
+
+def cut_up_adapters(model: nn.Module) -> None:
+    """Cut up what is whole of a model whose base is on NVMe, where the adapters must not go. A collective."""
+    params = list(model.parameters())
+    if any(getattr(param, "nvme_swapper", None) is not None for param in params):
+        for param in params:
+            if not hasattr(param, "convert_to_zero_parameters"):
+                cut_up_like(model, param)
+
+
+def _convert_like(other: Any, param: nn.Parameter) -> None:
+    """Cut up one parameter; a trainable one is edited in place, so that its slices stay in memory."""
+    swapper = other.nvme_swapper if param.requires_grad else None
+    if swapper is not None:
+        swapper.swappable_tensor = lambda **_: False
+    try:
         other.convert_to_zero_parameters(param_list=[param])
+    finally:
+        if swapper is not None:
+            del swapper.swappable_tensor
 
 
 def forget_order(module: nn.Module) -> None:

@@ -163,16 +163,37 @@ def shard_parameters(model: nn.Module, *, master: Master = "fp32") -> list[Shard
     return [ShardedParam(param, spec, master=master) for spec, param in trainable_specs(model)]
 
 
-def local_slices(model: nn.Module, *, trainable: bool) -> list[tuple[TensorSpec, int, Tensor]]:
-    """(tensor, offset, this rank's live slice) of all trainable or all frozen tensors, sorted by name."""
+def local_slices(model: nn.Module, *, trainable: bool) -> Iterator[tuple[TensorSpec, int, Tensor]]:
+    """(tensor, offset, this rank's live slice) of all trainable or all frozen tensors, sorted by name.
+
+    A slice is there until the next one is asked for: it may have been read from NVMe.
+    """
     found = sorted((name, param) for name, param in model.named_parameters() if param.requires_grad == trainable)
-    specs = [TensorSpec(i, name, tuple(getattr(p, "ds_shape", p.shape))) for i, (name, p) in enumerate(found)]
-    return [(spec, *_local_slice(param, spec)) for spec, (_, param) in zip(specs, found, strict=True)]
+    for index, (name, param) in enumerate(found):
+        spec = TensorSpec(index, name, tuple(getattr(param, "ds_shape", param.shape)))
+        with _in_memory(param):
+            yield spec, *_local_slice(param, spec)
+
+
+@contextmanager
+def _in_memory(param: nn.Parameter) -> Iterator[None]:
+    """Within, the local slice is in memory."""
+    swapper: Any = getattr(param, "nvme_swapper", None)
+    if swapper is None or cast(Any, param).ds_tensor.status.name == "AVAILABLE":
+        yield
+        return
+    swapper.swap_in([param], async_op=False)
+    try:
+        yield
+    finally:
+        swapper.remove_partition_and_release_buffers([param])
 
 
 def local_bytes(model: nn.Module) -> int:
-    """Bytes of parameters that this rank stores between forwards, padding included."""
-    tensors = (getattr(param, "ds_tensor", param) for param in model.parameters())
+    """Bytes of memory that this rank keeps for parameters between forwards, padding and NVMe's buffers included."""
+    tensors = [getattr(param, "ds_tensor", param) for param in model.parameters()]
+    swappers = {swapper for param in model.parameters() if (swapper := getattr(param, "nvme_swapper", None))}
+    tensors += [swapper.buffers for swapper in swappers]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
