@@ -19,7 +19,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedT
 
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, DataConfig
-from zoscale.data import Encoder, Splits, TrainBatches, evaluation_batches
+from zoscale.data import Encoder, Splits, evaluation_batches
 from zoscale.evaluate import evaluate
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel
@@ -27,6 +27,7 @@ from zoscale.objectives import OBJECTIVES, classification, language_modeling, op
 from zoscale.prefixes import Row, share_prefixes
 from zoscale.tasks import SST2, TASKS, Classification, Completion, Example, Task
 from zoscale.tasks.sources import Source
+from zoscale.train_batches import TrainBatches
 
 torch.set_num_threads(1)
 

@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from zoscale.adapters import check_scheme, choose_trainable
 from zoscale.assembly import build_engine
 from zoscale.config import ConfigError, parse
-from zoscale.data import Encoder, TrainBatches
+from zoscale.data import Encoder
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import SequentialForward
 from zoscale.generation import Generator
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import AnswerModel, add_adapter
+from zoscale.train_batches import TrainBatches
 
 MODEL = ROOT / "launch/tiny_opt/model"
 RTE = ["task.name=rte", f"task.path={ROOT}/tests/samples/rte"]

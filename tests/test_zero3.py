@@ -115,6 +115,17 @@ CHECKS: dict[str, dict[str, Any]] = {
     "owners_full": FULL | MUON | BLOCK | TWO | {"check": "owners"},
     "owners_lora": LORA | MUON | BLOCK | TWO | {"check": "owners"},
 }
+WIDE: dict[str, Any] = {
+    "arch": "opt", "lora": True, "adapter": {"r": 1100, "target_modules": ["fc1"]}, "steps": 3, "forward": "fan_out",
+    "check": "offloaded",
+    "config": tiny.ARCHITECTURES["opt"] | {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 1100},
+}  # fmt: skip
+"""Large enough for DeepSpeed to put some matrices on NVMe, and adapters too if it were let."""
+NVME: dict[str, Any] = {"device": "nvme", "nvme_path": "", "buffer_count": "auto", "buffer_size": "auto"}
+OFFLOADS: dict[str, dict[str, Any]] = {
+    "in_memory": WIDE | SIGN | {"probe": "rademacher"} | TWO,
+    "plain_nvme": WIDE | SIGN | {"probe": "rademacher"} | TWO | {"zero": {"offload_param": NVME}, "plain_aio": True},
+}
 ADAMW: dict[str, Any] = {
     "optimizer": "fo_adamw",
     "optimizer_args": {
@@ -174,7 +185,9 @@ def job(
     }
     scenarios |= {name: s for name, s in FAN_VARIANTS.items() if world == 2}
     scenarios |= {name: s for name, (s, worlds) in FIRST_ORDER.items() if world in worlds}
+    scenarios |= OFFLOADS if world == 2 else {}
     out = tmp_path_factory.mktemp(f"world{world}")
+    NVME["nvme_path"] = str(out / "nvme")
     rows = [{"name": n, "model": str(models[s["arch"]]), "steps": STEPS, **s} for n, s in scenarios.items()]
     (out / "scenarios.json").write_text(json.dumps(rows))
     torchrun(world, WORKER, str(out / "scenarios.json"), str(out), timeout=420)
@@ -512,3 +525,20 @@ def test_options_merged_into_one_row(job: Any, name: str) -> None:
     assert merged == pytest.approx(separate, abs=1e-5)
     assert len(set(separate)) == 8
     assert all(after < 0.7 * before for before, after in report["tokens"])
+
+
+def test_a_base_on_nvme_is_read_once_per_step(job: Any) -> None:
+    """The bits of a base in memory; adapters, however large, stay where they can be edited; no file is left behind."""
+    world, out = job
+    if world != 2:
+        pytest.skip("run at 2 ranks")
+    report, weights = outcome(out, "plain_nvme")
+    expected_report, expected = outcome(out, "in_memory")
+    assert report["frozen"] == expected_report["frozen"] and not expected_report["on_nvme"]
+    assert len(report["on_nvme"]) == report["not_small"] >= 4 and not any(report["on_nvme"])
+    assert report["large_adapters"] == 4
+    assert [losses for losses, _ in report["steps"]] == [losses for losses, _ in expected_report["steps"]]
+    for _, files in report["steps"][1:]:
+        assert len(files) == len(set(files)) == report["not_small"]
+    assert_same_bits(weights, expected)
+    assert not list((out / "nvme").iterdir())

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import plain_aio
 import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.swap_tensor import partitioned_param_swapper
 from deepspeed.utils import groups
 from safetensors.torch import save_file
 
@@ -46,6 +48,8 @@ def model_config(scenario: dict[str, Any]) -> ModelConfig:
 
 def build(scenario: dict[str, Any]) -> ZeroOrderEngine:
     """An engine on a model loaded directly sharded, with known values in the trainable tensors."""
+    if scenario.get("plain_aio"):
+        plain_aio.plant()
     config = model_config(scenario)
     deepspeed = json.loads(json.dumps(ZERO3))
     deepspeed["zero_optimization"] |= scenario.get("zero", {})
@@ -205,6 +209,32 @@ def beginning(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, An
     return {"ranks": engine.mesh.gather_objects([prints, buffers, scenario["num_empty"]])}
 
 
+def offloaded(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """Where shards lie between steps, the fingerprint of the base, and which of its files each step reads."""
+    read: list[str] = []
+    plain = partitioned_param_swapper.swap_in_tensors
+
+    def counted(handle: Any, buffers: Any, paths: list[str]) -> Any:
+        read.extend(Path(path).name for path in paths)
+        return plain(handle, buffers, paths)
+
+    params = list(engine.model.parameters())
+    report: dict[str, Any] = {
+        "frozen": of_model(engine.model, engine.mesh, trainable=False),
+        "on_nvme": [p.requires_grad for p in params if p.ds_tensor.status.name == "NOT_AVAILABLE"],
+        "not_small": sum(p.ds_tensor.ds_numel * 4 >= 2**20 for p in params if not p.requires_grad),
+        "large_adapters": sum(p.ds_tensor.ds_numel * 4 >= 2**20 for p in params if p.requires_grad),
+        "steps": [],
+    }
+    partitioned_param_swapper.swap_in_tensors = counted
+    for step in range(scenario["steps"]):
+        read.clear()
+        losses = engine.step(tiny.batch(step, engine.mesh.world_size)).losses.values
+        report["steps"].append([losses, sorted(read)])
+    partitioned_param_swapper.swap_in_tensors = plain
+    return report
+
+
 def owners(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
     """Directions from the owners against every rank orthogonalising all matrices, and who was given what."""
     mesh = engine.mesh
@@ -331,6 +361,7 @@ CHECKS = {
     "resident": resident,
     "traffic": traffic,
     "owners": owners,
+    "offloaded": offloaded,
 }
 
 

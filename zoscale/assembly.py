@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from zoscale import runtime
 from zoscale.adapters import adds_tokens, check_scheme, selection_of
 from zoscale.attention import check_attention
+from zoscale.compilation import check_compile
 from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
@@ -82,6 +83,7 @@ def _plan(config: RunConfig) -> Plan:
     task = check_methods(config)
     check_scheme(config.adapter, config.trainable, config.train.steps)
     check_quantization(config)
+    check_compile(config)
     objective = find_objective(config.objective, task)
     if isinstance(objective, GeneratedLoss) and config.forward.name == "fan_out":
         got = f"fan_out with objective {config.objective}, for which text is generated"
@@ -217,6 +219,7 @@ def build_engine(
         noise=config.runtime.noise,
         forward=config.forward.name,
         max_rows=config.forward.max_rows,
+        compile=config.forward.compile,
         tokenizer=tokenizer,
         candidate_parts=config.mesh.candidates,
         selection=selection_of(config.adapter),

@@ -75,16 +75,18 @@ class MicroBatch:
         gold: Sequence[Sequence[bool]],
         pad_token: int,
         questions: Sequence[Question] = (),
+        width: int = 0,
     ) -> "MicroBatch":
-        """Pad rows to the longest.
+        """Pad rows to the longest, or further.
 
         Args:
             rows: any number of rows per example; an option's tokens may lie in one row only.
             gold: per example, per option: whether it is right.
             pad_token: token id for padding (masked).
             questions: of each example.
+            width: fewest columns.
         """
-        longest = max(len(row.tokens) for row in rows)
+        longest = max(width, *(len(row.tokens) for row in rows))
         first_option = [0]
         for options in gold:
             first_option.append(first_option[-1] + len(options))

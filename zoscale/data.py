@@ -1,4 +1,4 @@
-"""Deterministic batches: which examples a step takes, and how they become micro-batches."""
+"""Examples of a run, and how they become micro-batches."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from zoscale.noise import Domain, Key, Noise
 from zoscale.prefixes import Row, common_prefix, share_prefixes
 from zoscale.tasks import Example, Task, demonstrate
 
-_SPLIT, _ORDER, _STRATA = 0, 1, 2  # second words of the draws in Domain.DATA; strata take all from theirs on
+SPLIT, ORDER, STRATA = 0, 1, 2  # second words of the draws in Domain.DATA; strata take all from theirs on
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Splits:
             ConfigError: if a split is smaller than asked for.
         """
         everything = task.examples("train")
-        order = Noise(seed).permutation(Key(0, _SPLIT, Domain.DATA), len(everything)).tolist()
+        order = Noise(seed).permutation(Key(0, SPLIT, Domain.DATA), len(everything)).tolist()
         free = len(everything) - config.num_demonstrations
         wanted = free if config.num_train is None else config.num_train
         num_dev = max(0, free - wanted) if config.num_dev is None else config.num_dev
@@ -117,11 +117,16 @@ class Encoder:
         """One micro-batch of examples, with all their options or only the right one."""
         return self.collate([self.encode(example, gold_only=gold_only) for example in examples])
 
-    def collate(self, encoded: Sequence[Encoded]) -> MicroBatch:
-        """One micro-batch of encoded examples."""
+    def width(self, length: int, multiple: int) -> int:
+        """Columns for rows of at most `length` tokens: a multiple of so many, as far as `max_length` goes."""
+        return max(length, min(-(-length // multiple) * multiple, self.max_length))
+
+    def collate(self, encoded: Sequence[Encoded], multiple: int = 1) -> MicroBatch:
+        """One micro-batch of encoded examples, padded to a multiple of so many tokens."""
+        width = self.width(max(example.length for example in encoded), multiple)
         rows = [replace(row, example=number) for number, example in enumerate(encoded) for row in example.rows]
         gold, questions = [example.gold for example in encoded], [example.question for example in encoded]
-        return MicroBatch.from_rows(rows, gold, self._pad, questions)
+        return MicroBatch.from_rows(rows, gold, self._pad, questions, width)
 
     def encode(self, example: Example, *, gold_only: bool) -> Encoded:
         """Token ids of an example, with all its options or only the right one.
@@ -170,74 +175,6 @@ class Encoder:
             )
         self._truncated.add(tuple(tokens[:-1]))
         return tokens[:1] + tokens[1 + surplus :], answer_start - surplus
-
-
-class TrainBatches:
-    """Micro-batches of each step: a pure function of (seed, step), the same on every rank.
-
-    Each epoch visits every example once in an order of its own; a batch may span two epochs. Within a window of steps
-    the examples are sorted by length and cut into micro-batches: every step takes its share of the short ones, of the
-    longer ones, and so on; which, is drawn at random.
-
-    Args:
-        examples: the training examples.
-        encoder: makes micro-batches.
-        config: batch and micro-batch size, and the steps of a window.
-        seed: of the orders.
-        gold_only: encode the right options only (for objectives that need no others).
-
-    Raises:
-        ValueError: if the micro-batch size does not divide the batch size.
-    """
-
-    def __init__(
-        self, examples: Sequence[Example], encoder: Encoder, config: DataConfig, seed: int, *, gold_only: bool
-    ) -> None:
-        if config.batch_size % config.micro_batch_size:
-            raise ValueError(
-                f"expected a divisor of {config.batch_size}, got micro-batches of {config.micro_batch_size}"
-            )
-        self.examples = examples
-        self.encoder = encoder
-        self.batch_size = config.batch_size
-        self.micro_batch_size = config.micro_batch_size
-        self.window_size = config.length_window
-        self.gold_only = gold_only
-        self._noise = Noise(seed)
-        self._epoch: tuple[int, list[int]] = (-1, [])
-        self._window: tuple[int, list[list[Sequence[Encoded]]]] = (-1, [])
-
-    def at(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step, by length."""
-        number, place = divmod(step, self.window_size)
-        if number != self._window[0]:
-            self._window = (number, self._steps(number))
-        return [self.encoder.collate(part) for part in self._window[1][place]]
-
-    def _steps(self, window: int) -> list[list[Sequence[Encoded]]]:
-        """By step of a window, its micro-batches: one of each `window_size` that are next to each other by length."""
-        num, size = self.window_size * self.batch_size, self.micro_batch_size
-        chosen = [self.examples[self._order(place)] for place in range(window * num, (window + 1) * num)]
-        encoded = [self.encoder.encode(example, gold_only=self.gold_only) for example in chosen]
-        encoded.sort(key=lambda example: example.length)
-        strata = range(self.batch_size // size)
-        orders = [
-            self._noise.permutation(Key(window, _STRATA + stratum, Domain.DATA), self.window_size).tolist()
-            for stratum in strata
-        ]
-        firsts = [
-            [(stratum * self.window_size + orders[stratum][step]) * size for stratum in strata]
-            for step in range(self.window_size)
-        ]
-        return [[encoded[first : first + size] for first in row] for row in firsts]
-
-    def _order(self, place: int) -> int:
-        """The example at a place of the endless sequence of epochs."""
-        epoch, index = divmod(place, len(self.examples))
-        if epoch != self._epoch[0]:
-            order = self._noise.permutation(Key(epoch, _ORDER, Domain.DATA), len(self.examples))
-            self._epoch = (epoch, order.tolist())
-        return self._epoch[1][index]
 
 
 def evaluation_batches(examples: Sequence[Example], encoder: Encoder, size: int) -> list[MicroBatch]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapter_choice import AdapterChoice, Shapes
 from zoscale.batch import MicroBatch
+from zoscale.compilation import CompileName
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate
 from zoscale.forward import Forward, Losses
 from zoscale.forward_choice import ForwardName, choose_forward
@@ -23,7 +24,7 @@ from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.placement import place
 from zoscale.probes import PROBES, Direction, Probe
-from zoscale.rehearsal import Rehearsal
+from zoscale.rehearsal import Rehearsal, rehearse_forward
 from zoscale.selection import Selection
 from zoscale.shard_groups import cut_up_like, forget_order
 from zoscale.shards import Master, ShardedParam, TensorSpec, shard_parameters, trainable_specs
@@ -81,6 +82,8 @@ class ZeroOrderEngine:
         forward: `fan_out` takes all candidates in one pass; `sequential` takes one pass each; `auto` fans out where
             it can, which is wherever modules keep the rows of a batch in order.
         max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
+        compile: `blocks` runs transformer blocks under torch.compile, `cuda_graphs` replays what they launch too;
+            `auto` compiles on a GPU where it can. Give such an engine batches of few shapes, and all to `rehearse`.
         tokenizer: of the model; needed where answers are generated.
         candidate_parts: parts that the candidates are cut into, so that ranks share out the candidates of a
             micro-batch and not only the micro-batches.
@@ -105,6 +108,7 @@ class ZeroOrderEngine:
         noise: NoiseBackend = "auto",
         forward: ForwardName = "auto",
         max_rows: int | None = None,
+        compile: CompileName = "off",
         tokenizer: PreTrainedTokenizerBase | None = None,
         candidate_parts: int = 1,
         selection: Selection | None = None,
@@ -122,7 +126,7 @@ class ZeroOrderEngine:
         self.noise = Noise(seed, compiled=compiled)
         self.answers = AnswerModel(module, model)
         self.generator = Generator(self.answers, tokenizer, self.mesh) if tokenizer is not None else None
-        self._new_forward = partial(self._choose_forward, forward, max_rows, candidate_parts)
+        self._new_forward = partial(self._choose_forward, forward, max_rows, candidate_parts, compile)
         self.forward = self._new_forward()
         self.adapters = AdapterChoice(model, selection, Noise(seed), self.mesh) if selection is not None else None
         self.num_steps = 0
@@ -135,10 +139,11 @@ class ZeroOrderEngine:
     def _slices(self, model: nn.Module, master: Master) -> list[ShardedParam]:
         return shard_parameters(model, master=master)
 
-    def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int) -> Forward:
+    def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int, compile: CompileName) -> Forward:
         return choose_forward(
             name, self.answers, self.shards, self.mesh, derivatives=self.estimator.takes_derivatives,
             objective=self.objective, generator=self.generator, max_rows=max_rows, num_parts=num_parts,
+            compile=compile,
         )  # fmt: skip
 
     @property
@@ -182,6 +187,14 @@ class ZeroOrderEngine:
         result = StepResult(self.num_steps, estimate, losses, lrs, skipped=not estimate.is_finite)
         self.end_step()
         return result
+
+    def rehearse(self, batches: Sequence[MicroBatch]) -> None:
+        """Compile the forward for steps on micro-batches of these shapes; later steps compile no more of it.
+
+        A collective; a no-op without a compiled forward.
+        """
+        points = self.estimator.candidates(self.directions(0))
+        rehearse_forward(self.forward, batches, points, self.optimizer.num_trials, self.objective)
 
     def end_step(self) -> None:
         """Count a step, and choose among the adapters where that is due. A collective then."""

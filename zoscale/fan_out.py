@@ -58,6 +58,27 @@ class FanOutForward:
                     table[row, turn], table[-1, turn] = objective(logprobs, batch)
         return reduce_losses(division.gather(table), items, batches)
 
+    def counts(
+        self, batch: MicroBatch, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], num_trials: int
+    ) -> list[int]:
+        """Numbers of candidates with which `losses` makes every kind of pass that a step makes on a micro-batch.
+
+        Args:
+            batch: the only micro-batch that `losses` is given then.
+            batches: those that may be together with it in a step.
+            candidates: of a step; blocks that they leave as they are see one copy of the rows.
+            num_trials: candidates of a step's second round.
+        """
+        together = set()
+        for number in (len(candidates), num_trials) if num_trials else (len(candidates),):
+            for part in cut(slice(0, number), min(self.num_parts, number)):
+                longest = max(self._num_passes(part, other) for other in batches)
+                for num_passes in range(self._num_passes(part, batch), longest + 1):
+                    together |= {piece.stop - piece.start for piece in cut(part, num_passes)}
+        if self.shared.may_share(candidates):
+            together.add(1)
+        return [count * self.num_parts for count in sorted(together)]
+
     def _num_passes(self, part: slice, batch: MicroBatch) -> int:
         """Passes that a part of the candidates takes on a micro-batch; all ranks do as many as the longest takes."""
         length: int = part.stop - part.start

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapter_choice import Shapes
 from zoscale.backward import BackwardForward
+from zoscale.compilation import CompileName
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Backpropagation
@@ -117,7 +118,7 @@ class FirstOrderEngine(ZeroOrderEngine):
         for shard in gone:
             shard.release()
 
-    def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int) -> Forward:
+    def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int, compile: CompileName) -> Forward:
         return BackwardForward(self.answers, self.shards, self.mesh)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from zoscale.compilation import CompileName, compiled_answers
 from zoscale.fan import Fan
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import Forward, SequentialForward
@@ -29,6 +30,7 @@ def choose_forward(
     generator: Generator | None,
     max_rows: int | None,
     num_parts: int,
+    compile: CompileName,
 ) -> Forward:
     """The forward that a run takes its losses from.
 
@@ -40,11 +42,17 @@ def choose_forward(
         derivatives: whether directional derivatives are wanted instead of losses.
         objective: of the run.
         generator: of texts, for objectives that need them.
-        max_rows, num_parts: see `ZeroOrderEngine`.
+        max_rows, num_parts, compile: see `ZeroOrderEngine`.
 
     Raises:
         ValueError: if the named one cannot serve.
     """
+    fan = (
+        None
+        if derivatives or isinstance(objective, GeneratedLoss) or name == "sequential"
+        else _fan(answers, shards, mesh)
+    )
+    answers = compiled_answers(compile, answers, _obstacle(derivatives, objective, fan))
     if derivatives:
         _check_tangents(name, answers)
         return TangentForward(answers, shards, mesh, num_parts=num_parts)
@@ -52,7 +60,6 @@ def choose_forward(
         if generator is None or name == "fan_out":
             raise ValueError("expected a tokenizer and the forward sequential or auto for an objective that generates")
         return SequentialForward(answers, shards, mesh, num_parts=num_parts, answer=generator.texts)
-    fan = None if name == "sequential" else _fan(answers, shards, mesh)
     if fan is not None:
         return FanOutForward(answers, mesh, fan, max_rows=max_rows, num_parts=num_parts)
     if name == "fan_out":
@@ -71,6 +78,17 @@ def _check_tangents(name: ForwardName, answers: AnswerModel) -> None:
         )
     if name == "fan_out":
         raise ValueError("expected the forward auto or sequential for forward gradients, got fan_out")
+
+
+def _obstacle(derivatives: bool, objective: Objective, fan: Fan | None) -> str | None:
+    """What compiled blocks cannot do."""
+    if derivatives:
+        return "forward gradients, whose tangents no graph carries"
+    if isinstance(objective, GeneratedLoss):
+        return "an objective that generates text"
+    if isinstance(fan, WeightFan):
+        return "weights that each candidate has drawn within the blocks (forward.name=sequential draws them before)"
+    return None
 
 
 def _fan(answers: AnswerModel, shards: Sequence[ShardedParam], mesh: Mesh) -> Fan | None:

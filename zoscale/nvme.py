@@ -79,7 +79,7 @@ def ready_nvme(deepspeed: dict[str, Any]) -> None:
     """
     if offload_device(deepspeed) == "nvme":
         options = deepspeed["zero_optimization"]["offload_param"]
-        options["nvme_path"] = str(_own_folder(Path(options["nvme_path"])))
+        options["nvme_path"] = str(_own_folder(Path(str(options["nvme_path"]))))
         _build_reader()
 
 

@@ -6,16 +6,49 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from zoscale.batch import MicroBatch
+from zoscale.compilation import CompiledAnswers
 from zoscale.estimators import Candidate, Estimator
-from zoscale.forward import perturbed
+from zoscale.fan_out import FanOutForward
+from zoscale.forward import Forward, perturbed
 from zoscale.mesh import Mesh
 from zoscale.noise import Noise
+from zoscale.objectives import Objective
 from zoscale.optim import ZeroOrderOptimizer
 from zoscale.probes import Probe
 from zoscale.scratch import Draws
 from zoscale.shards import Master, ShardedParam, shard_parameters
 
 _SHAPES = [(1024, 1024), (1024,), (31, 33), (1021,)]  # first a whole chunk: the compiler sees that threads pay
+
+
+def rehearse_forward(
+    forward: Forward,
+    batches: Sequence[MicroBatch],
+    candidates: Sequence[Candidate],
+    num_trials: int,
+    objective: Objective,
+) -> None:
+    """Take losses of every shape that passes on these micro-batches have; a no-op unless blocks are compiled.
+
+    Args:
+        forward: of the run.
+        batches: one of each shape.
+        candidates: of a step.
+        num_trials: candidates of a step's second round.
+        objective: of the run.
+    """
+    answers = getattr(forward, "model", None)
+    if not isinstance(answers, CompiledAnswers):
+        return
+    with answers.compiling():
+        for batch in batches:
+            counts = (
+                forward.counts(batch, batches, candidates, num_trials) if isinstance(forward, FanOutForward) else [1]
+            )
+            for count in counts:
+                chosen = [candidates[number % len(candidates)] for number in range(count)]
+                forward.losses([batch], chosen, objective)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,12 @@ class SharedRows:
                 shared.append(module)
         return shared if len(candidates) > 1 else []
 
+    def may_share(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether candidates of this kind leave tensors as they are, or a block has none of its own."""
+        directions = [candidate.direction for candidate in candidates if candidate.direction is not None]
+        own = [self._specs(block) for block in self._blocks]
+        return not all(specs and all(any(d.touches(s) for d in directions) for s in specs) for specs in own)
+
     @contextmanager
     def once(self, blocks: Sequence[nn.Module], rows: Rows) -> Iterator[None]:
         """Within, these blocks run on one copy of the rows, and what the last one gives is repeated."""

@@ -10,7 +10,7 @@ from transformers import get_scheduler
 
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig
-from zoscale.data import Encoder, Splits, TrainBatches, evaluation_batches
+from zoscale.data import Encoder, Splits, evaluation_batches
 from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation, evaluate
 from zoscale.fingerprint import check_replicas
@@ -23,7 +23,10 @@ from zoscale.recovery import Log
 from zoscale.run_meters import RunMeters
 from zoscale.tasks import Task
 from zoscale.tracking import Tracker
+from zoscale.train_batches import TrainBatches
 from zoscale.watchdog import Watchdog
+
+_MULTIPLE = 32  # tokens to which rows are padded for a compiled forward
 
 
 class Trainer:
@@ -61,7 +64,10 @@ class Trainer:
         self.watchdog = watchdog
         self.log = log
         gold_only = config.objective == "lm"
-        self.batches = TrainBatches(splits.train, encoder, config.data, config.seed, gold_only=gold_only)
+        multiple = config.data.pad_to_multiple_of or (1 if config.forward.compile == "off" else _MULTIPLE)
+        self.batches = TrainBatches(
+            splits.train, encoder, config.data, config.seed, gold_only=gold_only, multiple=multiple
+        )
         size = config.train.eval_micro_batch_size
         extra = () if config.objective in OBJECTIVES or config.objective in task.metrics else (config.objective,)
         self.metrics = (*task.metrics, *extra)
@@ -87,6 +93,9 @@ class Trainer:
         with self.watchdog.slow("first evaluation"):
             before = self._evaluate("validation/before", self.validation, 0)
         self._catch_up()
+        if self.config.forward.compile != "off":
+            with self.watchdog.slow("compiling the forward"):
+                self.engine.rehearse(self.batches.one_of_each_shape(self.config.train.steps))
         bar = tqdm(
             initial=first,
             total=self.config.train.steps,

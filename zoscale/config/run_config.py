@@ -261,7 +261,7 @@ _MINIMUM = {
     "train.log_every": 1, "train.eval_micro_batch_size": 1, "train.max_skipped_in_row": 0,
     "schedule.warmup_steps": 0, "runtime.threads": 1, "checkpoint.every": 0, "checkpoint.keep": 1,
     "checkpoint.journal_sync_every": 1, "mesh.shard_size": 1, "mesh.candidates": 1,
-    "forward.max_rows": 1, "mesh.check_every": 1,
+    "forward.max_rows": 1, "data.pad_to_multiple_of": 1, "mesh.check_every": 1,
 }  # fmt: skip
 
 

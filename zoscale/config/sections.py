@@ -48,6 +48,8 @@ class DataConfig:
         length_window: Steps among which examples are put together by length to save padding. 1 sorts each step's
             examples into its micro-batches and leaves every step its examples; more save more and mix lengths anew,
             each step a share of every length.
+        pad_to_multiple_of: Training rows are padded to a multiple of so many tokens (max_length at most), so that
+            there are few shapes; null is 32 for a compiled forward, else 1.
         share_prefixes: Run a prompt once for all its options of several tokens, where the model is known to allow it
             (gpt2, llama, mistral, opt, qwen2 without FlashAttention); false runs it with each of them.
     """
@@ -60,6 +62,7 @@ class DataConfig:
     num_demonstrations: int = 0
     max_length: int = 512
     length_window: int = 1
+    pad_to_multiple_of: int | None = None
     share_prefixes: bool = True
 
 
@@ -104,10 +107,14 @@ class ForwardConfig:
             fans out where it can.
         max_rows: Most rows of one pass of fan_out, to bound the memory of its activations; null is
             as many as take about an eighth of the weights' memory, or 1 GiB.
+        compile: Run transformer blocks under torch.compile (blocks), and replay what they launch as CUDA graphs too
+            (cuda_graphs), to save launch overhead; auto is blocks on a GPU where possible. Needs an adapter or
+            name=sequential, and the whole model on every rank (mesh.shard_size=1); see data.pad_to_multiple_of.
     """
 
     name: Literal["auto", "sequential", "fan_out"] = "auto"
     max_rows: int | None = None
+    compile: Literal["off", "auto", "blocks", "cuda_graphs"] = "off"
 
 
 @dataclass(frozen=True)

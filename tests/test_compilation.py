@@ -1,0 +1,172 @@
+"""Transformer blocks under torch.compile: the losses of eager ones, few graphs, and none after the rehearsal."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from processes import ROOT
+from test_weight_fan import model_of
+from torch import nn
+from torch._dynamo.utils import counters
+
+from zoscale.batch import MicroBatch
+from zoscale.compilation import CompiledAnswers, check_compile
+from zoscale.config import ConfigError, DataConfig, RunConfig
+from zoscale.data import Encoder
+from zoscale.engine import ZeroOrderEngine
+from zoscale.estimators import ForwardGrad, TwoPoint
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.optim import JaguarSignSGD, ZOSGDConservative
+from zoscale.probes import Gaussian, Layers, Rademacher
+from zoscale.tasks import Example
+from zoscale.train_batches import TrainBatches
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No graphs of other tests."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def traced(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are made, and run as they are: no C++ is compiled. After a rehearsal, a missing one is an error."""
+    compile_, stance_ = torch.compile, torch.compiler.set_stance
+    strict = {"eager_on_recompile": "fail_on_recompile"}
+    monkeypatch.setattr(torch, "compile", lambda f, *, mode, **rest: compile_(f, backend="eager", **rest))
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: stance_(strict.get(stance, stance)))
+
+
+def engine_of(arch: str, compile: str, *, lora: bool = True, **options: Any) -> ZeroOrderEngine:
+    model: nn.Module = model_of(arch, num_hidden_layers=3)
+    if lora:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
+    default: dict[str, Any] = {"probe": Gaussian(), "estimator": TwoPoint(tau=0.05, num_directions=2)}
+    return ZeroOrderEngine(model, compile=compile, **{**default, "optimizer": JaguarSignSGD, **options})  # type: ignore[arg-type]
+
+
+def batches(step: int) -> list[MicroBatch]:
+    return [MicroBatch.from_labels(batch) for batch in tiny.batch(step)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+def test_losses_are_those_of_eager_blocks() -> None:
+    """With inductor's code, for adapters by batched products; evaluation stays eager."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        pytest.skip("no C++ compiler (g++ or clang++) for torch.compile")
+    one = batches(0)[:1]
+    for number, arch in enumerate(("opt", "llama"), start=1):
+        compiled, plain = engine_of(arch, "blocks"), engine_of(arch, "off")
+        for _ in range(2):
+            ours, theirs = (engine.step(one).losses.values for engine in (compiled, plain))
+            assert ours == pytest.approx(theirs, rel=1e-5) and len(set(ours)) == 4
+            compiled.answers.answer_logprobs(one[0])
+        assert counters["stats"]["unique_graphs"] == number, "one for all three blocks"
+    assert not counters["graph_break"]
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "dense": {"probe": Rademacher()},
+    "layers": {"probe": Layers(share=0.25)},
+    "several_passes": {"max_rows": 6},
+    "trials": {"optimizer": ZOSGDConservative, "estimator": TwoPoint(tau=0.05, num_directions=1)},
+    "sequential": {"forward": "sequential"},
+    "sequential_weights": {"forward": "sequential", "lora": False},
+}
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("way", WAYS)
+def test_no_step_compiles_after_the_rehearsal(way: str) -> None:
+    """Passes of fewer candidates, or of blocks that see one copy of the rows, have their graphs before, too."""
+    compiled, plain = (engine_of("llama", name, **WAYS[way]) for name in ("blocks", "off"))
+    compiled.rehearse(batches(0))
+    before = counters["stats"]["unique_graphs"]
+    assert before >= 3, "one for each of three lengths, at least"
+    for step in range(3):
+        ours, theirs = (engine.step(batches(step)).losses.values for engine in (compiled, plain))
+        assert ours == pytest.approx(theirs, rel=1e-5) and len(set(ours)) > 1
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_shape_that_was_not_rehearsed_runs_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_: Callable[..., Any] = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, *, mode, **rest: compile_(f, backend="eager", **rest))
+    compiled, plain = (engine_of("opt", name) for name in ("blocks", "off"))
+    compiled.rehearse(batches(0)[:1])
+    before = counters["stats"]["unique_graphs"]
+    ours, theirs = (engine.step(batches(0)).losses.values for engine in (compiled, plain))
+    assert ours == pytest.approx(theirs, rel=1e-5) and counters["stats"]["unique_graphs"] == before
+
+
+class Letters:
+    """A token per letter."""
+
+    pad_token_id = 0
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_shapes_of_a_run_are_few_and_known_before() -> None:
+    examples = [Example("x" * (3 + number), ("a", "b"), 0, ("a", "b")) for number in range(60)]
+    encoder: Any = Encoder(Letters(), 60)  # type: ignore[arg-type]
+    config = DataConfig(batch_size=6, micro_batch_size=3, length_window=4)
+    made = {m: TrainBatches(examples, encoder, config, 0, gold_only=False, multiple=m) for m in (1, 16)}
+    known = {tuple(batch.input_ids.shape) for batch in made[16].one_of_each_shape(40)}
+    assert known == {tuple(batch.input_ids.shape) for step in range(40) for batch in made[16].at(step)}
+    assert known == {(3, 16), (3, 32), (3, 48), (3, 60)}, "the longest row bounds the padding"
+    for step in range(40):
+        for wide, narrow in zip(made[16].at(step), made[1].at(step), strict=True):
+            width = narrow.input_ids.shape[1]
+            assert torch.equal(wide.input_ids[:, :width], narrow.input_ids) and wide.num_tokens == narrow.num_tokens
+            assert not wide.attention_mask[:, width:].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora": False}, "got weights that each candidate has drawn within the blocks"),
+        ({"estimator": ForwardGrad(), "probe": Gaussian()}, "got forward gradients"),
+        ({"compile": "cuda_graphs"}, "got no GPU"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(options: dict[str, Any], message: str) -> None:
+    if options.get("compile") == "cuda_graphs" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=message):
+        engine_of("opt", **({"compile": "blocks"} | options))
+    answers = engine_of("opt", **(options | {"compile": "auto"})).answers
+    assert not isinstance(answers, CompiledAnswers)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": {"shard_size": None}}, "expected mesh.shard_size 1 beside forward.compile=blocks, got null"),
+        ({"adapter": {"peft_type": "weight_lora"}}, "expected another adapter beside"),
+        ({"model": {"id": "x", "quantization": "nf4"}}, "expected no model.quantization beside"),
+        ({"optimizer": {"name": "fo_adamw", "lr": 1e-3}}, "expected a zero-order optimizer beside"),
+    ],
+)
+def test_configurations_are_refused_before_anything_starts(changes: dict[str, Any], message: str) -> None:
+    tree: dict[str, Any] = {
+        "model": {"id": str(ROOT / "launch/tiny_opt/model")},
+        "mesh": {"shard_size": 1},
+        "forward": {"compile": "blocks"},
+    }
+    check_compile(RunConfig.from_dict(tree, TABLES, DEFAULTS))
+    with pytest.raises(ConfigError, match=message):
+        check_compile(RunConfig.from_dict(tree | changes, TABLES, DEFAULTS))

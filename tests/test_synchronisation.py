@@ -1,0 +1,150 @@
+"""No step waits for its device but where it reads the losses; and the masks that nobody has to look at."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from test_weight_fan import model_of
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from zoscale.attention import check_attention
+from zoscale.batch import MicroBatch
+from zoscale.config import ConfigError, ModelConfig
+from zoscale.engine import ZeroOrderEngine
+from zoscale.mesh import Mesh
+from zoscale.models import AnswerModel, load_model, read_model_config
+from zoscale.objectives import classification, language_modeling
+from zoscale.optim import OPTIMIZERS
+from zoscale.probes import PROBES
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Losses are made up; whoever else reads a tensor on the device `meta`, which has no values, fails."""
+
+    def made_up(self: Mesh, local: torch.Tensor, num_items: int) -> torch.Tensor:
+        return torch.arange(1.0, 1 + len(local) * num_items, dtype=torch.float64).view(len(local), num_items)
+
+    monkeypatch.setattr(Mesh, "gather_items", made_up)
+    yield
+
+
+def take_steps(device: str, arch: str, *, lora: bool, **options: Any) -> None:
+    """Two steps on merged rows and two on plain ones."""
+    model: nn.Module = model_of(arch, torch.bfloat16)
+    if lora:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
+    engine = ZeroOrderEngine(model.to(device), **options)
+    for objective, merged in ((classification, True), (language_modeling, False)):
+        engine.objective = objective
+        for _ in range(2):
+            engine.step(tiny.options(merged=merged))
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("arch", ["opt", "llama"])
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("forward", ["fan_out", "sequential"])
+def test_nothing_but_the_losses_is_read(arch: str, lora: bool, forward: str) -> None:
+    take_steps("meta", arch, lora=lora, forward=forward, probe=PROBES["rademacher"]())
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_update_reads_the_device(name: str) -> None:
+    take_steps("meta", "opt", lora=False, forward="sequential", optimizer=OPTIMIZERS[name])
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("name", PROBES)
+def test_no_probe_reads_the_device(name: str) -> None:
+    take_steps("meta", "opt", lora=False, forward="fan_out", probe=PROBES[name]())
+
+
+@pytest.mark.usefixtures("unread")
+def test_the_device_meta_shows_who_reads() -> None:
+    """The checks above see what they are there to see."""
+    model = model_of("opt").to("meta")
+    engine = ZeroOrderEngine(model, objective=lambda logprobs, batch: (logprobs.sum().item(), 1))  # type: ignore[arg-type, return-value]
+    with pytest.raises(RuntimeError, match="meta"):
+        engine.step(tiny.options(merged=False))
+    engine.objective = lambda logprobs, batch: (logprobs[logprobs > 0].sum(), torch.ones(()))
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        engine.step(tiny.options(merged=False))
+
+
+@pytest.mark.gpu
+def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA itself sees it, from the second step on."""
+    read = Mesh.gather_items
+
+    def allowed(self: Mesh, local: torch.Tensor, num_items: int) -> torch.Tensor:
+        torch.cuda.set_sync_debug_mode("default")
+        found = read(self, local, num_items)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    model = get_peft_model(model_of("llama", torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
+    engine = ZeroOrderEngine(model.to("cuda"), forward="fan_out")
+    engine.step(tiny.options(merged=False))
+    monkeypatch.setattr(Mesh, "gather_items", allowed)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for merged in (True, False):
+            engine.step(tiny.options(merged=merged))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class _Masks(TorchFunctionMode):
+    """Counts attention calls with and without a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            self.masked.append((kwargs or {}).get("attn_mask") is not None)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arch", ["opt", "llama"])
+def test_padding_on_the_right_needs_no_mask_and_other_padding_gets_one(arch: str) -> None:
+    """The same answers wherever the padding is; SDPA is what models take unasked."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 200, (3, 12), generator=generator)
+    right = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    right["attention_mask"][0, 7:] = 0
+    left = {key: value.clone() for key, value in right.items()}
+    for key in left:
+        left[key][0] = right[key][0].roll(5)
+    for batch in (left, right):
+        batch["labels"][batch["attention_mask"] == 0] = -100
+    left["labels"][0, 5] = right["labels"][0, 0] = -100  # the first token has nothing before it
+    model = model_of(arch)
+    assert model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    answers, found = AnswerModel(model, model), []
+    for batch, masked in ((right, False), (left, True)):
+        rows = MicroBatch.from_labels(batch)
+        with torch.no_grad(), _Masks() as calls:
+            found.append(answers.answer_logprobs(rows))
+        assert rows.is_right_padded is not masked and calls.masked == [masked] * len(calls.masked) and calls.masked
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(config=tiny.ARCHITECTURES["opt"], attention="eager")
+    assert load_model(config, read_model_config(config)).config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match="expected model.dtype bfloat16 or float16 beside model.attention"):
+        check_attention(ModelConfig(attention="flash_attention_2", dtype="float32"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="expected the package flash-attn beside .*pip install flash-attn"):
+        check_attention(ModelConfig(attention="flash_attention_2"))
+    check_attention(ModelConfig())
