@@ -11,7 +11,7 @@ import yaml
 from processes import ROOT, torchrun
 
 from zoscale import cli
-from zoscale.config import ModelConfig, RunConfig
+from zoscale.config import ConfigError, ModelConfig, RunConfig
 from zoscale.devices import DEVICES, GIB
 from zoscale.footprint import ModelShapes
 from zoscale.methods import DEFAULTS, TABLES
@@ -194,3 +194,27 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         with pytest.raises(SystemExit) as end:
             cli.main(["plan", *options])
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_is_offloaded_is_not_in_the_gpu_memory() -> None:
+    """One GPU: shards in the host's memory, or of the frozen base only buffers; blocks are uploaded once per pass."""
+
+    def of(file: str, **changes: Any) -> dict[str, Any]:
+        return plan_of(1, 8, adapter=LORA, runtime={"deepspeed": str(ROOT / "ds_configs" / file)}, **changes)
+
+    plain, cpu, nvme = (of(f"zero3{name}.json") for name in ("", "_offload", "_nvme"))
+    held = {name: plain["zero_order"]["memory"][name] for name in ("weights", "fp32 master", "optimizer state")}
+    frozen = plain["parameters"] * 4
+    assert plain["host"] == {} and cpu["host"] == held
+    assert nvme["host"]["weights"] == held["weights"] - frozen
+    assert nvme["host"]["buffers of NVMe"] == (2 * 6 + 2) * 40_000 * 256 * 4, "two blocks, tokens and positions"
+    for plan in (cpu, nvme):
+        column = plan["zero_order"]
+        assert column["memory"].keys().isdisjoint(held) and column["total"] < plain["zero_order"]["total"]
+        assert column["memory"]["gathered weights"] > 40_000 * 256 * 4, "what one block and the embedding take"
+        assert column["work"]["uploaded"] == column["work"]["gathered"] == plan["job"]["passes"] * frozen
+        assert column["work"]["received"] == 0 == plain["zero_order"]["work"]["uploaded"]
+    with pytest.raises(ConfigError, match=r"expected an adapter beside offload_param\.device nvme, got none"):
+        plan_of(1, 8, adapter=None, runtime={"deepspeed": str(ROOT / "ds_configs/zero3_nvme.json")})
+    with pytest.raises(ConfigError, match=r"expected another mesh\.shard_size beside offload_param\.device cpu"):
+        of("zero3_offload.json", mesh={"shard_size": 1})

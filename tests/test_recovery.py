@@ -91,6 +91,23 @@ def test_muon_goes_on_bit_for_bit_on_the_same_ranks(server: JobServer, whole: An
     assert result_bytes(out) == result_bytes(reference)
 
 
+def test_a_compiled_run_goes_on_bit_for_bit(server: JobServer) -> None:
+    """Graphs are those of the whole run's shapes, also where a job does only the rest of it, on fewer ranks."""
+    compiled = ["mesh.shard_size=1", "forward.compile=blocks", "data.pad_to_multiple_of=16"]
+    as_it_is = (
+        "import torch; plain = torch.compile\n"
+        "torch.compile = lambda f, *, mode, **rest: plain(f, backend='eager', **rest)"
+    )
+    outs = [server.folder / f"compiled_{number}" for number in range(2)]
+    server.run(2, *command("sign_lora", outs[0], *compiled), plant=as_it_is)
+    job = server.start(2, *command("sign_lora", outs[1], *compiled), plant=as_it_is)
+    wait_for_step(job, outs[1], 6)
+    job.kill()
+    job.wait()
+    assert "steps replayed" in server.run(1, *command("sign_lora", outs[1], *compiled), plant=as_it_is)
+    assert result_bytes(outs[1]) == result_bytes(outs[0])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_at_random_moments(server: JobServer, whole: Any, request: pytest.FixtureRequest) -> None:

@@ -1,6 +1,6 @@
 """Memory and time of one rank's step, by arithmetic on shapes: zero-order, and AdamW under ZeRO-3."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zoscale.devices import Device
@@ -27,6 +27,7 @@ class Job:
         master: whether trainable slices have an fp32 master.
         prefetch: whether ZeRO-3 gathers the next block while one runs.
         copies: whether the gather itself needs its output once more (gloo does).
+        offload: where shards lie between passes: none (on the device), cpu or nvme.
     """
 
     ranks: int
@@ -41,6 +42,7 @@ class Job:
     master: bool
     prefetch: bool
     copies: bool
+    offload: str = "none"
 
     @property
     def turns(self) -> int:
@@ -92,12 +94,14 @@ class Work:
         traffic: bytes read from and written to the device's memory.
         gathered: bytes of the whole weights that are put together, as `RunMeters` counts them.
         received: bytes that come over the link.
+        uploaded: bytes of offloaded shards that come from the host.
     """
 
     flops: float
     traffic: float
     gathered: int
     received: float
+    uploaded: float = 0.0
 
     def seconds(self, device: Device, dtype: str) -> dict[str, float]:
         """By what bounds the step; if all overlap, the longest is its time at the device's peak rates."""
@@ -114,10 +118,12 @@ class Gathers:
     Args:
         weights: of the model.
         shard_size: ranks that share one copy; 1 gathers nothing.
+        offload: as of a `Job`; what is offloaded is gathered by one rank too.
     """
 
-    def __init__(self, weights: Sequence[Weight], shard_size: int) -> None:
-        padded = [_padded(weight.numel, shard_size) * weight.width for weight in weights]
+    def __init__(self, weights: Sequence[Weight], shard_size: int, offload: str = "none") -> None:
+        is_cut = shard_size > 1 or offload != "none"
+        padded = [_padded(weight.numel, shard_size) * weight.width * is_cut for weight in weights]
         blocks: dict[int, int] = {}
         for weight, num_bytes in zip(weights, padded, strict=True):
             if weight.block is not None:
@@ -147,18 +153,42 @@ class Gathers:
 def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activations: Footprint) -> Memory:
     """Of one rank in a group of `shard_size`.
 
-    The buffers of the noise (a few of `shards.CHUNK` elements) are left out: they do not lie at the highest point.
+    The buffers of the noise (a few of `shards.CHUNK` elements) are left out: they do not lie at the highest point; so
+    is what is offloaded, see `host_memory`.
     """
     trainable = [weight for weight in shapes.weights if weight.trainable]
-    slices = sum(-(-weight.numel // shard_size) for weight in trainable)
     adapters = sum(weight.numel * weight.width for weight in trainable) * job.own
-    resident = {
-        "weights": sum(_shard(weight, shard_size) for weight in shapes.weights),
+    resident = _held(shapes.weights, trainable, job, shard_size) if job.offload == "none" else {}
+    resident["candidates' adapters"] = adapters * (job.fan == "adapters")
+    return _with_pass(resident, Gathers(_gathered(shapes, job), shard_size, job.offload).phases(job, activations))
+
+
+def host_memory(shapes: ModelShapes, job: Job, shard_size: int, buffers: int) -> dict[str, int]:
+    """Bytes in the host's memory of one rank that offloads, by name; empty for others.
+
+    Args:
+        shapes: of the model.
+        job: of the run.
+        shard_size: ranks that share a copy.
+        buffers: elements of the buffers through which a frozen base on NVMe is read.
+    """
+    if job.offload == "none":
+        return {}
+    trainable = [weight for weight in shapes.weights if weight.trainable]
+    if job.offload == "cpu":
+        return _held(shapes.weights, trainable, job, shard_size)
+    width = min(weight.width for weight in shapes.weights)
+    return {**_held(trainable, trainable, job, shard_size), "buffers of NVMe": buffers * width}
+
+
+def _held(weights: Sequence[Weight], trainable: Sequence[Weight], job: Job, shard_size: int) -> dict[str, int]:
+    """What lies there between passes."""
+    slices = sum(-(-weight.numel // shard_size) for weight in trainable)
+    return {
+        "weights": sum(_shard(weight, shard_size) for weight in weights),
         "fp32 master": slices * _FP32 * job.master,
         "optimizer state": round(slices * _FP32 * job.state),
-        "candidates' adapters": adapters * (job.fan == "adapters"),
     }
-    return _with_pass(resident, Gathers(_gathered(shapes, job), shard_size).phases(job, activations))
 
 
 def first_order_memory(shapes: ModelShapes, job: Job, activations: Footprint) -> Memory:
@@ -175,7 +205,8 @@ def first_order_memory(shapes: ModelShapes, job: Job, activations: Footprint) ->
 
 def zero_order_work(shapes: ModelShapes, job: Job, shard_size: int, footprint: Footprint) -> Work:
     """Of one step; `footprint` is that of a pass of `job.together` candidates."""
-    gathers, others = Gathers(_gathered(shapes, job), shard_size), (shard_size - 1) / shard_size
+    gathers = Gathers(_gathered(shapes, job), shard_size, job.offload)
+    others = (shard_size - 1) / shard_size
     trainable = [weight for weight in shapes.weights if weight.trainable]
     whole = job.turns * job.own / job.together  # passes, the last one as full as it is
     slices = sum(weight.numel for weight in trainable) / shard_size
@@ -183,13 +214,14 @@ def zero_order_work(shapes: ModelShapes, job: Job, shard_size: int, footprint: F
     perturbed = slices if job.fan is None else job.turns * slices * shard_size * (job.fan == "weights")
     perturbations = 3 * _FP32 * perturbed * job.own  # weights and noise read, weights written
     gathered = job.passes * gathers.model
-    if job.fan == "adapters":  # the truth of all of them, once
+    if job.fan == "adapters" and shard_size > 1:  # the truth of all of them, once
         gathered += sum(_padded(w.numel, shard_size) * (_FP32 if job.master else w.width) for w in trainable)
     return Work(
         flops=footprint.flops * whole,
         traffic=job.passes * _weight_bytes(shapes) + 2 * footprint.written * whole + updates + perturbations,
         gathered=gathered,
         received=gathered * others,
+        uploaded=job.passes * gathers.model / shard_size * (job.offload != "none"),
     )
 
 
@@ -205,6 +237,11 @@ def first_order_work(shapes: ModelShapes, job: Job, footprint: Footprint) -> Wor
         gathered=2 * job.turns * gathers.model,
         received=(2 * job.turns * gathers.model + gradients) * others,
     )
+
+
+def with_host(memory: Memory, host: Mapping[str, int]) -> Memory:
+    """The memory of a rank whose device is the host."""
+    return Memory({**memory.parts, **host}, memory.phase)
 
 
 def smallest_shard(shapes: ModelShapes, job: Job, activations: Footprint, budget: float) -> int | None:
@@ -225,8 +262,8 @@ def _gathered(shapes: ModelShapes, job: Job) -> list[Weight]:
 
 
 def _padded(numel: int, shard_size: int) -> int:
-    """Elements of a gather; none where every rank holds all."""
-    return -(-numel // shard_size) * shard_size if shard_size > 1 else 0
+    """Elements of a gather."""
+    return -(-numel // shard_size) * shard_size
 
 
 def _shard(weight: Weight, shard_size: int) -> int:

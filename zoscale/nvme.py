@@ -57,12 +57,21 @@ def fill_offload(deepspeed: dict[str, Any], size: ModelSize | None, shard_size: 
     options = deepspeed["zero_optimization"]["offload_param"]
     found: dict[str, Any] = {"nvme_path": tempfile.gettempdir()}
     if size is not None:
-        found["buffer_count"] = 2 * size.matrices_in_block + size.matrices_outside
+        found["buffer_count"] = _buffer_count(size)
         found["buffer_size"] = -(-size.largest_tensor // shard_size)
     for key in ("nvme_path", "buffer_count", "buffer_size"):
         if options.get(key, "auto") == "auto":
             options.pop(key, None)
             options |= {key: found[key]} if key in found else {}
+
+
+def buffer_elements(size: ModelSize, shard_size: int) -> int:
+    """Elements of the buffers that "auto" gives."""
+    return _buffer_count(size) * -(-size.largest_tensor // shard_size)
+
+
+def _buffer_count(size: ModelSize) -> int:
+    return 2 * size.matrices_in_block + size.matrices_outside
 
 
 def ready_nvme(deepspeed: dict[str, Any]) -> None:

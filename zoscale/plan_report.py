@@ -16,7 +16,9 @@ from zoscale.budget import (
     Work,
     first_order_memory,
     first_order_work,
+    host_memory,
     smallest_shard,
+    with_host,
     zero_order_memory,
     zero_order_work,
 )
@@ -27,6 +29,7 @@ from zoscale.footprint import ModelShapes
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import count_parameters, read_model_config, tokens_per_pass
 from zoscale.noise import Noise
+from zoscale.nvme import buffer_elements, check_offload, offload_device
 from zoscale.optim import OPTIMIZERS
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.probes import PROBES
@@ -70,16 +73,19 @@ def make_plan(config: RunConfig, ranks: int, device: Device, *, tokens: int | No
     fitting = smallest_shard(shapes, job, zo, budget)
     wanted = config.mesh.shard_size
     shard_size = wanted if isinstance(wanted, int) else fitting or ranks
-    base = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code).total
+    if job.offload != "none" and not isinstance(wanted, int):
+        shard_size = ranks  # ZeRO-3, which offloads, over all of them
+    size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
+    host = host_memory(shapes, job, shard_size, buffer_elements(size, shard_size))
     return {
         "model": config.model.id or architecture.model_type,
-        "parameters": base,
+        "parameters": size.total,
         "trainable": sum(weight.numel for weight in shapes.weights if weight.trainable),
         "dtype": config.model.dtype,
         "budget": budget,
         "job": {**dataclasses.asdict(job), "turns": job.turns, "together": job.together, "passes": job.passes},
         "zero_order": _column(
-            zero_order_memory(shapes, job, shard_size, zo),
+            with_host(zero_order_memory(shapes, job, shard_size, zo), host if job.copies else {}),
             zero_order_work(shapes, job, shard_size, zo),
             shard_size, budget, device, config.model.dtype,
         ),
@@ -88,6 +94,7 @@ def make_plan(config: RunConfig, ranks: int, device: Device, *, tokens: int | No
             first_order_work(shapes, fo_job, fo),
             ranks, budget, device, config.model.dtype,
         ),
+        "host": {} if job.copies else host,
     }  # fmt: skip
 
 
@@ -108,6 +115,7 @@ def _column(memory: Memory, work: Work, shard_size: int, budget: float, device: 
 def _job(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, copies: bool) -> Job:
     estimator: Estimator = build(config.estimator, ESTIMATORS)
     filled = fill_deepspeed_config(read_deepspeed_config(config.runtime.deepspeed), config.model.dtype, None)
+    check_offload(config, filled)
     fan = None if config.forward.name == "sequential" else shapes.fan
     if config.forward.name == "fan_out" and fan is None:
         raise ConfigError("a model whose candidates can share a pass", "another", "set forward.name=auto")
@@ -124,6 +132,7 @@ def _job(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, cop
         master=config.master == "fp32",
         prefetch=filled["zero_optimization"].get("stage3_prefetch_bucket_size", 1) > 0,
         copies=copies,
+        offload=offload_device(filled),
     )
 
 
@@ -185,12 +194,17 @@ def _table(report: dict[str, Any]) -> str:
     rows.append(["  ranks per copy of the model", *(str(column["shard_size"]) for column in columns)])
     for name in names:
         rows.append([f"  {name}", *(_gib(column["memory"].get(name)) for column in columns)])
+    if report["host"]:
+        host = sum(report["host"].values())
+        rows.append([f"  (offloaded to {job['offload']}; in the host's memory)", _gib(host), "-"])
     rows.append([f"  in all, of {report['budget'] / GIB:.1f}", *(_gib(column["total"]) for column in columns)])
     rows.append(["  highest in", *(column["phase"] for column in columns)])
     rows.append(["  fits", *("yes" if column["fits"] else "NO" for column in columns)])
     rows.append(["one step of a rank, at peak rates", "", ""])
     rows.append(["  gathered, GB", *(f"{column['work']['gathered'] / 1e9:.3f}" for column in columns)])
     rows.append(["  over the link, GB", *(f"{column['work']['received'] / 1e9:.3f}" for column in columns)])
+    if job["offload"] != "none":
+        rows.append(["  uploaded, GB", *(f"{column['work']['uploaded'] / 1e9:.3f}" for column in columns)])
     rows.append(["  TFLOP", *(f"{column['work']['flops'] / 1e12:.3f}" for column in columns)])
     for name in ("compute", "memory", "link"):
         rows.append([f"  {name}, ms", *(f"{column['seconds'][name] * 1e3:.3f}" for column in columns)])
@@ -212,6 +226,8 @@ def _advice(report: dict[str, Any]) -> str:
     if not zero_order["fits"]:
         return "does not fit: more GPUs, fewer rows (forward.max_rows, data.micro_batch_size) or a smaller model"
     ranks, size = report["job"]["ranks"], zero_order["shard_size"]
+    if report["job"]["offload"] != "none":
+        return f"leave mesh.shard_size as it is: {size} of {ranks} ranks share a copy, offloaded"
     if size == ranks:
         return f"set mesh.shard_size={size} (or leave it: all ranks hold the model together)"
     return f"set mesh.shard_size={size}: {ranks // size} replicas, which exchange scalars only"
