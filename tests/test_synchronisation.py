@@ -62,7 +62,7 @@ def test_no_update_reads_the_device(name: str) -> None:
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("name", PROBES)
 def test_no_probe_reads_the_device(name: str) -> None:
-    take_steps("meta", "opt", lora=False, forward="fan_out", probe=PROBES[name](), estimator=TwoPoint(num_directions=1))
+    take_steps("meta", "opt", lora=True, probe=PROBES[name](), estimator=TwoPoint(num_directions=1))
 
 
 @pytest.mark.usefixtures("unread")
