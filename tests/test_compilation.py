@@ -157,6 +157,7 @@ def test_what_cannot_be_compiled_is_refused(options: dict[str, Any], message: st
     [
         ({"mesh": {"shard_size": None}}, "expected mesh.shard_size 1 beside forward.compile=blocks, got null"),
         ({"adapter": {"peft_type": "weight_lora"}}, "expected another adapter beside"),
+        ({"adapter": None}, "expected forward.name sequential beside forward.compile=blocks without an adapter"),
         ({"model": {"id": "x", "quantization": "nf4"}}, "expected no model.quantization beside"),
         ({"optimizer": {"name": "fo_adamw", "lr": 1e-3}}, "expected a zero-order optimizer beside"),
     ],
@@ -170,3 +171,5 @@ def test_configurations_are_refused_before_anything_starts(changes: dict[str, An
     check_compile(RunConfig.from_dict(tree, TABLES, DEFAULTS))
     with pytest.raises(ConfigError, match=message):
         check_compile(RunConfig.from_dict(tree | changes, TABLES, DEFAULTS))
+    with pytest.raises(ConfigError, match="expected losses of given answers beside"):
+        check_compile(RunConfig.from_dict(tree, TABLES, DEFAULTS), losses_of_answers=False)

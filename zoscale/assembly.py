@@ -64,6 +64,8 @@ def plan(config: RunConfig) -> Plan:
     """
     if config.model.dtype == "float16" and not torch.cuda.is_available():
         raise ConfigError("model.dtype bfloat16 or float32 on a CPU", "float16", "set model.dtype")
+    if config.forward.compile == "cuda_graphs" and not torch.cuda.is_available():
+        raise ConfigError("a GPU for forward.compile=cuda_graphs", "none", "set forward.compile=off")
     check_attention(config.model)
     return _plan(config)
 
@@ -83,8 +85,9 @@ def _plan(config: RunConfig) -> Plan:
     task = check_methods(config)
     check_scheme(config.adapter, config.trainable, config.train.steps)
     check_quantization(config)
-    check_compile(config)
     objective = find_objective(config.objective, task)
+    takes_derivatives = TABLES["estimator"][config.estimator.name].takes_derivatives
+    check_compile(config, losses_of_answers=not (takes_derivatives or isinstance(objective, GeneratedLoss)))
     if isinstance(objective, GeneratedLoss) and config.forward.name == "fan_out":
         got = f"fan_out with objective {config.objective}, for which text is generated"
         raise ConfigError("forward.name auto or sequential", got, "set forward.name")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig
 from zoscale.models import AnswerModel, is_block
+from zoscale.weighted_lora import find_slots
 
 CompileName = Literal["off", "auto", "blocks", "cuda_graphs"]
 
@@ -99,13 +100,19 @@ def _obstacle(answers: AnswerModel) -> str | None:
         return "ZeRO-3, which gathers weights between the parts of a graph (mesh.shard_size=1 has none)"
     if any(type(module).__name__ == "Linear4bit" for module in answers.model.modules()):
         return "weights in 4 bits"
+    if find_slots(answers.model):
+        return "weighted adapters, which come and go"
     if not any(is_block(answers.model, module) for module in answers.model.modules()):
         return "a model without transformer blocks"
     return None
 
 
-def check_compile(config: RunConfig) -> None:
+def check_compile(config: RunConfig, *, losses_of_answers: bool = True) -> None:
     """Refuse a compiled forward where the configuration alone says that it is not possible.
+
+    Args:
+        config: of the run.
+        losses_of_answers: whether a step takes these, not derivatives and not scores of generated texts.
 
     Raises:
         ConfigError: what was expected.
@@ -117,9 +124,18 @@ def check_compile(config: RunConfig) -> None:
         got = "null" if config.mesh.shard_size is None else str(config.mesh.shard_size)
         remedy = "set it to 1 if the model fits one rank, or forward.compile=off: ZeRO-3 gathers weights inside graphs"
         raise ConfigError(f"mesh.shard_size 1 {beside}", got, remedy)
+    if not losses_of_answers:
+        got = f"estimator {config.estimator.name} with objective {config.objective}"
+        remedy = "set forward.compile=off: graphs carry no tangents and generate no text"
+        raise ConfigError(f"losses of given answers {beside}", got, remedy)
     if config.model.quantization is not None:
         remedy = "remove it, or set forward.compile=off"
         raise ConfigError(f"no model.quantization {beside}", config.model.quantization, remedy)
+    if config.adapter is None and config.forward.name != "sequential":
+        remedy = (
+            "set it, or adapter, or forward.compile=off: all weights are drawn for each candidate within the blocks"
+        )
+        raise ConfigError(f"forward.name sequential {beside} without an adapter", config.forward.name, remedy)
     if (config.adapter or {}).get("peft_type") == "weight_lora":
         remedy = "set forward.compile=off: adapters that come and go change the graphs within the run"
         raise ConfigError(f"another adapter {beside}", "weight_lora", remedy)

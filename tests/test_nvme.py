@@ -1,0 +1,86 @@
+"""What an offload to NVMe is given, and what it is refused; `test_zero3.py` runs it."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import plain_aio
+import pytest
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from processes import ROOT
+
+from zoscale.config import ConfigError, RunConfig
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models import ModelSize
+from zoscale.nvme import check_offload, ready_nvme
+from zoscale.runtime import fill_deepspeed_config, read_deepspeed_config
+
+FILE = ROOT / "ds_configs/zero3_nvme.json"
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's reader needs no compiler."""
+    for name in ("is_compatible", "load"):
+        monkeypatch.setattr(AsyncIOBuilder, name, getattr(AsyncIOBuilder, name))
+    plain_aio.plant()
+
+
+def filled(place: Path) -> dict[str, Any]:
+    size = ModelSize(1000, 300, 100, largest_tensor=75, matrices_in_block=6, matrices_outside=2)
+    config = fill_deepspeed_config(read_deepspeed_config(FILE), "float32", size, shard_size=2)
+    config["zero_optimization"]["offload_param"]["nvme_path"] = str(place)
+    return config
+
+
+@pytest.mark.usefixtures("reader")
+def test_a_folder_of_its_own_and_buffers_for_two_blocks(tmp_path: Path) -> None:
+    """What a killed process left is removed, what a living one holds is not."""
+    for name in ("zoscale-left", "zoscale-held", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.lock").touch()
+    held = os.open(tmp_path / "zoscale-held.lock", os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    config = filled(tmp_path)
+    ready_nvme(config)
+    options = config["zero_optimization"]["offload_param"]
+    assert options["buffer_count"] == 2 * 6 + 2 and options["buffer_size"] == 38
+    own = Path(options["nvme_path"])
+    assert own.parent == tmp_path and own.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(
+        ["mine", "zoscale-held", own.name]
+    )
+    os.close(held)
+
+
+@pytest.mark.usefixtures("reader")
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"expected an nvme_path that takes files .* got .*file"):
+        ready_nvme(filled(tmp_path / "file"))
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    with pytest.raises(ConfigError, match=r"expected libaio and its header .* install libaio-dev"):
+        ready_nvme(filled(tmp_path))
+    for offload in (["nvme"], {"device": "tape"}):
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload}}))
+        with pytest.raises(ConfigError, match="with device none, cpu or nvme"):
+            read_deepspeed_config(tmp_path / "zero.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "zero", "message"),
+    [
+        ({"adapter": None}, {}, "expected an adapter beside offload_param.device nvme, got none"),
+        ({"optimizer": {"name": "fo_sgd", "lr": 1e-3}}, {}, "expected a zero-order optimizer beside"),
+        ({}, {"zero_hpz_partition_size": 2}, "expected no zero_hpz_partition_size beside"),
+        ({"mesh": {"shard_size": 1}}, {}, "expected another mesh.shard_size beside offload_param.device nvme, got 1"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(changes: dict[str, Any], zero: dict[str, Any], message: str) -> None:
+    deepspeed = read_deepspeed_config(FILE)
+    check_offload(RunConfig.from_dict({"model": {"id": "x"}}, TABLES, DEFAULTS), deepspeed)
+    deepspeed["zero_optimization"] |= zero
+    with pytest.raises(ConfigError, match=message):
+        check_offload(RunConfig.from_dict({"model": {"id": "x"}, **changes}, TABLES, DEFAULTS), deepspeed)
