@@ -86,8 +86,8 @@ def _plan(config: RunConfig) -> Plan:
     check_scheme(config.adapter, config.trainable, config.train.steps)
     check_quantization(config)
     objective = find_objective(config.objective, task)
-    takes_derivatives = TABLES["estimator"][config.estimator.name].takes_derivatives
-    check_compile(config, losses_of_answers=not (takes_derivatives or isinstance(objective, GeneratedLoss)))
+    estimator = build(config.estimator, TABLES["estimator"])
+    check_compile(config, losses_of_answers=not (estimator.takes_derivatives or isinstance(objective, GeneratedLoss)))
     if isinstance(objective, GeneratedLoss) and config.forward.name == "fan_out":
         got = f"fan_out with objective {config.objective}, for which text is generated"
         raise ConfigError("forward.name auto or sequential", got, "set forward.name")
