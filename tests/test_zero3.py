@@ -13,8 +13,8 @@ import reference as ref
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from reference_choices import Weighted, train
 from processes import ROOT, torchrun
+from reference_choices import Weighted, train
 from reference_methods import Method, oracle_probe
 from safetensors.torch import load_file
 from torch import nn

@@ -15,8 +15,8 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.swap_tensor import partitioned_param_swapper
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 from safetensors.torch import save_file
 
