@@ -5,7 +5,7 @@ torchrun --nproc_per_node 2 launch/measure_memory.py [--config FILE] [--dtype bf
 Random weights, LoRA on q_proj and v_proj, 16 x 48 tokens per step in 4 micro-batches. On a GPU the numbers are the
 allocator's; on a CPU the resident set, less what the process held before the model was built; there, set
 MALLOC_MMAP_THRESHOLD_=131072 so that freed memory goes back to the system and is not counted. `first_order` is AdamW by
-backpropagation through DeepSpeed ZeRO-3.
+backpropagation through DeepSpeed ZeRO-3. `--model ID --quantization nf4` has the base in 4 bits on every rank.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from zoscale.meters import CommMeter, MemoryMeter, count_allgathers
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
 from zoscale.plan_report import make_plan
+from zoscale.quantization import bytes_of_constants
 from zoscale.runtime import Runtime, read_deepspeed_config, start, stop
 from zoscale.shards import local_bytes
 
@@ -56,6 +57,11 @@ def batch(vocabulary: int, data: Data) -> list[dict[str, torch.Tensor]]:
     ]  # fmt: skip
 
 
+def shard_size_of(config: ModelConfig) -> int | None:
+    """All ranks share one copy (None), if it can be cut up."""
+    return 1 if config.quantization else None
+
+
 def planned(
     config: ModelConfig, adapter: Adapter, data: Data, ranks: int, deepspeed: Path | None, method: str
 ) -> dict[str, Any]:
@@ -65,7 +71,7 @@ def planned(
         "adapter": adapter,
         "optimizer": {"name": "jaguar_sign_sgd"},
         "data": {"batch_size": data.rows, "micro_batch_size": data.rows // data.micro_batches},
-        "mesh": {"shard_size": ranks},
+        "mesh": {"shard_size": shard_size_of(config) or ranks},
         "runtime": {"deepspeed": deepspeed and str(deepspeed)},
     }
     device = DEVICES["h100" if torch.cuda.is_available() else "cpu"]
@@ -79,7 +85,8 @@ def measure(
     """Train a few steps; all ranks' numbers in bytes."""
     architecture = read_model_config(config)
     size = count_parameters(architecture)
-    accelerator = start(Runtime(dtype=config.dtype, deepspeed=read_deepspeed_config(deepspeed)), size=size)
+    runtime = Runtime(config.dtype, read_deepspeed_config(deepspeed), shard_size=shard_size_of(config))
+    accelerator = start(runtime, size=size)
     meter = MemoryMeter(accelerator.device)
     before = meter.read().current
     engine = METHODS[method](add_adapter(load_model(config, architecture), adapter), accelerator=accelerator)
@@ -97,7 +104,7 @@ def measure(
         "training_peak": meter.read().peak - before,
         "step_extra": meter.read().peak - between,
         "gathered_per_step": (comm.totals.num_bytes + engine.mesh.gathered_bytes - exchanged) // steps,
-        "shard": local_bytes(engine.model),
+        "shard": local_bytes(engine.model) + bytes_of_constants(engine.model),
     }
     report = {
         "ranks": engine.mesh.gather_objects(own),
@@ -112,7 +119,10 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", type=Path, help="YAML of an architecture, as model.config; default OPT-125M")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--config", type=Path, help="YAML of an architecture, as model.config; default OPT-125M")
+    which.add_argument("--model", help="Hugging Face id or folder")
+    parser.add_argument("--quantization", choices=["nf4", "fp4"], help="of the model's linear layers")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--method", default="zero_order", choices=METHODS)
     parser.add_argument("--full", action="store_true", help="train all weights")
@@ -125,7 +135,8 @@ def main() -> None:
     arguments = parser.parse_args()
     shapes = yaml.safe_load(arguments.config.read_text()) if arguments.config else OPT_125M
     data = Data(arguments.rows, arguments.tokens, arguments.micro_batches)
-    config = ModelConfig(config=shapes, dtype=arguments.dtype)
+    which = {"config": shapes} if arguments.model is None else {"id": arguments.model}
+    config = ModelConfig(**which, dtype=arguments.dtype, quantization=arguments.quantization)
     adapter = None if arguments.full else ADAPTER
     plan = planned(config, adapter, data, int(os.environ.get("WORLD_SIZE", "1")), arguments.deepspeed, arguments.method)
     report = measure(config, adapter, data, arguments.steps, arguments.deepspeed, arguments.method) | {"planned": plan}

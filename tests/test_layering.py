@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
-    {"config", "philox", "fused", "phases", "passes", "stillness", "devices", "prefixes"},
+    {"config", "philox", "fused", "phases", "passes", "stillness", "devices", "prefixes", "allocations"},
     {
         "attention",
         "noise",
@@ -28,7 +28,7 @@ LAYERS = [
     {"estimators", "tasks", "comparison", "adapter_choice"},
     {"optim", "methods"},
     {"models", "data", "run_record", "shard_groups"},
-    {"generation", "fit", "model_card", "nvme", "train_batches"},
+    {"generation", "model_card", "nvme", "train_batches"},
     {"forward", "evaluate", "runtime"},
     {"compilation", "fan", "scratch", "tangent", "backward", "scoring"},
     {"lora_fan", "weight_fan", "shared_rows"},
@@ -38,7 +38,7 @@ LAYERS = [
     {"first_order"},
     {"export", "checkpoint", "run_meters", "assembly", "footprint"},
     {"recovery", "submit", "budget"},
-    {"ledger", "replay", "release", "progress"},
+    {"ledger", "replay", "release", "progress", "fit"},
     {"trainer", "run_report"},
     {"run", "evaluation_job", "plan_report", "smoke", "doctor"},
     {"cli"},

@@ -1,7 +1,10 @@
 """Shard groups between one rank and all: four ranks as 2 x 2 under real ZeRO-3, against one rank alone."""
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,14 @@ from processes import ROOT, torchrun
 from safetensors.torch import load_file
 from test_zero3 import BLOCK, FOUR, FULL, LLAMA, LORA, MUON, ONE_SIDED, SIGN, TWO, assert_same_bits
 
-from zoscale.config import ConfigError
+from zoscale import fit
+from zoscale.budget import Job
+from zoscale.config import ConfigError, RunConfig
 from zoscale.division import Division
-from zoscale.fit import Demand, rank_bytes, smallest_shard_size
+from zoscale.footprint import Footprint, ModelShapes
 from zoscale.mesh import Mesh
-from zoscale.models import ModelSize
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models import read_model_config
 from zoscale.runtime import Runtime, start
 
 FAN = {"forward": "fan_out"}
@@ -159,7 +165,6 @@ def test_weights_that_only_some_ranks_read_are_refused_on_all(server: JobServer,
     [
         ({"shard_size": 3}, "mesh.shard_size to one of 1, 2, 4"),
         ({"shard_size": 0}, "mesh.shard_size to one of 1, 2, 4"),
-        ({"shard_size": "auto"}, "the model's size"),
         ({"shard_size": 2, "deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}}, "hpz"),
     ],
 )
@@ -214,32 +219,88 @@ def _column(division: Division, item: Any) -> torch.Tensor:
 
 # ------------------------------------------------------------ automatic shard size
 
-GIB = 2**30
-OPT_13B = ModelSize(total=12_853_473_280, largest_block=314_644_480, outside_blocks=267_694_080)
-LLAMA_70B = ModelSize(total=70_553_706_496, largest_block=855_654_400, outside_blocks=2_101_354_496)
+OPT_13B = {
+    "model_type": "opt", "hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20480, "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+}  # fmt: skip
+LLAMA_70B = {
+    "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planned() -> Callable[..., tuple[ModelShapes, Job, Footprint]]:
+    """What `fit` needs to know of a run of 16 x 512 tokens, by the shapes of its model."""
+
+    @functools.cache
+    def plan(name: str) -> tuple[ModelShapes, Job, Footprint]:
+        config = config_of({"OPT_13B": OPT_13B, "LLAMA_70B": LLAMA_70B}[name])
+        shapes = ModelShapes(config.model, read_model_config(config.model), config.adapter)
+        job = fit.job_of(config, shapes, 1, 512, copies=False)
+        return shapes, job, shapes.run(job.micro_batch, job.tokens, candidates=job.together)
+
+    return plan
+
+
+def config_of(shapes: dict[str, Any], **changes: Any) -> RunConfig:
+    tree = {"model": {"config": shapes}, "mesh": {"shard_size": "auto"}, "data": {"micro_batch_size": 16}}
+    return RunConfig.from_dict(tree | changes, TABLES, DEFAULTS)
 
 
 @pytest.mark.parametrize(
-    ("size", "world", "per_node", "memory", "expected"),
+    ("name", "world", "per_node", "memory", "expected"),
     [
-        (OPT_13B, 8, 8, 80, 1),
-        (OPT_13B, 8, 8, 24, 2),
-        (LLAMA_70B, 16, 8, 80, 4),
-        (LLAMA_70B, 6, 6, 80, 3),
-        (LLAMA_70B, 12, 4, 80, 4),  # not 3: groups lie within nodes
-        (LLAMA_70B, 16, 8, 24, 16),  # whole nodes
-        (LLAMA_70B, 2, 2, 24, 2),  # fits nowhere: as small as it goes
+        ("OPT_13B", 8, 8, 80, 1),
+        ("OPT_13B", 8, 8, 24, 2),
+        ("LLAMA_70B", 16, 8, 80, 4),
+        ("LLAMA_70B", 6, 6, 80, 3),
+        ("LLAMA_70B", 12, 4, 80, 4),  # not 3: groups lie within nodes
+        ("LLAMA_70B", 16, 8, 24, 16),  # whole nodes
+        ("LLAMA_70B", 2, 2, 24, None),  # fits nowhere
     ],
 )
-def test_the_smallest_group_that_fits(size: ModelSize, world: int, per_node: int, memory: int, expected: int) -> None:
-    demand = Demand(weight_bytes=2, rows=16, tokens=512)
-    found = smallest_shard_size(size, demand, world_size=world, ranks_per_node=per_node, memory=memory * GIB)
-    assert found == expected
+def test_the_smallest_group_that_fits(
+    planned: Any, name: str, world: int, per_node: int, memory: int, expected: int | None
+) -> None:
+    shapes, job, footprint = planned(name)
+    job = replace(job, ranks=world)
+    sizes = fit.shard_sizes(world, per_node)
+    assert fit.smallest_shard(shapes, job, footprint, fit.USABLE * memory * 2**30, sizes) == expected
 
 
-def test_more_work_or_state_takes_more_memory() -> None:
-    plain = rank_bytes(OPT_13B, Demand(weight_bytes=2), 4)
-    assert OPT_13B.total / 2 < plain < OPT_13B.total
-    assert rank_bytes(OPT_13B, Demand(weight_bytes=2, state_bytes=8), 4) == pytest.approx(plain + 2 * OPT_13B.total)
-    assert rank_bytes(OPT_13B, Demand(weight_bytes=2, rows=32), 4) > plain
-    assert rank_bytes(OPT_13B, Demand(weight_bytes=2), 1) > plain
+def test_auto_looks_at_the_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's own size is what a plan of it says; a container has what it was given."""
+    config = config_of(tiny.ARCHITECTURES["llama"])
+    architecture = read_model_config(config.model)
+    assert fit.shard_size_of_run(config, architecture) == 1, "without a launcher"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for limit, expected in ((1e12, 1), (1.0, 4)):
+        monkeypatch.setattr(fit, "container_limit", lambda limit=limit: limit)
+        assert fit.shard_size_of_run(config, architecture) == expected
+    assert fit.shard_size_of_run(config_of({}, mesh={"shard_size": 2}), None) == 2
+    assert fit.shard_size_of_run(config_of({}, mesh={"shard_size": None}), None) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    half = fit.memory_of_a_rank(2)
+    assert half == 0.5 == fit.memory_of_a_rank(1) / 2, "ranks of a node share it"
+
+
+@pytest.mark.parametrize(
+    ("listed", "limits", "expected"),
+    [
+        ("0::/job/step", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096),
+        ("0::/job/step", {"memory.max": "8192", "job/memory.max": "9000"}, 8192),
+        ("5:cpu,memory:/job\n0::/", {"memory/job/memory.limit_in_bytes": "77"}, 77),
+        ("4:memory:/elsewhere", {"memory/memory.limit_in_bytes": "55"}, 55),  # a container sees its own as the root
+        ("0::/", {"memory.max": "max"}, float("inf")),
+        ("1:cpu:/", {}, float("inf")),
+    ],
+)
+def test_limits_of_control_groups(listed: str, limits: dict[str, str], expected: float, tmp_path: Path) -> None:
+    """Versions 1 and 2, mixed; the least on the way up counts."""
+    (tmp_path / "listed").write_text(listed + "\n")
+    for name, text in limits.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text + "\n")
+    assert fit.container_limit(tmp_path / "listed", tmp_path / "root") == expected
+    assert fit.container_limit(tmp_path / "absent", tmp_path / "root") == float("inf")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import pytest
 import torch
 import yaml
 from processes import ROOT, torchrun
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoscale import cli
 from zoscale.config import ConfigError, ModelConfig, RunConfig
 from zoscale.devices import DEVICES, GIB
+from zoscale.fit import state_per_element
 from zoscale.footprint import ModelShapes
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import count_parameters, read_model_config
-from zoscale.plan_report import make_plan, state_per_element
+from zoscale.plan_report import make_plan
 
 SHAPES = {
     "model_type": "opt", "vocab_size": 40_000, "hidden_size": 256, "word_embed_proj_dim": 256, "num_hidden_layers": 3,
@@ -30,31 +33,68 @@ def shapes_of(adapter: dict[str, Any] | None, **changes: Any) -> ModelShapes:
     return ModelShapes(config, read_model_config(config), adapter)
 
 
+IN_4_BITS = {**SHAPES, "vocab_size": 2000, "hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 8192}
+RUNS: dict[str, tuple[int, list[str]]] = {
+    "zero_order": (2, ["--config", "shapes.yaml", "--rows", "32"]),
+    "first_order": (2, ["--config", "shapes.yaml", "--rows", "32", "--method", "first_order", "--full"]),
+    "in_4_bits": (1, ["--model", "model", "--rows", "16", "--quantization", "nf4"]),
+}
+"""Real runs: number of ranks and options of `launch/measure_memory.py`."""
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two real ranks under ZeRO-3, and the plan of the same run."""
+    """What every run took, and the plan of the same run; side by side, for memory does not mind."""
     folder = tmp_path_factory.mktemp("measured")
     (folder / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
-    command = ["launch/measure_memory.py", "--config", str(folder / "shapes.yaml"), "--steps", "2", "--rows", "32"]
-    command += ["--tokens", "64", "--micro-batches", "2", "--deepspeed", "ds_configs/zero3_cpu.json"]
-    torchrun(2, *command, "--json", str(folder / "memory.json"), MALLOC_MMAP_THRESHOLD_="131072")
-    report: dict[str, Any] = json.loads((folder / "memory.json").read_text())
-    return report
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**IN_4_BITS)).save_pretrained(folder / "model")
+
+    def take(name: str) -> Any:
+        ranks, options = RUNS[name]
+        options = [str(folder / word) if (folder / word).exists() else word for word in options]
+        command = ["launch/measure_memory.py", *options, "--steps", "2", "--tokens", "64", "--micro-batches", "2"]
+        command += ["--deepspeed", "ds_configs/zero3_cpu.json", "--json", str(folder / f"{name}.json")]
+        torchrun(ranks, *command, MALLOC_MMAP_THRESHOLD_="131072")
+        return json.loads((folder / f"{name}.json").read_text())
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(RUNS, pool.map(take, RUNS), strict=True))
 
 
-def test_shards_and_gathered_bytes_are_exact(measured: dict[str, Any]) -> None:
-    plan = measured["planned"]
-    assert [rank["shard"] for rank in measured["ranks"]] == [plan["memory"]["weights"]] * 2
-    assert [rank["gathered_per_step"] for rank in measured["ranks"]] == [plan["work"]["gathered"]] * 2
+@pytest.mark.parametrize("name", ["zero_order", "in_4_bits"])
+def test_shards_and_gathered_bytes_are_exact(measured: dict[str, Any], name: str) -> None:
+    plan, ranks = measured[name]["planned"], measured[name]["ranks"]
+    assert [rank["shard"] for rank in ranks] == [plan["memory"]["weights"]] * len(ranks)
+    assert [rank["gathered_per_step"] for rank in ranks] == [plan["work"]["gathered"]] * len(ranks)
 
 
 def test_the_peak_of_a_step_is_within_a_tenth(measured: dict[str, Any]) -> None:
     """What a step takes beyond what lies there between steps: gathered weights, activations, candidates' adapters."""
-    parts = measured["planned"]["memory"]
+    parts = measured["zero_order"]["planned"]["memory"]
     predicted = parts["gathered weights"] + parts["activations"] + parts["candidates' adapters"]
     assert parts["gathered weights"] > 40e6 and parts["activations"] > 40e6, "the parts are large enough to be seen"
-    for rank in measured["ranks"]:
+    for rank in measured["zero_order"]["ranks"]:
         assert rank["step_extra"] == pytest.approx(predicted, rel=0.1)
+
+
+def test_so_is_that_of_a_base_in_4_bits(measured: dict[str, Any]) -> None:
+    """The copy of a layer's weights that is made to compute with them is seen."""
+    report = measured["in_4_bits"]
+    predicted = report["planned"]["memory"]["activations"] + report["planned"]["memory"]["candidates' adapters"]
+    assert report["ranks"][0]["step_extra"] == pytest.approx(predicted, rel=0.1)
+    unpacked = 512 * 8192 * 4
+    assert unpacked > 0.15 * predicted
+    assert report["planned"]["memory"]["weights"] < 0.3 * report["model_bytes"], "the embedding is whole"
+
+
+def test_so_are_adamw_s_step_and_its_whole_memory(measured: dict[str, Any]) -> None:
+    """Gradients, the bucket in which they are reduced, and moments included."""
+    plan = measured["first_order"]["planned"]
+    parts = plan["memory"]
+    assert parts["reduction bucket"] > 0.1 * plan["total"]
+    for rank in measured["first_order"]["ranks"]:
+        assert rank["step_extra"] == pytest.approx(parts["gathered weights"] + parts["activations"], rel=0.1)
+        assert rank["training_peak"] == pytest.approx(plan["total"], rel=0.1)
 
 
 def test_flops_are_those_of_the_formula() -> None:
@@ -161,6 +201,25 @@ def test_work_of_a_step() -> None:
         assert seconds[column["bound"]] == max(seconds.values())
 
 
+def test_the_update_of_adamw(tmp_path: Path) -> None:
+    """A deep model with few tokens: its copies are the highest point; DeepSpeed's configuration bounds them."""
+    deep = {"model": {"config": {**SHAPES, "num_hidden_layers": 12}, "dtype": "float32"}, "adapter": None}
+    column = plan_of(2, 8, **deep)["first_order"]
+    weights = column["memory"]["weights"]
+    assert column["phase"] == "update" and column["memory"]["copies for the update"] == 3 * weights
+    assert column["memory"]["reduction bucket"] == 2**24 * 4
+    sizes = {"reduce_bucket_size": 1000, "sub_group_size": 2000}
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3, **sizes}}))
+    bounded = plan_of(2, 8, **deep, runtime={"deepspeed": str(tmp_path / "zero3.json")})["first_order"]
+    assert bounded["memory"]["reduction bucket"] == 4000 and bounded["phase"] == "backward"
+
+
+def test_only_what_is_trained_has_a_state() -> None:
+    plan = plan_of(1, 8, adapter=None, trainable="norm")
+    assert plan["trainable"] == (2 * 3 + 1) * 2 * 256
+    assert plan["zero_order"]["memory"]["fp32 master"] == 4 * plan["trainable"]
+
+
 @pytest.mark.parametrize(("name", "values"), [("zo_sgd", 0), ("jaguar_sign_sgd", 1), ("jaguar_muon", 1)])
 def test_state_of_the_optimizers(name: str, values: int) -> None:
     assert (
@@ -183,13 +242,19 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["parameters"] == sum(weight.numel for weight in shapes_of(None).weights)
     assert cli.main([*shapes, "--gpu-memory", "0.01"]) == 1
-    assert "does not fit" in capsys.readouterr().out
+    assert "does not fit: more GPUs" in capsys.readouterr().out
+    assert cli.main([*shapes[:-1], "model.quantization=nf4"]) == 0
+    assert "zero-order, nf4" in (text := capsys.readouterr().out) and "set mesh.shard_size=1: 2 replicas" in text
     for options, message in (
         (["--gpus", "0", "--model", str(tmp_path / "shapes.yaml")], "--gpus"),
         (["--gpus", "2"], "model.id"),
         (["--gpus", "2", "--model", "/nowhere"], "/nowhere"),
         ([*shapes[1:], "--link", "-1"], "link above 0"),
         ([*shapes[1:], "optimizer.name=fo_adamw"], "a zero-order optimizer to plan"),
+        ([*shapes[1:], "estimator.name=forward_grad"], "an estimator from losses to plan"),
+        ([*shapes[1:], "mesh.shard_size=3"], "mesh.shard_size to divide the number of ranks (2), got 3"),
+        ([*shapes[1:], "model.quantization=nf4"], "an adapter beside model.quantization=nf4"),
+        ([*shapes[1:-1], "model.quantization=nf4", "mesh.shard_size=2"], "mesh.shard_size 1 beside"),
     ):
         with pytest.raises(SystemExit) as end:
             cli.main(["plan", *options])

@@ -13,11 +13,12 @@ from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.export import save_trained
 from zoscale.fan_out import FanOutForward
+from zoscale.footprint import ModelShapes
 from zoscale.lora_fan import LoraFan
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import load_model, read_model_config
-from zoscale.plan_report import plan_command
-from zoscale.quantization import check_quantization
+from zoscale.quantization import bytes_of_constants, check_quantization
+from zoscale.shards import local_bytes
 
 TREE: dict[str, Any] = {
     "model": {"id": str(ROOT / "launch/tiny_opt/model"), "dtype": "float32", "quantization": "nf4"},
@@ -51,6 +52,8 @@ def test_steps_on_a_base_in_4_bits(tmp_path: Any) -> None:
     fan, oracle = engine_of("auto"), engine_of("sequential")
     assert isinstance(fan.forward, FanOutForward) and isinstance(fan.forward.fan, LoraFan)
     before = frozen(fan)
+    shapes = ModelShapes(config_of().model, read_model_config(config_of().model), TREE["adapter"])
+    assert sum(w.num_bytes for w in shapes.weights) == local_bytes(fan.model) + bytes_of_constants(fan.model), "planned"
     packed = {name: param for name, param in before.items() if param.dtype == torch.uint8}
     blocks = len(fan.model.base_model.model.model.decoder.layers)  # type: ignore[union-attr,arg-type]
     assert len(packed) == 6 * blocks, "q, k, v, out, fc1, fc2 of each block; not the embedding"
@@ -88,8 +91,3 @@ def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'zoscale\[quantization\]'"):
         check_quantization(config_of())
     check_quantization(config_of(model=TREE["model"] | {"quantization": None}))
-
-
-def test_a_plan_is_refused() -> None:
-    with pytest.raises(ConfigError, match="to plan, got nf4"):
-        plan_command(["--gpus", "1", "--model", TREE["model"]["id"], "model.quantization=nf4"])

@@ -18,7 +18,6 @@ from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
 from zoscale.first_order import FirstOrderEngine, check_first_order
-from zoscale.fit import Demand
 from zoscale.mesh import Mesh
 from zoscale.methods import TABLES
 from zoscale.metrics import METRICS, score
@@ -155,17 +154,6 @@ def find_objective(name: str, task: Task) -> Objective:
         wanted = " or ".join((*task.objectives, *scores))
         raise ConfigError(f"objective {wanted} for this task", name, "set objective")
     return GeneratedLoss(score(name)) if task.generates else ChosenLoss(score(name))
-
-
-def demand_of(config: RunConfig) -> Demand:
-    """The memory that a run needs beside its frozen weights."""
-    rows = config.data.micro_batch_size
-    together = -(-build(config.estimator, TABLES["estimator"]).num_candidates // config.mesh.candidates)
-    limit = config.forward.max_rows or rows * together
-    copies = 1 if config.forward.name == "sequential" else max(1, min(together, limit // rows))
-    state = 0 if config.adapter is not None else 4 + (4 if config.master == "fp32" else 0)
-    width = getattr(torch, config.model.dtype).itemsize
-    return Demand(width, state, rows=rows, tokens=config.data.max_length, copies=copies)
 
 
 def build_training_engine(

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zoscale.devices import Device
+from zoscale.first_order import reduce_bucket
 from zoscale.footprint import FanName, Footprint, ModelShapes, Weight
 
 _FP32 = 4
 _ADAM = 3 * _FP32  # master, first and second moment
+_UPDATE = 3 * _FP32  # while AdamW steps: the gradient once more, flat, and two temporaries
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Job:
         master: whether trainable slices have an fp32 master.
         prefetch: whether ZeRO-3 gathers the next block while one runs.
         copies: whether the gather itself needs its output once more (gloo does).
+        bucket: gradients that AdamW's ranks reduce together, in elements; None = as `first_order` chooses.
+        sub_group: elements that AdamW updates at once.
         offload: where shards lie between passes: none (on the device), cpu or nvme.
     """
 
@@ -42,6 +46,8 @@ class Job:
     master: bool
     prefetch: bool
     copies: bool
+    bucket: int | None
+    sub_group: int
     offload: str = "none"
 
     @property
@@ -73,7 +79,7 @@ class Memory:
 
     Args:
         parts: by name; they add up.
-        phase: of the pass in which the highest point lies: embedding, blocks or head.
+        phase: in which the highest point lies: embedding, blocks, head, backward or update.
     """
 
     parts: dict[str, int]
@@ -138,7 +144,8 @@ class Gathers:
         """(gathered, activations) in bytes at the highest point of each phase of a pass.
 
         A block of several tensors is gathered flat and then cut into its tensors, which takes it twice for a moment;
-        with prefetching, the next block lies beside it as well. A tied embedding stays for the whole pass.
+        with prefetching, the next block lies beside it as well. A tied embedding stays for the whole pass. A backward
+        pass begins with the head's weights and all activations, and gathers as a forward pass does.
         """
         times = 2 if job.copies else 1
         kept = self.embedding if self.is_tied else 0
@@ -147,6 +154,9 @@ class Gathers:
         ends = [(kept, activations.outside)] if self.is_tied else [(self.head, activations.outside)]
         ends.append((kept if self.is_tied else self.head * times, 0))
         phases = {"embedding": [(self.embedding * times, 0)], "blocks": blocks, "head": ends}
+        if activations.backward:
+            gathered = max(kept + (1 + job.prefetch) * self.block, 0 if self.is_tied else self.head)
+            phases["backward"] = [(gathered, activations.backward)]
         return {name: max(points, key=sum) for name, points in phases.items()}
 
 
@@ -160,7 +170,8 @@ def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activation
     adapters = sum(weight.numel * weight.width for weight in trainable) * job.own
     resident = _held(shapes.weights, trainable, job, shard_size) if job.offload == "none" else {}
     resident["candidates' adapters"] = adapters * (job.fan == "adapters")
-    return _with_pass(resident, Gathers(_gathered(shapes, job), shard_size, job.offload).phases(job, activations))
+    phases = Gathers(_gathered(shapes, job), shard_size, job.offload).phases(job, activations)
+    return _highest(resident, _passes(phases))
 
 
 def host_memory(shapes: ModelShapes, job: Job, shard_size: int, buffers: int) -> dict[str, int]:
@@ -192,15 +203,18 @@ def _held(weights: Sequence[Weight], trainable: Sequence[Weight], job: Job, shar
 
 
 def first_order_memory(shapes: ModelShapes, job: Job, activations: Footprint) -> Memory:
-    """Of one rank under ZeRO-3 over all ranks, without activation checkpointing and without DeepSpeed's buckets."""
-    trainable = [weight for weight in shapes.weights if weight.trainable]
-    slices = sum(-(-weight.numel // job.ranks) for weight in trainable)
+    """Of one rank under ZeRO-3 over all ranks, without activation checkpointing."""
+    trainable = [weight.numel for weight in shapes.weights if weight.trainable]
+    slices = sum(-(-numel // job.ranks) for numel in trainable)
     resident = {
         "weights": sum(_shard(weight, job.ranks) for weight in shapes.weights),
-        "gradients": sum(_shard(weight, job.ranks) for weight in trainable),
+        "gradients": slices * _FP32,
+        "reduction bucket": (job.bucket or reduce_bucket(trainable)) * _FP32,
         "fp32 master and moments": slices * _ADAM,
     }
-    return _with_pass(resident, Gathers(shapes.weights, job.ranks).phases(job, activations))
+    phases = _passes(Gathers(shapes.weights, job.ranks).phases(job, activations))
+    phases["update"] = {"copies for the update": min(slices, job.sub_group) * _UPDATE}
+    return _highest(resident, phases)
 
 
 def zero_order_work(shapes: ModelShapes, job: Job, shard_size: int, footprint: Footprint) -> Work:
@@ -244,16 +258,13 @@ def with_host(memory: Memory, host: Mapping[str, int]) -> Memory:
     return Memory({**memory.parts, **host}, memory.phase)
 
 
-def smallest_shard(shapes: ModelShapes, job: Job, activations: Footprint, budget: float) -> int | None:
-    """The smallest divisor of the ranks whose groups fit into `budget` bytes per rank; None if none does."""
-    divisors = [size for size in range(1, job.ranks + 1) if job.ranks % size == 0]
-    return next((d for d in divisors if zero_order_memory(shapes, job, d, activations).total <= budget), None)
+def _passes(phases: dict[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+    return {name: {"gathered weights": own[0], "activations": own[1]} for name, own in phases.items()}
 
 
-def _with_pass(resident: dict[str, int], phases: dict[str, tuple[int, int]]) -> Memory:
-    phase = max(phases, key=lambda name: sum(phases[name]))
-    gathered, activations = phases[phase]
-    return Memory({**resident, "gathered weights": gathered, "activations": activations}, phase)
+def _highest(resident: dict[str, int], phases: dict[str, dict[str, int]]) -> Memory:
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    return Memory({**resident, **phases[phase]}, phase)
 
 
 def _gathered(shapes: ModelShapes, job: Job) -> list[Weight]:
@@ -267,8 +278,8 @@ def _padded(numel: int, shard_size: int) -> int:
 
 
 def _shard(weight: Weight, shard_size: int) -> int:
-    return -(-weight.numel // shard_size) * weight.width
+    return weight.num_bytes if shard_size == 1 else -(-weight.numel // shard_size) * weight.width
 
 
 def _weight_bytes(shapes: ModelShapes) -> int:
-    return sum(weight.numel * weight.width for weight in shapes.weights)
+    return sum(weight.num_bytes for weight in shapes.weights)

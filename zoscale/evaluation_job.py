@@ -16,6 +16,7 @@ from zoscale.config import ConfigError, RunConfig, build, parse
 from zoscale.data import Splits, numbered_batches
 from zoscale.engine import ZeroOrderEngine
 from zoscale.export import read_origin
+from zoscale.fit import shard_size_of_run
 from zoscale.journal import Journal
 from zoscale.manifest import complete
 from zoscale.mesh import Mesh
@@ -139,7 +140,7 @@ def _start(config: RunConfig, architecture: Any) -> ZeroOrderEngine:
         runtime.Runtime(
             dtype=config.model.dtype,
             deepspeed=runtime.read_deepspeed_config(config.runtime.deepspeed),
-            shard_size=config.mesh.shard_size,
+            shard_size=shard_size_of_run(config, architecture),
             timeout_minutes=config.runtime.timeout_minutes,
             threads=config.runtime.threads,
         ),

@@ -159,8 +159,7 @@ def start_engine(model: nn.Module, rule: FirstOrderOptimizer, config: Mapping[st
     import deepspeed
 
     found = trainable_specs(model)
-    sizes = [spec.numel for spec, _ in found]
-    bucket = min(sum(sizes), max(_BUCKET, *sizes))
+    bucket = reduce_bucket([spec.numel for spec, _ in found])
     optimizer = rule.new_torch_optimizer({spec.name: param for spec, param in found})
     for module in model.modules():
         for name in _LEFT_BEHIND:
@@ -176,6 +175,11 @@ def end_engine(engine: Any) -> None:
     engine.destroy()
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
+
+
+def reduce_bucket(sizes: Sequence[int]) -> int:
+    """Elements of the gradients that are reduced together, from those of the trainable tensors."""
+    return min(sum(sizes), max(_BUCKET, *sizes))
 
 
 def with_gradients(config: Mapping[str, Any], bucket: int, max_grad_norm: float | None) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What one pass of a model costs, counted by running its code on tensors that have shapes and no memory."""
 
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -9,17 +8,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from zoscale.allocations import Allocations
 from zoscale.batch import MicroBatch
 from zoscale.config import ModelConfig
 from zoscale.fan import Rows
 from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel, add_adapter, is_block, load_model
+from zoscale.models import AnswerModel, add_adapter, is_block, new_model
 from zoscale.prefixes import Row
+from zoscale.quantization import bytes_in_4_bits, layers_in_4_bits
 from zoscale.shards import TensorSpec, trainable_specs
 from zoscale.weight_fan import find_units
 
@@ -33,13 +32,15 @@ class Footprint:
     Args:
         blocks: highest while a transformer block runs forward.
         outside: highest otherwise in the forward pass: embeddings, final norm, head on the answer positions, losses.
-        kept: held at the end for a backward pass; 0 without one.
+        backward: highest in the backward pass, a weight's gradient being there until it is complete; 0 without one.
+        kept: held at its beginning.
         written: sum over all tensors made, in the backward pass too.
         flops: of matrix products and attention, a multiplication and an addition being two.
     """
 
     blocks: int
     outside: int
+    backward: int
     kept: int
     written: int
     flops: int
@@ -51,7 +52,8 @@ class Weight:
 
     Args:
         numel: elements.
-        width: bytes per element.
+        width: bytes per element that is computed with.
+        num_bytes: of the whole, as it lies in memory.
         trainable: whether it is trained.
         block: number of its transformer block; None outside of them.
         is_embedding, is_head: whether it is the input embedding's, the head's; both if they are tied.
@@ -59,6 +61,7 @@ class Weight:
 
     numel: int
     width: int
+    num_bytes: int
     trainable: bool
     block: int | None
     is_embedding: bool
@@ -71,19 +74,29 @@ class ModelShapes:
     Args:
         config: of the model.
         architecture: from `read_model_config`.
-        adapter: fields of `peft.LoraConfig`, or None to train all weights.
+        adapter: see `add_adapter`.
+        trainable: see `add_adapter`.
     """
 
-    def __init__(self, config: ModelConfig, architecture: Any, adapter: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        architecture: Any,
+        adapter: Mapping[str, Any] | None,
+        trainable: str | None = None,
+    ) -> None:
         self._mode = FakeTensorMode()
         with torch.device("meta"):
-            self.model = add_adapter(load_model(replace(config, id=None, config={}), architecture), adapter)
+            base = new_model(config, architecture)
+            packed = [base.get_submodule(name) for name in layers_in_4_bits(base)] if config.quantization else []
+            self.model = add_adapter(base, adapter, trainable)
         with self._mode:
             _make_fake(self.model)
+        self._packed: list[Tensor] = [module.weight for module in packed]  # type: ignore[misc]
         blocks = [module for module in self.model.modules() if is_block(self.model, module)]
         self.specs: list[TensorSpec] = [spec for spec, _ in trainable_specs(self.model)]
         self.pairs = find_lora_pairs(self.model, self.specs) or []
-        self.weights = _weights(self.model, blocks)
+        self.weights = _weights(self.model, blocks, self._packed)
         self._blocks = blocks
 
     @property
@@ -107,7 +120,7 @@ class ModelShapes:
         batch = MicroBatch.from_rows(
             [Row((0,) * tokens, ((tokens - 1, 0, 0),), number) for number in range(rows)], [[True]] * rows, 0
         )
-        tracker = _Tracker(self.model.parameters())
+        tracker = Allocations(self.model.parameters(), self._packed)
         flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
         with ExitStack() as stack:
             stack.enter_context(self._mode)
@@ -124,11 +137,20 @@ class ModelShapes:
             stack.enter_context(flops)
             stack.enter_context(tracker)
             losses = answers.answer_logprobs(batch)
-            kept, peaks = tracker.live if backward else 0, dict(tracker.peaks)
+            kept = tracker.begin_backward() if backward else 0
             if backward:
-                losses.sum().backward()  # type: ignore[no-untyped-call]
-        self.model.zero_grad(set_to_none=True)
-        return Footprint(peaks["blocks"], peaks["outside"], kept, tracker.written, flops.get_total_flops())
+                self._take_back(losses)
+        peaks = tracker.peaks
+        flop = flops.get_total_flops()
+        return Footprint(peaks["blocks"], peaks["outside"], peaks["backward"], kept, tracker.written, flop)
+
+    def _take_back(self, losses: Tensor) -> None:
+        """The backward pass; gradients are dropped as soon as they are complete, as if they were reduced at once."""
+        weights: Iterable[Any] = (param for param in self.model.parameters() if param.requires_grad)
+        handles = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in weights]
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        for handle in handles:
+            handle.remove()
 
     def _stacks(self, candidates: int) -> dict[str, Tensor]:
         """Every candidate's adapters: [K, *shape] each."""
@@ -155,50 +177,12 @@ _ATTENTION = {  # which torch's counter leaves out
 }
 
 
-class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of live tensors, by whether a block runs.
-
-    Args:
-        existing: tensors that do not count.
-    """
-
-    def __init__(self, existing: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.written = 0
-        self.peaks = {"blocks": 0, "outside": 0}
-        self._where = "outside"
-        self._known = {tensor.untyped_storage()._cdata for tensor in existing}
-
-    def enter(self, module: nn.Module, args: object) -> None:
-        self._where = "blocks"
-
-    def leave(self, module: nn.Module, args: object, output: object) -> None:
-        self._where = "outside"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        scratch = args[0].nbytes if func is _ATEN.logsumexp.default else 0  # its differences from the maximum
-        self.peaks[self._where] = max(self.peaks[self._where], self.live + scratch)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._known:
-            self._known.add(key)
-            self.live += storage.nbytes()
-            self.written += storage.nbytes()
-            weakref.finalize(storage, self._drop, key, storage.nbytes())
-
-    def _drop(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.live -= num_bytes
+def _drop_gradient(param: Tensor) -> None:
+    param.grad = None
 
 
-def _weights(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Weight]:
+def _weights(model: nn.Module, blocks: Sequence[nn.Module], packed: Sequence[Tensor]) -> list[Weight]:
+    in_4_bits = {id(tensor) for tensor in packed}
     home = {id(param): number for number, block in enumerate(blocks) for param in block.parameters()}
     ends: Any = model
     embedding, head = (id(ends.get_input_embeddings().weight), id(ends.get_output_embeddings().weight))
@@ -206,6 +190,7 @@ def _weights(model: nn.Module, blocks: Sequence[nn.Module]) -> list[Weight]:
         Weight(
             param.numel(),
             param.element_size(),
+            bytes_in_4_bits(param.numel()) if id(param) in in_4_bits else param.nbytes,
             param.requires_grad,
             home.get(id(param)),
             id(param) == embedding,

@@ -1,5 +1,6 @@
 """Hugging Face causal language models, built directly sharded, with the head on answer positions only."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -257,7 +258,8 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
 
     copies_norms = adapter.get("peft_type") == "ln_tuning"  # which needs them whole
     try:
-        with vectors_gathered(model) if copies_norms else nullcontext():
+        with vectors_gathered(model) if copies_norms else nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT's
             adapted = cast(nn.Module, get_peft_model(model, peft_config(adapter)))
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(

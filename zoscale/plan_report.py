@@ -1,14 +1,11 @@
 """`zoscale plan`: what a run will take of each GPU, and the shard size to use, before anything is started."""
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from zoscale.budget import (
     Job,
@@ -17,24 +14,21 @@ from zoscale.budget import (
     first_order_memory,
     first_order_work,
     host_memory,
-    smallest_shard,
     with_host,
     zero_order_memory,
     zero_order_work,
 )
-from zoscale.config import ConfigError, RunConfig, build, load_yaml, parse
+from zoscale.config import ConfigError, RunConfig, load_yaml, parse
 from zoscale.devices import DEVICES, GIB, Device
-from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate
+from zoscale.estimators import ESTIMATORS
+from zoscale.fit import USABLE, job_of, shard_sizes, smallest_shard
 from zoscale.footprint import ModelShapes
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import count_parameters, read_model_config, tokens_per_pass
-from zoscale.noise import Noise
-from zoscale.nvme import buffer_elements, check_offload, offload_device
-from zoscale.optim import OPTIMIZERS
+from zoscale.models import ModelSize, count_parameters, read_model_config
+from zoscale.nvme import buffer_elements
 from zoscale.optim.first_order import FIRST_ORDER
-from zoscale.probes import PROBES
-from zoscale.runtime import fill_deepspeed_config, read_deepspeed_config
-from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.quantization import check_quantization
+from zoscale.runtime import whole_groups
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -53,7 +47,9 @@ def plan_command(argv: Sequence[str]) -> int:
     return 0 if report["zero_order"]["fits"] else 1
 
 
-def make_plan(config: RunConfig, ranks: int, device: Device, *, tokens: int | None, reserve: float) -> dict[str, Any]:
+def make_plan(
+    config: RunConfig, ranks: int, device: Device, *, tokens: int | None, reserve: float | None
+) -> dict[str, Any]:
     """The plan as plain values; bytes and seconds.
 
     Args:
@@ -61,41 +57,61 @@ def make_plan(config: RunConfig, ranks: int, device: Device, *, tokens: int | No
         ranks: of the job.
         device: of each rank.
         tokens: per row; None = data.max_length.
-        reserve: GiB of the device that are not for tensors.
+        reserve: GiB of the device that are not for tensors; None = as `mesh.shard_size=auto` has it.
+
+    Raises:
+        ConfigError: for a shard size that does not divide the ranks, or what cannot be planned.
     """
     architecture = read_model_config(config.model)
-    shapes = ModelShapes(config.model, architecture, config.adapter)
-    job = _job(config, shapes, ranks, tokens or config.data.max_length, copies=device is DEVICES["cpu"])
-    zo = shapes.run(job.micro_batch, job.tokens, candidates=job.together if job.fan else None)
-    fo_job = dataclasses.replace(job, candidates=1, parts=1)
-    fo = shapes.run(job.micro_batch, job.tokens, backward=True)
-    budget = device.memory - reserve * GIB
-    fitting = smallest_shard(shapes, job, zo, budget)
-    wanted = config.mesh.shard_size
-    shard_size = wanted if isinstance(wanted, int) else fitting or ranks
-    if job.offload != "none" and not isinstance(wanted, int):
-        shard_size = ranks  # ZeRO-3, which offloads, over all of them
+    shapes = ModelShapes(config.model, architecture, config.adapter, config.trainable)
+    job = job_of(config, shapes, ranks, tokens or config.data.max_length, copies=device.copies)
+    budget = device.memory * USABLE if reserve is None else device.memory - reserve * GIB
     size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
-    host = host_memory(shapes, job, shard_size, buffer_elements(size, shard_size))
     return {
         "model": config.model.id or architecture.model_type,
         "parameters": size.total,
         "trainable": sum(weight.numel for weight in shapes.weights if weight.trainable),
         "dtype": config.model.dtype,
+        "quantization": config.model.quantization,
         "budget": budget,
-        "job": {**dataclasses.asdict(job), "turns": job.turns, "together": job.together, "passes": job.passes},
-        "zero_order": _column(
-            with_host(zero_order_memory(shapes, job, shard_size, zo), host if job.copies else {}),
-            zero_order_work(shapes, job, shard_size, zo),
-            shard_size, budget, device, config.model.dtype,
-        ),
-        "first_order": _column(
-            first_order_memory(shapes, fo_job, fo),
-            first_order_work(shapes, fo_job, fo),
-            ranks, budget, device, config.model.dtype,
-        ),
-        "host": {} if job.copies else host,
-    }  # fmt: skip
+        "job": {**asdict(job), "turns": job.turns, "together": job.together, "passes": job.passes},
+        **_zero_order(config, shapes, size, job, device, budget),
+        "first_order": _first_order(config, architecture, job, device, budget),
+    }
+
+
+def _zero_order(
+    config: RunConfig, shapes: ModelShapes, size: ModelSize, job: Job, device: Device, budget: float
+) -> dict[str, Any]:
+    footprint = shapes.run(job.micro_batch, job.tokens, candidates=job.together if job.fan else None)
+    sizes = _shard_sizes(config, job)
+    shard_size = smallest_shard(shapes, job, footprint, budget, sizes) or sizes[-1]
+    host = host_memory(shapes, job, shard_size, buffer_elements(size, shard_size))
+    memory = with_host(zero_order_memory(shapes, job, shard_size, footprint), host if job.copies else {})
+    work = zero_order_work(shapes, job, shard_size, footprint)
+    column = _column(memory, work, shard_size, budget, device, config.model.dtype)
+    return {"zero_order": column, "host": {} if job.copies else host}
+
+
+def _shard_sizes(config: RunConfig, job: Job) -> list[int]:
+    """Those to choose from, the smallest first."""
+    wanted = config.mesh.shard_size
+    if config.model.quantization:
+        return [1]
+    if isinstance(wanted, int):
+        return [whole_groups(wanted, job.ranks)]
+    if job.offload != "none":  # by ZeRO-3 over all ranks
+        return [job.ranks]
+    return shard_sizes(job.ranks, job.ranks)
+
+
+def _first_order(config: RunConfig, architecture: Any, job: Job, device: Device, budget: float) -> dict[str, Any]:
+    """AdamW under ZeRO-3, which cannot cut up weights in 4 bits: they are as they were before."""
+    model, job = replace(config.model, quantization=None), replace(job, candidates=1, parts=1)
+    shapes = ModelShapes(model, architecture, config.adapter, config.trainable)
+    footprint = shapes.run(job.micro_batch, job.tokens, backward=True)
+    memory, work = first_order_memory(shapes, job, footprint), first_order_work(shapes, job, footprint)
+    return _column(memory, work, job.ranks, budget, device, config.model.dtype)
 
 
 def _column(memory: Memory, work: Work, shard_size: int, budget: float, device: Device, dtype: str) -> dict[str, Any]:
@@ -106,45 +122,10 @@ def _column(memory: Memory, work: Work, shard_size: int, budget: float, device: 
         "phase": memory.phase,
         "total": memory.total,
         "fits": memory.total <= budget,
-        "work": dataclasses.asdict(work),
+        "work": asdict(work),
         "seconds": seconds,
         "bound": max(seconds, key=lambda name: seconds[name]),
     }
-
-
-def _job(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, copies: bool) -> Job:
-    estimator: Estimator = build(config.estimator, ESTIMATORS)
-    filled = fill_deepspeed_config(read_deepspeed_config(config.runtime.deepspeed), config.model.dtype, None)
-    check_offload(config, filled)
-    fan = None if config.forward.name == "sequential" else shapes.fan
-    if config.forward.name == "fan_out" and fan is None:
-        raise ConfigError("a model whose candidates can share a pass", "another", "set forward.name=auto")
-    return Job(
-        ranks=ranks,
-        batch=config.data.batch_size,
-        micro_batch=config.data.micro_batch_size,
-        tokens=tokens,
-        candidates=estimator.num_candidates,
-        parts=config.mesh.candidates,
-        fan=fan,
-        max_rows=config.forward.max_rows or tokens_per_pass(shapes.model) // tokens,
-        state=state_per_element(config),
-        master=config.master == "fp32",
-        prefetch=filled["zero_optimization"].get("stage3_prefetch_bucket_size", 1) > 0,
-        copies=copies,
-        offload=offload_device(filled),
-    )
-
-
-def state_per_element(config: RunConfig) -> float:
-    """Values that the optimizer keeps per trainable element, by one step on a small matrix."""
-    spec = TensorSpec(0, "example", (8, 8))
-    shard = ShardedParam(nn.Parameter(torch.zeros(spec.shape)), spec)
-    optimizer = build(config.optimizer, OPTIMIZERS, [shard])
-    probe: Any = build(config.probe, PROBES)
-    optimizer.step(GradientEstimate((probe.draw(Noise(0), [spec], 0, 0),), (1.0,), 0.0))
-    kept = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
-    return sum(value.numel() for value in kept) / spec.numel
 
 
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
@@ -163,10 +144,17 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     if config.optimizer.name in FIRST_ORDER:
         remedy = "leave optimizer out: AdamW under ZeRO-3 has a column of its own"
         raise ConfigError("a zero-order optimizer to plan", config.optimizer.name, remedy)
-    if config.model.quantization is not None:
-        remedy = "plan it in 16 bits, of which the linear layers then take little more than a quarter"
-        raise ConfigError("no model.quantization to plan", config.model.quantization, remedy)
+    if ESTIMATORS[config.estimator.name].takes_derivatives:
+        raise ConfigError("an estimator from losses to plan", config.estimator.name, "plan another one")
+    check_quantization(_as_it_would_run(config))
     return config
+
+
+def _as_it_would_run(config: RunConfig) -> RunConfig:
+    """With weights in 4 bits: shapes may stand for a model, and the shard size is what is asked for."""
+    model = replace(config.model, id=config.model.id or "any")
+    shard_size = config.mesh.shard_size if isinstance(config.mesh.shard_size, int) else 1
+    return replace(config, model=model, mesh=replace(config.mesh, shard_size=shard_size))
 
 
 def _device(arguments: argparse.Namespace) -> Device:
@@ -184,13 +172,14 @@ def _device(arguments: argparse.Namespace) -> Device:
         if value is not None and not value > 0:
             raise ConfigError(f"{name} above 0", str(value), "raise it")
     changed = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(device, **changed) if changed else device
+    return replace(device, **changed) if changed else device
 
 
 def _table(report: dict[str, Any]) -> str:
     job, columns = report["job"], (report["zero_order"], report["first_order"])
     names = list(dict.fromkeys(name for column in columns for name in column["memory"]))
-    rows = [["memory of a rank, GiB", "zero-order", "AdamW, ZeRO-3"]]
+    ours = f"zero-order, {report['quantization']}" if report["quantization"] else "zero-order"
+    rows = [["memory of a rank, GiB", ours, "AdamW, ZeRO-3"]]
     rows.append(["  ranks per copy of the model", *(str(column["shard_size"]) for column in columns)])
     for name in names:
         rows.append([f"  {name}", *(_gib(column["memory"].get(name)) for column in columns)])
@@ -224,7 +213,8 @@ def _table(report: dict[str, Any]) -> str:
 def _advice(report: dict[str, Any]) -> str:
     zero_order = report["zero_order"]
     if not zero_order["fits"]:
-        return "does not fit: more GPUs, fewer rows (forward.max_rows, data.micro_batch_size) or a smaller model"
+        more = "" if report["quantization"] else "more GPUs, "
+        return f"does not fit: {more}fewer rows (forward.max_rows, data.micro_batch_size) or a smaller model"
     ranks, size = report["job"]["ranks"], zero_order["shard_size"]
     if report["job"]["offload"] != "none":
         return f"leave mesh.shard_size as it is: {size} of {ranks} ranks share a copy, offloaded"
@@ -248,8 +238,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--flops", type=float, metavar="TFLOP/s", help="instead of the device's")
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of the memory, instead of the device's")
-    parser.add_argument("--reserve", type=float, default=2.0, metavar="GiB",
-                        help="kept free for the CUDA context, NCCL and gaps of the allocator (default: 2)")  # fmt: skip
+    parser.add_argument("--reserve", type=float, metavar="GiB",
+                        help="kept free for the CUDA context, NCCL and gaps of the allocator (default: 15 %% of the "
+                        "memory, as mesh.shard_size=auto)")  # fmt: skip
     parser.add_argument("--batch", type=int, metavar="B", help="rows of a step (default: data.batch_size)")
     parser.add_argument("--tokens", type=int, metavar="T", help="per row (default: data.max_length)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes and seconds")

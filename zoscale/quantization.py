@@ -4,8 +4,12 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from zoscale.config import ConfigError, ModelConfig, RunConfig
+
+_BLOCK, _BLOCK_OF_SCALES = 64, 256  # bitsandbytes' own
 
 
 def check_quantization(config: RunConfig) -> None:
@@ -28,6 +32,32 @@ def check_quantization(config: RunConfig) -> None:
         raise ConfigError(f"mesh.shard_size 1 {beside}", got, remedy)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"the package bitsandbytes {beside}", "none", "pip install 'zoscale[quantization]'")
+
+
+def layers_in_4_bits(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers whose weights transformers cuts to 4 bits; the model itself is in any type."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    in_fp32 = model._keep_in_fp32_modules
+    whole = HfQuantizer.get_modules_to_not_convert(model, None, None if in_fp32 is None else list(in_fp32))
+    linear = (name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D))
+    return [name for name in linear if should_convert_module(name, whole)]
+
+
+def bytes_in_4_bits(numel: int) -> int:
+    """Of a weight with its constants: two values per byte; per 64 values a scale in 8 bits; per 256 scales one in fp32,
+    and one mean of all of them; the table of the 16 values (QLoRA, section 3)."""
+    scales = -(-numel // _BLOCK)
+    return -(-numel // 2) + scales + 4 * -(-scales // _BLOCK_OF_SCALES) + 4 + 4 * 16
+
+
+def bytes_of_constants(model: nn.Module) -> int:
+    """What a loaded model's weights in 4 bits have beside them, tables that all share left out."""
+    states = [getattr(weight, "quant_state", None) for weight in model.parameters()]
+    own = [(state.absmax, state.code, state.offset, state.state2.absmax) for state in states if state is not None]
+    return sum(tensor.nbytes for tensors in own for tensor in tensors)
 
 
 def loading_options(config: ModelConfig) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from typing import Any
 
 from zoscale import provenance, runtime
 from zoscale.agreement import check_agreement
-from zoscale.assembly import Plan, build_training_engine, demand_of, plan
+from zoscale.assembly import Plan, build_training_engine, plan
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.export import save_trained, write_origin
+from zoscale.fit import shard_size_of_run
 from zoscale.ledger import Ledger
 from zoscale.mesh import Mesh
 from zoscale.preemption import Preempted, end_on_signals
@@ -45,12 +46,11 @@ def _run(config: RunConfig) -> dict[str, Any]:
         runtime.Runtime(
             dtype=config.model.dtype,
             deepspeed=made.deepspeed,
-            shard_size=config.mesh.shard_size,
+            shard_size=shard_size_of_run(config, made.architecture),
             timeout_minutes=config.runtime.timeout_minutes,
             threads=config.runtime.threads,
         ),
         size=made.size,
-        demand=demand_of(config),
     )
     mesh = Mesh(accelerator.device)
     check_agreement(mesh, {**_facts(config, made), "number of ranks per copy": shard_size_of(accelerator)})

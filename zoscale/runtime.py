@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
 from zoscale.config import ConfigError
-from zoscale.fit import Demand, memory_of_a_rank, smallest_shard_size
 from zoscale.launcher import obey
 from zoscale.models import ModelSize
 from zoscale.nvme import fill_offload, ready_nvme
@@ -46,14 +45,14 @@ class Runtime:
         dtype: compute dtype of the frozen weights: float32, bfloat16 or float16.
         deepspeed: DeepSpeed configuration (ZeRO-3, no optimizer); None = `ZERO3`.
         shard_size: consecutive ranks that hold one copy of the model together: all of them (None), fewer, or 1,
-            where each holds it whole and nothing is gathered; "auto" is as few as have the memory.
+            where each holds it whole and nothing is gathered.
         timeout_minutes: of collectives; a rank that waits longer takes the job down.
         threads: torch CPU threads per rank; None = torch's default.
     """
 
     dtype: str = "float32"
     deepspeed: Mapping[str, Any] | None = None
-    shard_size: int | Literal["auto"] | None = None
+    shard_size: int | None = None
     timeout_minutes: float = 10.0
     threads: int | None = None
 
@@ -131,9 +130,7 @@ def fill_deepspeed_config(
     return filled
 
 
-def start(
-    runtime: Runtime | None = None, *, size: ModelSize | None = None, demand: Demand | None = None
-) -> Accelerator:
+def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> Accelerator:
     """Join the processes that the launcher started, or be the only one. Call it before the model is built.
 
     Models built afterwards with `from_pretrained` or `from_config` are sharded at once.
@@ -141,7 +138,6 @@ def start(
     Args:
         runtime: how to run.
         size: of the model to come, for the bounds on memory.
-        demand: memory that the run takes beside it, for `shard_size="auto"`.
 
     Raises:
         ConfigError: for a DeepSpeed configuration that cannot train forward-only, a launcher that was told something
@@ -157,27 +153,24 @@ def start(
         warnings.filterwarnings("ignore", message=f".*{name}_tensor.*deprecated", category=FutureWarning)
     launched = int(os.environ["WORLD_SIZE"])
     timeout = timedelta(minutes=runtime.timeout_minutes)
-    accelerator = _accelerator(runtime, size, _shard_size(runtime, size, demand, launched), timeout)
+    accelerator = _accelerator(runtime, size, whole_groups(runtime.shard_size, launched), timeout)
     if accelerator.num_processes != launched:
         raise ConfigError(f"{launched} processes", str(accelerator.num_processes), "check the launcher")
     return accelerator
 
 
-def _shard_size(runtime: Runtime, size: ModelSize | None, demand: Demand | None, launched: int) -> int:
-    """A size that divides the number of processes."""
-    if runtime.shard_size == "auto":
-        if size is None:
-            raise ConfigError("the model's size for shard_size auto", "none", "pass size=count_parameters(...)")
-        demand = demand or Demand(weight_bytes=getattr(torch, runtime.dtype).itemsize)
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
-        memory = memory_of_a_rank(per_node)
-        return smallest_shard_size(size, demand, world_size=launched, ranks_per_node=per_node, memory=memory)
-    shard_size = launched if runtime.shard_size is None else runtime.shard_size
-    if shard_size < 1 or launched % shard_size:
-        sizes = ", ".join(str(size) for size in range(1, launched + 1) if launched % size == 0)
+def whole_groups(shard_size: int | None, ranks: int) -> int:
+    """The size of the shard groups; None is all ranks.
+
+    Raises:
+        ConfigError: if they do not come out even.
+    """
+    size = ranks if shard_size is None else shard_size
+    if size < 1 or ranks % size:
+        sizes = ", ".join(str(even) for even in range(1, ranks + 1) if ranks % even == 0)
         remedy = f"set mesh.shard_size to one of {sizes}, or start another number of ranks"
-        raise ConfigError(f"mesh.shard_size to divide the number of ranks ({launched})", str(shard_size), remedy)
-    return shard_size
+        raise ConfigError(f"mesh.shard_size to divide the number of ranks ({ranks})", str(size), remedy)
+    return size
 
 
 def _accelerator(runtime: Runtime, size: ModelSize | None, shard_size: int, timeout: timedelta) -> Accelerator:
