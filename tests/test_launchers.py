@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ ACCELERATE = ["-m", "accelerate.commands.launch"]
 DEEPSPEED = ["-c", "from deepspeed.launcher.runner import main; main()"]
 TWO = ["--num_processes", "2"]
 LAUNCHERS: dict[str, list[str]] = {
-    "accelerate_with_file": [*ACCELERATE, "--config_file", "launch/accelerate/cpu.yaml", "--main_process_port"],
+    "accelerate_with_file": [*ACCELERATE, "--config_file", "launch/accelerate/gpu_8.yaml", *TWO, "--main_process_port"],
     "accelerate_without_file": [*ACCELERATE, "--use_deepspeed", *TWO, "--main_process_port"],
     "accelerate_with_defaults_of_two_gpus": [*ACCELERATE, *TWO, "--main_process_port"],
     "accelerate_with_defaults_of_a_cpu": [*ACCELERATE, "--main_process_port"],
@@ -34,9 +36,12 @@ DEFAULTS = {
 """What `accelerate config default` writes, but for these: no word of DeepSpeed."""
 
 
-def train(command: list[str], out: Path, world_size: int, **variables: str) -> tuple[bytes, bytes]:
+def train(
+    command: list[str], out: Path, world_size: int, after: Callable[[], object] = lambda: None, **variables: str
+) -> tuple[bytes, bytes]:
     """The journal and the weights of a short run, which is removed: the journal names its folder."""
     shown = run([sys.executable, *command, *TRAIN, f"output_dir={out}"], **variables).stdout
+    after()
     slices = [16384 // world_size] * world_size
     assert f"ranks: {world_size}, {world_size} per copy; slices: {slices}" in shown, "ZeRO-3 over all ranks"
     run_dir = run_dir_of(out)
@@ -69,6 +74,16 @@ def test_launchers_give_the_same_bytes(name: str, by_torchrun: tuple[bytes, byte
         file.write_text(json.dumps(json.loads(file.read_text()) | DEFAULTS[name]))
     command, ranks = [*LAUNCHERS[name], str(free_port())], 1 if name.endswith("a_cpu") else 2
     assert train(command, out, ranks, HF_HOME=str(tmp_path)) == by_torchrun
+
+
+@pytest.mark.slow
+def test_two_nodes_as_the_file_says(by_torchrun: tuple[bytes, bytes], out: Path) -> None:
+    """`gpu_2x8.yaml` with one rank per node: the command of each node, both on this machine."""
+    command = [*ACCELERATE, "--config_file", "launch/accelerate/gpu_2x8.yaml", *TWO, "--main_process_port"]
+    command += [str(free_port()), "--main_process_ip", "127.0.0.1", "--machine_rank"]
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(run, [sys.executable, *command, "1", *TRAIN, f"output_dir={out}"])
+        assert train([*command, "0"], out, 2, after=other.result) == by_torchrun
 
 
 @pytest.fixture

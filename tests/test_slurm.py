@@ -74,7 +74,7 @@ class Cluster:
         """The number of the job."""
         shown = run([*command, *arguments], timeout=120, **self.variables, **variables).stdout
         found = re.search(r"^job (\d+): ", shown, re.MULTILINE)
-        assert found, shown
+        assert found and "job.sbatch <==\n#!/usr/bin/env bash\n#SBATCH --job-name=quickstart\n" in shown, shown
         return found[1]
 
     def state(self, job: str) -> str:

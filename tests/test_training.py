@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,11 @@ from peft import PeftModel
 from processes import ROOT, free_port, run, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import zoscale
+from zoscale import cli
+from zoscale.config import parse
 from zoscale.journal import Journal, JournalWriter
+from zoscale.methods import DEFAULTS, TABLES
 
 QUICKSTART = ["--config", "launch/recipes/quickstart.yaml"]
 SHORT = ["train.steps=6", "train.eval_every=3", "train.log_every=2", "data.num_dev=48", "data.num_validation=60"]
@@ -244,6 +249,22 @@ def test_help_is_quick_and_complete() -> None:
     result = run([sys.executable, "launch/train.py", "--help"], timeout=60)
     for word in ("optimizer.lr", "estimator.tau", "jaguar_muon", "zo_sgd", "probe.rows", "tracking.uri", "adapter"):
         assert word in result.stdout
+
+
+def test_help_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    """It names every command, and its own examples are right."""
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in text
+    examples = re.findall(r"^  zoscale (\w+)(.*)$", text, re.MULTILINE)
+    assert {name for name, _ in examples} == {"doctor", "plan", "train", "compare", "export"}
+    config = parse(dict(examples)["train"].split(), TABLES, DEFAULTS)
+    assert config.task.name == "sst2" and config.train.steps == 2000
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"zoscale {zoscale.__version__}, commit ")
+    assert cli.main(["trian"]) == 2
+    assert "got 'trian': did you mean train? see zoscale --help" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 from zoscale.config import ConfigError, exit_with, parse_or_exit
 
 EX_IOERR = 74
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # which the `deepspeed` launcher adds to every command
-_USAGE = """usage: zoscale COMMAND ...
+_USAGE = """usage: zoscale COMMAND ...          zoscale COMMAND --help: every option of a command
+       zoscale --version
 
 commands:
   train     train as configured, or go on; `zoscale train --help` documents every option
@@ -22,6 +24,18 @@ commands:
   journal   print or plot the steps of a run
   plan      memory and time that a run will take of each GPU, and the shard size to use
   doctor    check this machine: versions, devices, network, disk, MLflow, compiler, and a step under ZeRO-3
+
+from nothing to a result:
+  zoscale doctor
+  zoscale plan --model facebook/opt-1.3b --gpus 2
+  zoscale train model.id=facebook/opt-1.3b model.allow_pickle=true task.name=sst2 train.steps=2000
+  accelerate launch --use_deepspeed --num_processes 2 -m zoscale train ...    the same on two GPUs, sharded by ZeRO-3
+  zoscale compare runs/run-*
+  zoscale export runs/run-HASH --adapter
+
+A run is a folder runs/NAME-HASH; the same command again continues it. MLflow is in runs/mlflow.db, or where
+MLFLOW_TRACKING_URI says. Exit status: 0 done, 1 failed, 2 a mistake in the command, 70 a rank stood still, 74 the disk,
+75 told to stop (the same command continues).
 """
 
 
@@ -132,15 +146,27 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+def _version() -> str:
+    from zoscale import __version__
+    from zoscale.provenance import commit
+
+    return f"zoscale {__version__}, commit {commit()}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
-    if name in ("--help", "-h"):
+    if name in ("--help", "-h", "help"):
         print(_USAGE, end="")
+        return 0
+    if name == "--version":
+        print(_version())
         return 0
     if name not in COMMANDS:
         got = f"got {name!r}" if name else "got nothing"
-        print(f"zoscale: error: expected one of {', '.join(COMMANDS)}, {got}: see zoscale --help", file=sys.stderr)
+        near = "".join(f"did you mean {word}? " for word in get_close_matches(name, COMMANDS, 1))
+        remedy = f"{near}see zoscale --help"
+        print(f"zoscale: error: expected one of {', '.join(COMMANDS)}, {got}: {remedy}", file=sys.stderr)
         return 2
     try:
         return COMMANDS[name](rest)

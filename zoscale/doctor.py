@@ -21,6 +21,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from zoscale.fit import memory_of_a_rank
 from zoscale.mlflow_store import short_waits, shown, store_uri
 from zoscale.noise import Key, Noise, Range
 from zoscale.streams import kernels_on
@@ -91,7 +92,7 @@ def check_devices(setup: Setup) -> Finding:
     if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
         got = f"an NVIDIA driver, which torch {torch.__version__} cannot use"
         return Finding(got, "install a torch built for CUDA whose version the driver supports (see nvidia-smi)")
-    return Finding(f"no GPU: {os.cpu_count()} CPUs, gloo")
+    return Finding(f"no GPU: {os.cpu_count()} CPUs, {memory_of_a_rank(1) / 2**30:.0f} GiB of memory, gloo")
 
 
 def check_network(setup: Setup) -> Finding:

@@ -204,7 +204,12 @@ def _parser() -> argparse.ArgumentParser:
         "of a checkpoint by its path or name",
     )
     parser.add_argument("--base", metavar="MODEL", help="id or folder of the run's base model, if it has moved")
-    parser.add_argument("--split", default="validation", choices=["validation", "dev", "train"])
+    parser.add_argument(
+        "--split",
+        default="validation",
+        choices=["validation", "dev", "train"],
+        help="default: validation",
+    )
     parser.add_argument("--out", metavar="DIR", help="write results.json, and the predictions as <task>.jsonl")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML as for zoscale train")
     parser.add_argument(

@@ -131,6 +131,8 @@ def _column(memory: Memory, work: Work, shard_size: int, budget: float, device: 
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
     words = [word for file in arguments.config for word in ("--config", file)] + list(arguments.words)
     base: dict[str, Any] = {}
+    if arguments.model is None and not arguments.config and not any(w.startswith("model.") for w in arguments.words):
+        raise ConfigError("--model, --config or model.id", "none", "name an id, a folder or a YAML of shapes")
     if arguments.model is not None:
         shapes = Path(arguments.model)
         is_file = shapes.suffix in (".yaml", ".yml", ".json") and shapes.is_file()

@@ -53,11 +53,11 @@ def describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan, directory: 
         log(f"forward: sequential, because {reason}")
 
 
-def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: RunDirectory, compare: str) -> None:
+def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: RunDirectory, shown: str) -> None:
     """The result, and where it lies.
 
     Args:
-        compare: how to open the tracked runs.
+        shown: where the run is tracked.
     """
     validation, name = summary["validation"], made.task.select_by
     if made.encoder.num_truncated:
@@ -73,7 +73,8 @@ def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: 
     )
     print(f"{'adapter' if config.adapter is not None else 'model'}: {directory.adapter}")
     print(f"summary: {directory.summary}")
-    print(f"to compare runs: {compare}")
+    print(f"to look at it: {shown}")
+    print(f"to compare runs: zoscale compare {directory.path.parent}/{config.name}-*")
 
 
 def say(mesh: Mesh) -> Log:

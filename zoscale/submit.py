@@ -43,9 +43,10 @@ def submit_command(argv: Sequence[str]) -> int:
     )
     folder = _next_folder(runs)
     scripts = request.scripts(folder)
+    print("\n".join(f"==> {folder / name} <==\n{text}" for name, text in scripts.items()))
+    print("\n".join(["runs:", *(str(RunDirectory.of(run).path) for run in runs)]))
     if options.dry_run:
-        print("\n".join(f"==> {folder / name} <==\n{text}" for name, text in scripts.items()))
-        print("\n".join(["runs:", *(str(RunDirectory.of(run).path) for run in runs), "nothing was done (--dry-run)"]))
+        print("nothing was done (--dry-run)")
         return 0
     _freeze(folder, runs, scripts, options.setup)
     try:
