@@ -5,7 +5,8 @@ torchrun --nproc_per_node 2 launch/measure_memory.py [--config FILE] [--dtype bf
 Random weights, LoRA on q_proj and v_proj, 16 x 48 tokens per step in 4 micro-batches. On a GPU the numbers are the
 allocator's; on a CPU the resident set, less what the process held before the model was built; there, set
 MALLOC_MMAP_THRESHOLD_=131072 so that freed memory goes back to the system and is not counted. `first_order` is AdamW by
-backpropagation through DeepSpeed ZeRO-3. `--model ID --quantization nf4` has the base in 4 bits on every rank.
+backpropagation through DeepSpeed ZeRO-3. `--shard-size 1` puts the whole model on every rank, which `--model ID
+--quantization nf4` needs.
 """
 
 import argparse
@@ -57,21 +58,17 @@ def batch(vocabulary: int, data: Data) -> list[dict[str, torch.Tensor]]:
     ]  # fmt: skip
 
 
-def shard_size_of(config: ModelConfig) -> int | None:
-    """All ranks share one copy (None), if it can be cut up."""
-    return 1 if config.quantization else None
-
-
 def planned(
-    config: ModelConfig, adapter: Adapter, data: Data, ranks: int, deepspeed: Path | None, method: str
+    config: ModelConfig, adapter: Adapter, data: Data, shard_size: int | None, deepspeed: Path | None, method: str
 ) -> dict[str, Any]:
     """What `zoscale plan` says of the same run; before ZeRO-3 is there, which would shard its model of shapes."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     tree = {
         "model": asdict(config),
         "adapter": adapter,
         "optimizer": {"name": "jaguar_sign_sgd"},
         "data": {"batch_size": data.rows, "micro_batch_size": data.rows // data.micro_batches},
-        "mesh": {"shard_size": shard_size_of(config) or ranks},
+        "mesh": {"shard_size": shard_size or ranks},
         "runtime": {"deepspeed": deepspeed and str(deepspeed)},
     }
     device = DEVICES["h100" if torch.cuda.is_available() else "cpu"]
@@ -80,12 +77,11 @@ def planned(
 
 
 def measure(
-    config: ModelConfig, adapter: Adapter, data: Data, steps: int, deepspeed: Path | None, method: str
+    config: ModelConfig, adapter: Adapter, data: Data, steps: int, runtime: Runtime, method: str
 ) -> dict[str, Any]:
     """Train a few steps; all ranks' numbers in bytes."""
     architecture = read_model_config(config)
     size = count_parameters(architecture)
-    runtime = Runtime(config.dtype, read_deepspeed_config(deepspeed), shard_size=shard_size_of(config))
     accelerator = start(runtime, size=size)
     meter = MemoryMeter(accelerator.device)
     before = meter.read().current
@@ -127,6 +123,7 @@ def main() -> None:
     parser.add_argument("--method", default="zero_order", choices=METHODS)
     parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed JSON; default: zoscale's ZeRO-3")
+    parser.add_argument("--shard-size", type=int, help="ranks that hold one copy of the model; default: all")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", type=int, default=16, help="per step")
     parser.add_argument("--tokens", type=int, default=48, help="per row")
@@ -138,8 +135,9 @@ def main() -> None:
     which = {"config": shapes} if arguments.model is None else {"id": arguments.model}
     config = ModelConfig(**which, dtype=arguments.dtype, quantization=arguments.quantization)
     adapter = None if arguments.full else ADAPTER
-    plan = planned(config, adapter, data, int(os.environ.get("WORLD_SIZE", "1")), arguments.deepspeed, arguments.method)
-    report = measure(config, adapter, data, arguments.steps, arguments.deepspeed, arguments.method) | {"planned": plan}
+    runtime = Runtime(config.dtype, read_deepspeed_config(arguments.deepspeed), arguments.shard_size)
+    plan = planned(config, adapter, data, arguments.shard_size, arguments.deepspeed, arguments.method)
+    report = measure(config, adapter, data, arguments.steps, runtime, arguments.method) | {"planned": plan}
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=2))
         if arguments.json:

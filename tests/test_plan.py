@@ -37,7 +37,7 @@ IN_4_BITS = {**SHAPES, "vocab_size": 2000, "hidden_size": 512, "word_embed_proj_
 RUNS: dict[str, tuple[int, list[str]]] = {
     "zero_order": (2, ["--config", "shapes.yaml", "--rows", "32"]),
     "first_order": (2, ["--config", "shapes.yaml", "--rows", "32", "--method", "first_order", "--full"]),
-    "in_4_bits": (1, ["--model", "model", "--rows", "16", "--quantization", "nf4"]),
+    "in_4_bits": (1, ["--model", "model", "--rows", "16", "--quantization", "nf4", "--shard-size", "1"]),
 }
 """Real runs: number of ranks and options of `launch/measure_memory.py`."""
 
@@ -54,7 +54,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         options = [str(folder / word) if (folder / word).exists() else word for word in options]
         command = ["launch/measure_memory.py", *options, "--steps", "2", "--tokens", "64", "--micro-batches", "2"]
         command += ["--deepspeed", "ds_configs/zero3_cpu.json", "--json", str(folder / f"{name}.json")]
-        torchrun(ranks, *command, MALLOC_MMAP_THRESHOLD_="131072")
+        torchrun(ranks, *command, MALLOC_MMAP_THRESHOLD_="131072", CUDA_VISIBLE_DEVICES="")
         return json.loads((folder / f"{name}.json").read_text())
 
     with ThreadPoolExecutor() as pool:
@@ -95,6 +95,20 @@ def test_so_are_adamw_s_step_and_its_whole_memory(measured: dict[str, Any]) -> N
     for rank in measured["first_order"]["ranks"]:
         assert rank["step_extra"] == pytest.approx(parts["gathered weights"] + parts["activations"], rel=0.1)
         assert rank["training_peak"] == pytest.approx(plan["total"], rel=0.1)
+
+
+@pytest.mark.gpu
+def test_so_is_that_on_a_gpu(tmp_path: Path) -> None:
+    """The whole model on one GPU, the allocator's own peak."""
+    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
+    command = ["launch/measure_memory.py", "--config", str(tmp_path / "shapes.yaml"), "--rows", "64", "--tokens", "64"]
+    torchrun(1, *command, "--shard-size", "1", "--dtype", "bfloat16", "--json", str(tmp_path / "memory.json"))
+    report = json.loads((tmp_path / "memory.json").read_text())
+    parts = report["planned"]["memory"]
+    assert report["ranks"][0]["shard"] == parts["weights"]
+    assert report["ranks"][0]["step_extra"] == pytest.approx(
+        parts["activations"] + parts["candidates' adapters"], rel=0.1
+    )
 
 
 def test_flops_are_those_of_the_formula() -> None:
@@ -252,6 +266,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ([*shapes[1:], "--link", "-1"], "link above 0"),
         ([*shapes[1:], "optimizer.name=fo_adamw"], "a zero-order optimizer to plan"),
         ([*shapes[1:], "estimator.name=forward_grad"], "an estimator from losses to plan"),
+        ([*shapes[1:], f"runtime.deepspeed={ROOT}/ds_configs/zero3_offload.json"], "weights on the devices to plan"),
         ([*shapes[1:], "mesh.shard_size=3"], "mesh.shard_size to divide the number of ranks (2), got 3"),
         ([*shapes[1:], "model.quantization=nf4"], "an adapter beside model.quantization=nf4"),
         ([*shapes[1:-1], "model.quantization=nf4", "mesh.shard_size=2"], "mesh.shard_size 1 beside"),

@@ -28,7 +28,7 @@ from zoscale.models import ModelSize, count_parameters, read_model_config
 from zoscale.nvme import buffer_elements
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.quantization import check_quantization
-from zoscale.runtime import whole_groups
+from zoscale.runtime import read_deepspeed_config, whole_groups
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -143,20 +143,24 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
         micro = min(arguments.batch, 4)
         base["data"] = {"micro_batch_size": micro if arguments.batch % micro == 0 else 1}
     config = parse(words, TABLES, DEFAULTS, command="zoscale plan", base=base)
+    _check(config)
+    return config
+
+
+def _check(config: RunConfig) -> None:
+    """Refuse what the plan knows nothing of, and what no run could do."""
     if config.optimizer.name in FIRST_ORDER:
         remedy = "leave optimizer out: AdamW under ZeRO-3 has a column of its own"
         raise ConfigError("a zero-order optimizer to plan", config.optimizer.name, remedy)
     if ESTIMATORS[config.estimator.name].takes_derivatives:
         raise ConfigError("an estimator from losses to plan", config.estimator.name, "plan another one")
-    check_quantization(_as_it_would_run(config))
-    return config
-
-
-def _as_it_would_run(config: RunConfig) -> RunConfig:
-    """With weights in 4 bits: shapes may stand for a model, and the shard size is what is asked for."""
-    model = replace(config.model, id=config.model.id or "any")
-    shard_size = config.mesh.shard_size if isinstance(config.mesh.shard_size, int) else 1
-    return replace(config, model=model, mesh=replace(config.mesh, shard_size=shard_size))
+    zero = read_deepspeed_config(config.runtime.deepspeed)["zero_optimization"]
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+        remedy = "plan it without: its weights, masters and optimizer state are what the CPUs' memory then holds"
+        raise ConfigError("weights on the devices to plan", "offload_param in runtime.deepspeed", remedy)
+    model = replace(config.model, id=config.model.id or "any")  # shapes may stand for a model
+    asked = config.mesh.shard_size if isinstance(config.mesh.shard_size, int) else 1  # which the plan is to answer
+    check_quantization(replace(config, model=model, mesh=replace(config.mesh, shard_size=asked)))
 
 
 def _device(arguments: argparse.Namespace) -> Device:

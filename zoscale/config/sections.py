@@ -124,7 +124,7 @@ class MeshConfig:
     Args:
         shard_size: Ranks that hold one copy of the model together, which divides their number; null is all of them
             (ZeRO-3), 1 puts the whole model on every rank, which then gathers nothing; auto is as few as have the
-            memory, by an estimate.
+            memory, as `zoscale plan` says.
         candidates: Parts that the candidates are cut into, so that ranks take different candidates of the same
             micro-batch; for more ranks than micro-batches.
         check_every: Steps between comparisons of the replicas' weights, which stop the run if they differ.
