@@ -274,6 +274,8 @@ def test_auto_looks_at_the_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> 
     config = config_of(tiny.ARCHITECTURES["llama"])
     architecture = read_model_config(config.model)
     assert fit.shard_size_of_run(config, architecture) == 1, "without a launcher"
+    first_order = config_of(tiny.ARCHITECTURES["llama"], optimizer={"name": "fo_adamw"})
+    assert fit.shard_size_of_run(first_order, architecture) == 1, "such a run may be evaluated so"
     monkeypatch.setenv("WORLD_SIZE", "4")
     for limit, expected in ((1e12, 1), (1.0, 4)):
         monkeypatch.setattr(fit, "container_limit", lambda limit=limit: limit)

@@ -84,7 +84,9 @@ def job_of(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, c
 
 
 def state_per_element(config: RunConfig) -> float:
-    """Values that the optimizer keeps per trainable element, by one step on a small matrix."""
+    """Values that the optimizer keeps per trainable element, by one step on a small matrix; 0 for first-order ones."""
+    if config.optimizer.name not in OPTIMIZERS:
+        return 0.0
     spec = TensorSpec(0, "example", (8, 8))
     shard = ShardedParam(nn.Parameter(torch.zeros(spec.shape)), spec)
     optimizer = build(config.optimizer, OPTIMIZERS, [shard])
