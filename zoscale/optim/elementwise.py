@@ -1,8 +1,7 @@
 """`ElementwiseOptimizer`: rules whose update of a coordinate depends on that coordinate alone."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -15,12 +14,9 @@ from zoscale.shards import ShardedParam, TensorSpec
 class ElementwiseOptimizer(ZeroOrderOptimizer):
     """x <- x - lr (u + weight_decay x), u from `direction`. Vectors (biases, LayerNorm) are not decayed."""
 
-    is_descent: ClassVar[bool] = False
-    """Whether u is g itself: then it is made where it is used."""
-
-    @abstractmethod
     def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """u on one piece, float32, from g = (1/q) sum_k rho_k z_k there; state is advanced."""
+        """u on one piece, float32, from g = (1/q) sum_k rho_k z_k there; state is advanced. Here it is g itself."""
+        return gradient
 
     def rule(self, spec: TensorSpec) -> str:
         return "matrix" if spec.is_matrix else "vector"
@@ -30,7 +26,8 @@ class ElementwiseOptimizer(ZeroOrderOptimizer):
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for batch in pieces(shards):
-            sums = estimate.streams(batch) if self.is_descent else None
+            is_gradient = type(self).direction is ElementwiseOptimizer.direction
+            sums = estimate.streams(batch) if is_gradient else None
             if sums is not None:
                 for piece, made_there in zip(batch, sums, strict=True):
                     self.descend(piece, made_there, group)

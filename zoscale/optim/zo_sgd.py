@@ -24,8 +24,6 @@ class ZOSGD(ElementwiseOptimizer):
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
-    is_descent = True
-
     def __init__(
         self,
         shards: Sequence[ShardedParam],
@@ -36,9 +34,6 @@ class ZOSGD(ElementwiseOptimizer):
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__(shards, mesh, {"lr": lr, "weight_decay": weight_decay}, groups)
-
-    def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return gradient
 
 
 class FZOO(ZOSGD):

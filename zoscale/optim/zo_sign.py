@@ -48,14 +48,11 @@ class ZOSignRho(ZOSignSGD):
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
-    is_descent = True
+    direction = ElementwiseOptimizer.direction
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         signs = tuple(math.copysign(1.0, rho) if rho else 0.0 for rho in estimate.projected_grads)
         super().update(shards, replace(estimate, projected_grads=signs), group)
-
-    def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
-        return gradient
 
 
 class ZOMuonOrthogonal(ZOSignRho):
