@@ -162,9 +162,9 @@ FIRST_ORDER: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "adamw_full_bf16": (FULL | ADAMW | {"dtype": "bfloat16"}, (2,)),
     "adamw_full_persistent": (FULL | ADAMW | {"zero": {"stage3_param_persistence_threshold": 640}}, (2,)),
     "sgd_lora": (LORA | MOMENTUM, (1, 2, 3)),
-    "sgd_chosen": (chosen(MOMENTUM, 4) | {"zero": {"stage3_param_persistence_threshold": 640}}, (1, 2, 3)),
-    "adamw_chosen": (chosen(ADAMW, 1, 3, 4), (1, 2, 3)),
-    "adamw_chosen_bf16": (chosen(ADAMW, 4) | {"dtype": "bfloat16"}, (2,)),
+    "sgd_chosen": (chosen(MOMENTUM, 3) | {"zero": {"stage3_param_persistence_threshold": 640}}, (1, 2, 3)),
+    "adamw_chosen": (chosen(ADAMW, 1, 4), (1, 2, 3)),
+    "adamw_chosen_bf16": (chosen(ADAMW) | {"dtype": "bfloat16"}, (2,)),
     "adamw_non_finite": (LORA | ADAMW | {"check": "non_finite"}, (2,)),
 }
 """Backpropagation: scenarios and their world sizes."""
