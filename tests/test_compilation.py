@@ -56,7 +56,7 @@ def engine_of(arch: str, compile: str, *, lora: bool = True, **options: Any) -> 
 
 
 def batches(step: int) -> list[MicroBatch]:
-    return [MicroBatch.from_labels(batch) for batch in tiny.batch(step)]
+    return [MicroBatch.from_labels(batch) for batch in tiny.batch(step, 2)]
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_no_step_compiles_after_the_rehearsal(way: str) -> None:
     compiled, plain = (engine_of("llama", name, **WAYS[way]) for name in ("blocks", "off"))
     compiled.rehearse(batches(0))
     before = counters["stats"]["unique_graphs"]
-    assert before >= 3, "one for each of three lengths, at least"
+    assert before >= 2, "one for each of two lengths, at least"
     for step in range(3):
         ours, theirs = (engine.step(batches(step)).losses.values for engine in (compiled, plain))
         assert ours == pytest.approx(theirs, rel=1e-5) and len(set(ours)) > 1
