@@ -265,6 +265,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--gpus", "2", "--model", "/nowhere"], "/nowhere"),
         ([*shapes[1:], "--link", "-1"], "link above 0"),
         ([*shapes[1:], "optimizer.name=fo_adamw"], "a zero-order optimizer to plan"),
+        ([*shapes[1:], "estimator.name=backpropagation"], "an estimator from losses to plan"),
         ([*shapes[1:], "estimator.name=forward_grad"], "an estimator from losses to plan"),
         ([*shapes[1:], f"runtime.deepspeed={ROOT}/ds_configs/zero3_offload.json"], "weights on the devices to plan"),
         ([*shapes[1:], "mesh.shard_size=3"], "mesh.shard_size to divide the number of ranks (2), got 3"),

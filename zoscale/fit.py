@@ -11,8 +11,9 @@ from torch import nn
 
 from zoscale.budget import Job, zero_order_memory
 from zoscale.config import ConfigError, RunConfig, build
-from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate
+from zoscale.estimators import Estimator, GradientEstimate
 from zoscale.footprint import Footprint, ModelShapes
+from zoscale.methods import TABLES
 from zoscale.models import tokens_per_pass
 from zoscale.noise import Noise
 from zoscale.nvme import check_offload, offload_device
@@ -57,7 +58,7 @@ def job_of(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, c
     Raises:
         ConfigError: for a forward that the model cannot take.
     """
-    estimator: Estimator = build(config.estimator, ESTIMATORS)
+    estimator: Estimator = build(config.estimator, TABLES["estimator"])
     filled = fill_deepspeed_config(read_deepspeed_config(config.runtime.deepspeed), config.model.dtype, None)
     check_offload(config, filled)
     zero = filled["zero_optimization"]

@@ -152,7 +152,8 @@ def _check(config: RunConfig) -> None:
     if config.optimizer.name in FIRST_ORDER:
         remedy = "leave optimizer out: AdamW under ZeRO-3 has a column of its own"
         raise ConfigError("a zero-order optimizer to plan", config.optimizer.name, remedy)
-    if ESTIMATORS[config.estimator.name].takes_derivatives:
+    estimator = ESTIMATORS.get(config.estimator.name)
+    if estimator is None or estimator.takes_derivatives:
         raise ConfigError("an estimator from losses to plan", config.estimator.name, "plan another one")
     zero = read_deepspeed_config(config.runtime.deepspeed)["zero_optimization"]
     if (zero.get("offload_param") or {}).get("device", "none") != "none":
