@@ -267,7 +267,6 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         ([*shapes[1:], "optimizer.name=fo_adamw"], "a zero-order optimizer to plan"),
         ([*shapes[1:], "estimator.name=backpropagation"], "an estimator from losses to plan"),
         ([*shapes[1:], "estimator.name=forward_grad"], "an estimator from losses to plan"),
-        ([*shapes[1:], f"runtime.deepspeed={ROOT}/ds_configs/zero3_offload.json"], "weights on the devices to plan"),
         ([*shapes[1:], "mesh.shard_size=3"], "mesh.shard_size to divide the number of ranks (2), got 3"),
         ([*shapes[1:], "model.quantization=nf4"], "an adapter beside model.quantization=nf4"),
         ([*shapes[1:-1], "model.quantization=nf4", "mesh.shard_size=2"], "mesh.shard_size 1 beside"),

@@ -28,7 +28,7 @@ from zoscale.models import ModelSize, count_parameters, read_model_config
 from zoscale.nvme import buffer_elements
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.quantization import check_quantization
-from zoscale.runtime import read_deepspeed_config, whole_groups
+from zoscale.runtime import whole_groups
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -155,10 +155,6 @@ def _check(config: RunConfig) -> None:
     estimator = ESTIMATORS.get(config.estimator.name)
     if estimator is None or estimator.takes_derivatives:
         raise ConfigError("an estimator from losses to plan", config.estimator.name, "plan another one")
-    zero = read_deepspeed_config(config.runtime.deepspeed)["zero_optimization"]
-    if (zero.get("offload_param") or {}).get("device", "none") != "none":
-        remedy = "plan it without: its weights, masters and optimizer state are what the CPUs' memory then holds"
-        raise ConfigError("weights on the devices to plan", "offload_param in runtime.deepspeed", remedy)
     model = replace(config.model, id=config.model.id or "any")  # shapes may stand for a model
     asked = config.mesh.shard_size if isinstance(config.mesh.shard_size, int) else 1  # which the plan is to answer
     check_quantization(replace(config, model=model, mesh=replace(config.mesh, shard_size=asked)))
