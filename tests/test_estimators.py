@@ -177,7 +177,7 @@ def means_over_visits(totals: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> li
     """What JAGUAR's memory becomes from 0 with beta = 0."""
     memories = [torch.zeros_like(total) for total, _ in totals]
     for memory, (total, visits) in zip(memories, totals, strict=True):
-        remember_mean(memory, total, visits, torch.tensor([0.0, 1.0]))
+        remember_mean(memory, total, visits, torch.tensor(0.0), torch.tensor(1.0))
     return memories
 
 
