@@ -280,6 +280,10 @@ def test_auto_looks_at_the_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> 
     for limit, expected in ((1e12, 1), (1.0, 4)):
         monkeypatch.setattr(fit, "container_limit", lambda limit=limit: limit)
         assert fit.shard_size_of_run(config, architecture) == expected
+    offloaded = config_of(
+        tiny.ARCHITECTURES["llama"], runtime={"deepspeed": str(ROOT / "ds_configs/zero3_offload.json")}
+    )
+    assert fit.shard_size_of_run(offloaded, architecture) is None, "ZeRO-3 offloads, over all ranks"
     assert fit.shard_size_of_run(config_of({}, mesh={"shard_size": 2}), None) == 2
     assert fit.shard_size_of_run(config_of({}, mesh={"shard_size": None}), None) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig
 from zoscale.models import AnswerModel, is_block
+from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.weighted_lora import find_slots
 
 CompileName = Literal["off", "auto", "blocks", "cuda_graphs"]
@@ -139,5 +140,5 @@ def check_compile(config: RunConfig, *, losses_of_answers: bool = True) -> None:
     if (config.adapter or {}).get("peft_type") == "weight_lora":
         remedy = "set forward.compile=off: adapters that come and go change the graphs within the run"
         raise ConfigError(f"another adapter {beside}", "weight_lora", remedy)
-    if config.optimizer.name.startswith("fo_"):
+    if config.optimizer.name in FIRST_ORDER:
         raise ConfigError(f"a zero-order optimizer {beside}", config.optimizer.name, "set forward.compile=off")

@@ -64,16 +64,16 @@ class GradientEstimate:
         """g on a piece for kernels that make every z_k in registers; None where some must be drawn."""
         return Sum.of([direction.stream(piece) for direction in self.directions], self.projected_grads)
 
-    def streams(self, group: Sequence[Piece]) -> list[Sum] | None:
-        """`stream` of each piece, if all have one."""
-        found = [self.stream(piece) for piece in group]
-        return [one for one in found if one is not None] if None not in found else None
+    def gradients(self, group: Sequence[Piece]) -> Sequence[Sum | Tensor]:
+        """g = (1/q) sum_k rho_k z_k on each piece: a sum that kernels make, or where some z_k is drawn, its `mean`."""
+        sums = [found for piece in group if (found := self.stream(piece)) is not None]
+        return sums if len(sums) == len(group) else self._drawn_mean(group)
 
     def mean(self, group: Sequence[Piece]) -> list[Tensor]:
         """(1/q) sum_k rho_k z_k on each piece: float32 of its size."""
-        sums = self.streams(group)
-        if sums is not None:
-            return [found.mean() for found in sums]
+        return [found.mean() if isinstance(found, Sum) else found for found in self.gradients(group)]
+
+    def _drawn_mean(self, group: Sequence[Piece]) -> list[Tensor]:
         totals = _zeros(group)
         for number, segment, rho in self._terms(group):
             segment.add_to(totals[number], rho)

@@ -32,7 +32,8 @@ _CGROUPS = {"memory": ("memory", "memory.limit_in_bytes"), "": (".", "memory.max
 def shard_size_of_run(config: RunConfig, architecture: Any) -> int | None:
     """`mesh.shard_size`; "auto" becomes the fewest of the launched ranks that can hold the model together.
 
-    Groups lie within a node or are of whole nodes; it is all ranks if the model fits nowhere.
+    Groups lie within a node or are of whole nodes; it is all ranks if the model fits nowhere, and None, ZeRO-3 over all
+    ranks, for weights that it offloads.
     """
     if config.mesh.shard_size != "auto":
         return config.mesh.shard_size
@@ -40,6 +41,8 @@ def shard_size_of_run(config: RunConfig, architecture: Any) -> int | None:
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     shapes = ModelShapes(config.model, architecture, config.adapter, config.trainable)
     job = job_of(config, shapes, ranks, config.data.max_length, copies=not torch.cuda.is_available())
+    if job.offload != "none":
+        return None
     footprint = shapes.run(job.micro_batch, job.tokens, candidates=job.together if job.fan else None)
     budget = USABLE * memory_of_a_rank(per_node)
     return smallest_shard(shapes, job, footprint, budget, shard_sizes(ranks, per_node)) or ranks

@@ -11,6 +11,7 @@ from typing import Any
 
 from zoscale.config import ConfigError, RunConfig
 from zoscale.models import ModelSize
+from zoscale.optim.first_order import FIRST_ORDER
 
 _PREFIX = "zoscale-"
 _REMEDY = "or set zero_optimization.offload_param.device to cpu"
@@ -37,7 +38,7 @@ def check_offload(config: RunConfig, deepspeed: Mapping[str, Any]) -> None:
     if config.adapter is None:
         remedy = f"set adapter: weights on NVMe cannot be edited in place; {_REMEDY}"
         raise ConfigError(f"an adapter {beside}", "none", remedy)
-    if config.optimizer.name.startswith("fo_"):
+    if config.optimizer.name in FIRST_ORDER:
         raise ConfigError(f"a zero-order optimizer {beside}", config.optimizer.name, f"change it, {_REMEDY}")
     if deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
         raise ConfigError(f"no zero_hpz_partition_size {beside}", "one", f"remove it, {_REMEDY}")

@@ -52,7 +52,6 @@ def rank_picture(comparison: Comparison) -> Figure:
             x, y = [int(rank["rank"]) for rank in ranks], [rank[name] / unit for rank in ranks]
             axes.plot(x, y, color=colour(number), marker=markers(number)[1], label=_name(group))
         axes.set(title=title, xlabel="rank")
-        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         _tidy(axes)

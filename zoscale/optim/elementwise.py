@@ -1,5 +1,6 @@
 """`ElementwiseOptimizer`: rules whose update of a coordinate depends on that coordinate alone."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ from zoscale.shards import ShardedParam, TensorSpec
 class ElementwiseOptimizer(ZeroOrderOptimizer):
     """x <- x - lr (u + weight_decay x), u from `direction`. Vectors (biases, LayerNorm) are not decayed."""
 
+    @abstractmethod
     def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
-        """u on one piece, float32, from g = (1/q) sum_k rho_k z_k there; state is advanced. Here it is g itself."""
-        return gradient
+        """u on one piece, float32, from g = (1/q) sum_k rho_k z_k there; state is advanced."""
 
     def rule(self, spec: TensorSpec) -> str:
         return "matrix" if spec.is_matrix else "vector"
@@ -26,11 +27,17 @@ class ElementwiseOptimizer(ZeroOrderOptimizer):
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for batch in pieces(shards):
-            is_gradient = type(self).direction is ElementwiseOptimizer.direction
-            sums = estimate.streams(batch) if is_gradient else None
-            if sums is not None:
-                for piece, made_there in zip(batch, sums, strict=True):
-                    self.descend(piece, made_there, group)
-            else:
-                for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
-                    self.descend(piece, self.direction(piece, gradient, group), group)
+            for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
+                self.descend(piece, self.direction(piece, gradient, group), group)
+
+
+class GradientDescent(ElementwiseOptimizer):
+    """x <- x - lr (g + weight_decay x); where a kernel makes g itself, it is never in memory."""
+
+    def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+        return gradient
+
+    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
+        for batch in pieces(shards):
+            for piece, gradient in zip(batch, estimate.gradients(batch), strict=True):
+                self.descend(piece, gradient, group)

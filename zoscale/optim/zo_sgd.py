@@ -8,12 +8,12 @@ from torch import Tensor
 from zoscale.mesh import Mesh
 from zoscale.optim.base import Company
 from zoscale.optim.checks import check_beta
-from zoscale.optim.elementwise import ElementwiseOptimizer
+from zoscale.optim.elementwise import ElementwiseOptimizer, GradientDescent
 from zoscale.probes import Piece
 from zoscale.shards import ShardedParam
 
 
-class ZOSGD(ElementwiseOptimizer):
+class ZOSGD(GradientDescent):
     """x <- x - lr (g + weight_decay x), g = (1/q) sum_k rho_k z_k (MeZO, arXiv 2305.17333, Algorithm 1).
 
     Without state. Vectors (biases, LayerNorm) are not decayed.

@@ -10,7 +10,7 @@ from torch import Tensor
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
 from zoscale.optim.base import Company
-from zoscale.optim.elementwise import ElementwiseOptimizer
+from zoscale.optim.elementwise import ElementwiseOptimizer, GradientDescent
 from zoscale.probes import Piece
 from zoscale.shards import ShardedParam
 
@@ -39,7 +39,7 @@ class ZOSignSGD(ElementwiseOptimizer):
         return gradient.sign()
 
 
-class ZOSignRho(ZOSignSGD):
+class ZOSignRho(GradientDescent):
     """x <- x - lr ((1/q) sum_k sign(rho_k) z_k + weight_decay x): what ZO-Bench's code (arXiv 2402.11592) calls sign.
 
     Args:
@@ -48,7 +48,16 @@ class ZOSignRho(ZOSignSGD):
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
-    direction = ElementwiseOptimizer.direction
+    def __init__(
+        self,
+        shards: Sequence[ShardedParam],
+        mesh: Mesh | None = None,
+        *,
+        lr: float = 1e-5,
+        weight_decay: float = 0.0,
+        groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(shards, mesh, {"lr": lr, "weight_decay": weight_decay}, groups)
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         signs = tuple(math.copysign(1.0, rho) if rho else 0.0 for rho in estimate.projected_grads)
