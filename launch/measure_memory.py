@@ -1,17 +1,18 @@
-"""Memory of each rank while training a model of given shapes, against what `zoscale plan` says.
+"""Memory and seconds of each rank while training a model of given shapes, against what `zoscale plan` says.
 
 torchrun --nproc_per_node 2 launch/measure_memory.py [--config FILE] [--dtype bfloat16] [--method first_order]
 
 Random weights, LoRA on q_proj and v_proj, 16 x 48 tokens per step in 4 micro-batches. On a GPU the numbers are the
 allocator's; on a CPU the resident set, less what the process held before the model was built; there, set
 MALLOC_MMAP_THRESHOLD_=131072 so that freed memory goes back to the system and is not counted. `first_order` is AdamW by
-backpropagation through DeepSpeed ZeRO-3. `--shard-size 1` puts the whole model on every rank, which `--model ID
---quantization nf4` needs.
+backpropagation through DeepSpeed ZeRO-3. `--timed` adds what `zoscale plan --measure` says of the seconds of a step.
+`--shard-size 1` puts the whole model on every rank, which `--model ID --quantization nf4` needs.
 """
 
 import argparse
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def batch(vocabulary: int, data: Data) -> list[dict[str, torch.Tensor]]:
 
 
 def planned(
-    config: ModelConfig, adapter: Adapter, data: Data, shard_size: int | None, deepspeed: Path | None, method: str
+    config: ModelConfig, adapter: Adapter, data: Data, shard_size: int | None, deepspeed: Path | None, *, timed: bool
 ) -> dict[str, Any]:
     """What `zoscale plan` says of the same run; before ZeRO-3 is there, which would shard its model of shapes."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -73,7 +74,16 @@ def planned(
     }
     device = DEVICES["h100" if torch.cuda.is_available() else "cpu"]
     run_config = RunConfig.from_dict(tree, TABLES, DEFAULTS)
-    return dict(make_plan(run_config, ranks, device, tokens=data.tokens, reserve=0.0)[method])
+    return make_plan(run_config, ranks, device, tokens=data.tokens, reserve=0.0, measure=timed)
+
+
+def time_of(engine: ZeroOrderEngine, rows: list[dict[str, torch.Tensor]]) -> float:
+    """Seconds of a step."""
+    started = time.perf_counter()
+    engine.step(rows)
+    if engine.mesh.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def measure(
@@ -91,8 +101,7 @@ def measure(
     meter.reset()
     between, exchanged = meter.read().current, engine.mesh.gathered_bytes
     with count_allgathers(CommMeter()) as comm:
-        for _ in range(steps):
-            engine.step(batch(architecture.vocab_size, data))
+        seconds = [time_of(engine, batch(architecture.vocab_size, data)) for _ in range(steps)]
     width = torch.empty(0, dtype=getattr(torch, config.dtype)).element_size()
     own = {
         "loading_peak": built.peak - before,
@@ -100,6 +109,7 @@ def measure(
         "training_peak": meter.read().peak - before,
         "step_extra": meter.read().peak - between,
         "gathered_per_step": (comm.totals.num_bytes + engine.mesh.gathered_bytes - exchanged) // steps,
+        "seconds": min(seconds),
         "shard": local_bytes(engine.model) + bytes_of_constants(engine.model),
     }
     report = {
@@ -121,6 +131,7 @@ def main() -> None:
     parser.add_argument("--quantization", choices=["nf4", "fp4"], help="of the model's linear layers")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--method", default="zero_order", choices=METHODS)
+    parser.add_argument("--timed", action="store_true", help="compare seconds too")
     parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed JSON; default: zoscale's ZeRO-3")
     parser.add_argument("--shard-size", type=int, help="ranks that hold one copy of the model; default: all")
@@ -136,8 +147,11 @@ def main() -> None:
     config = ModelConfig(**which, dtype=arguments.dtype, quantization=arguments.quantization)
     adapter = None if arguments.full else ADAPTER
     runtime = Runtime(config.dtype, read_deepspeed_config(arguments.deepspeed), arguments.shard_size)
-    plan = planned(config, adapter, data, arguments.shard_size, arguments.deepspeed, arguments.method)
-    report = measure(config, adapter, data, arguments.steps, runtime, arguments.method) | {"planned": plan}
+    plan = planned(config, adapter, data, arguments.shard_size, arguments.deepspeed, timed=arguments.timed)
+    said = {"planned": plan[arguments.method]}
+    if arguments.timed:
+        said["timed"] = plan["timed"][arguments.method]
+    report = measure(config, adapter, data, arguments.steps, runtime, arguments.method) | said
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=2))
         if arguments.json:

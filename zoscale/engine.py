@@ -122,8 +122,7 @@ class ZeroOrderEngine:
         self.estimator = estimator or ESTIMATORS[self.optimizer.goes_with.estimator]()
         self.optimizer.check_company(self.probe, self.estimator)
         self.objective = objective
-        compiled = noise == "compiled" or (noise == "auto" and self.num_trainable >= _COMPILE_ABOVE)
-        self.noise = Noise(seed, compiled=compiled)
+        self.noise = Noise(seed, compiled=is_compiled(noise, self.num_trainable))
         self.answers = AnswerModel(module, model)
         self.generator = Generator(self.answers, tokenizer, self.mesh) if tokenizer is not None else None
         self._new_forward = partial(self._choose_forward, forward, max_rows, candidate_parts, compile)
@@ -249,6 +248,11 @@ class ZeroOrderEngine:
     def losses(self, batches: Sequence[MicroBatch], directions: Sequence[Direction]) -> Losses:
         """The losses of the estimator's candidates; the weights are left as they were."""
         return self.forward.losses(batches, self.estimator.candidates(directions), self.objective)
+
+
+def is_compiled(noise: NoiseBackend, num_trainable: int) -> bool:
+    """Whether noise for so many trainable elements is drawn by a compiled generator."""
+    return noise == "compiled" or (noise == "auto" and num_trainable >= _COMPILE_ABOVE)
 
 
 def micro_batches(batch: Batch) -> list[MicroBatch]:

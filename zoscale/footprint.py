@@ -68,6 +68,12 @@ class Weight:
     is_head: bool
 
 
+def example(rows: int, tokens: int) -> MicroBatch:
+    """Rows of equal length with one answer token each."""
+    made = [Row((0,) * tokens, ((tokens - 1, 0, 0),), number) for number in range(rows)]
+    return MicroBatch.from_rows(made, [[True]] * rows, 0)
+
+
 class ModelShapes:
     """A model, with its adapter, of which only shapes exist.
 
@@ -100,6 +106,11 @@ class ModelShapes:
         self._blocks = blocks
 
     @property
+    def num_blocks(self) -> int:
+        """Transformer blocks."""
+        return len(self._blocks)
+
+    @property
     def fan(self) -> FanName | None:
         """How candidates can share a pass: by their adapters, by their weights, or not."""
         if self.pairs:
@@ -117,9 +128,7 @@ class ModelShapes:
             backward: keep what a backward pass needs, and take it.
         """
         answers = AnswerModel(self.model, self.model)
-        batch = MicroBatch.from_rows(
-            [Row((0,) * tokens, ((tokens - 1, 0, 0),), number) for number in range(rows)], [[True]] * rows, 0
-        )
+        batch = example(rows, tokens)
         tracker = Allocations(self.model.parameters(), self._packed)
         flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
         with ExitStack() as stack:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import ModelSize, count_parameters, read_model_config
 from zoscale.nvme import buffer_elements
 from zoscale.optim.first_order import FIRST_ORDER
+from zoscale.plan_table import table
 from zoscale.quantization import check_quantization
 from zoscale.runtime import whole_groups
+from zoscale.stopwatch import StepSeconds, time_steps
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -42,13 +44,16 @@ def plan_command(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     config = _configuration(arguments)
-    report = make_plan(config, arguments.gpus, _device(arguments), tokens=arguments.tokens, reserve=arguments.reserve)
-    print(json.dumps(report, indent=2) if arguments.json else _table(report))
+    report = make_plan(
+        config, arguments.gpus, _device(arguments), tokens=arguments.tokens, reserve=arguments.reserve,
+        measure=arguments.measure,
+    )  # fmt: skip
+    print(json.dumps(report, indent=2) if arguments.json else table(report))
     return 0 if report["zero_order"]["fits"] else 1
 
 
 def make_plan(
-    config: RunConfig, ranks: int, device: Device, *, tokens: int | None, reserve: float | None
+    config: RunConfig, ranks: int, device: Device, *, tokens: int | None, reserve: float | None, measure: bool = False
 ) -> dict[str, Any]:
     """The plan as plain values; bytes and seconds.
 
@@ -58,6 +63,7 @@ def make_plan(
         device: of each rank.
         tokens: per row; None = data.max_length.
         reserve: GiB of the device that are not for tensors; None = as `mesh.shard_size=auto` has it.
+        measure: time steps on this machine too.
 
     Raises:
         ConfigError: for a shard size that does not divide the ranks, or what cannot be planned.
@@ -67,7 +73,7 @@ def make_plan(
     job = job_of(config, shapes, ranks, tokens or config.data.max_length, copies=device.copies)
     budget = device.memory * USABLE if reserve is None else device.memory - reserve * GIB
     size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
-    return {
+    report = {
         "model": config.model.id or architecture.model_type,
         "parameters": size.total,
         "trainable": sum(weight.numel for weight in shapes.weights if weight.trainable),
@@ -77,6 +83,37 @@ def make_plan(
         "job": {**asdict(job), "turns": job.turns, "together": job.together, "passes": job.passes},
         **_zero_order(config, shapes, size, job, device, budget),
         "first_order": _first_order(config, architecture, job, device, budget),
+    }
+    return {**report, "timed": _timed(config, shapes, job, report)} if measure else report
+
+
+def _timed(config: RunConfig, shapes: ModelShapes, job: Job, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds of a step of a rank from what one takes here, with the link as given; None for what cannot be timed."""
+    if job.offload != "none":
+        raise ConfigError("no offloaded weights with --measure", job.offload, "leave one of them out")
+    timing = time_steps(config, job.tokens, blocks=shapes.num_blocks, trainable=report["trainable"])
+    ways = {"zero_order": timing.zero_order, "first_order": timing.first_order}
+    shares = {"zero_order": job.turns * job.own / job.candidates, "first_order": _whole_turns(job)}
+    columns: dict[str, Any] = dict.fromkeys(ways)
+    for name, step in ways.items():
+        if step is not None:
+            columns[name] = _step(step, shares[name], report[name], overlaps=job.prefetch)
+    return {"device": timing.device, **columns}
+
+
+def _whole_turns(job: Job) -> int:
+    """Micro-batches of the rank that has most, where candidates are not divided."""
+    return replace(job, candidates=1, parts=1).turns
+
+
+def _step(step: StepSeconds, turns: float, column: Mapping[str, Any], *, overlaps: bool) -> dict[str, float]:
+    """A gather that is prefetched overlaps with what is computed; shards are updated each by its rank."""
+    losses, update, link = step.losses * turns, step.update / column["shard_size"], column["seconds"]["link"]
+    return {
+        "losses": losses,
+        "update": update,
+        "link": link,
+        "step": (max(losses, link) if overlaps else losses + link) + update,
     }
 
 
@@ -178,58 +215,6 @@ def _device(arguments: argparse.Namespace) -> Device:
     return replace(device, **changed) if changed else device
 
 
-def _table(report: dict[str, Any]) -> str:
-    job, columns = report["job"], (report["zero_order"], report["first_order"])
-    names = list(dict.fromkeys(name for column in columns for name in column["memory"]))
-    ours = f"zero-order, {report['quantization']}" if report["quantization"] else "zero-order"
-    rows = [["memory of a rank, GiB", ours, "AdamW, ZeRO-3"]]
-    rows.append(["  ranks per copy of the model", *(str(column["shard_size"]) for column in columns)])
-    for name in names:
-        rows.append([f"  {name}", *(_gib(column["memory"].get(name)) for column in columns)])
-    if report["host"]:
-        host = sum(report["host"].values())
-        rows.append([f"  (offloaded to {job['offload']}; in the host's memory)", _gib(host), "-"])
-    rows.append([f"  in all, of {report['budget'] / GIB:.1f}", *(_gib(column["total"]) for column in columns)])
-    rows.append(["  highest in", *(column["phase"] for column in columns)])
-    rows.append(["  fits", *("yes" if column["fits"] else "NO" for column in columns)])
-    rows.append(["one step of a rank, at peak rates", "", ""])
-    rows.append(["  gathered, GB", *(f"{column['work']['gathered'] / 1e9:.3f}" for column in columns)])
-    rows.append(["  over the link, GB", *(f"{column['work']['received'] / 1e9:.3f}" for column in columns)])
-    if job["offload"] != "none":
-        rows.append(["  uploaded, GB", *(f"{column['work']['uploaded'] / 1e9:.3f}" for column in columns)])
-    rows.append(["  TFLOP", *(f"{column['work']['flops'] / 1e12:.3f}" for column in columns)])
-    for name in ("compute", "memory", "link"):
-        rows.append([f"  {name}, ms", *(f"{column['seconds'][name] * 1e3:.3f}" for column in columns)])
-    rows.append(["  bound by", *(column["bound"] for column in columns)])
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    body = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}".rstrip() for row in rows]
-    way = f"{job['together']} in a pass"
-    head = (
-        f"{report['model']}: {report['parameters']:,} parameters, {report['dtype']}; trainable: "
-        f"{report['trainable']:,}; {job['ranks']} ranks, batch {job['batch']} x {job['tokens']} tokens, "
-        f"{job['candidates']} candidates, {way}"
-    )
-    advice = _advice(report)
-    return "\n".join([head, "", *body, "", advice])
-
-
-def _advice(report: dict[str, Any]) -> str:
-    zero_order = report["zero_order"]
-    if not zero_order["fits"]:
-        more = "" if report["quantization"] else "more GPUs, "
-        return f"does not fit: {more}fewer rows (forward.max_rows, data.micro_batch_size) or a smaller model"
-    ranks, size = report["job"]["ranks"], zero_order["shard_size"]
-    if report["job"]["offload"] != "none":
-        return f"leave mesh.shard_size as it is: {size} of {ranks} ranks share a copy, offloaded"
-    if size == ranks:
-        return f"set mesh.shard_size={size} (or leave it: all ranks hold the model together)"
-    return f"set mesh.shard_size={size}: {ranks // size} replicas, which exchange scalars only"
-
-
-def _gib(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / GIB:.3f}"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zoscale plan", description=__doc__)
     parser.add_argument("--model", metavar="ID|FILE", help="Hugging Face id, folder, or YAML as model.config")
@@ -246,6 +231,9 @@ def _parser() -> argparse.ArgumentParser:
                         "memory, as mesh.shard_size=auto)")  # fmt: skip
     parser.add_argument("--batch", type=int, metavar="B", help="rows of a step (default: data.batch_size)")
     parser.add_argument("--tokens", type=int, metavar="T", help="per row (default: data.max_length)")
+    parser.add_argument("--measure", action="store_true",
+                        help="also time steps on this machine, with random weights and a few of the blocks; a minute "
+                        "or two")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes and seconds")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML as for zoscale train")
     parser.add_argument("words", nargs="*", metavar="key=value", help="options as for zoscale train: adapter=null")
