@@ -157,6 +157,9 @@ def test_three_sources_one_answer(home: Path, report: Path, server: Server, caps
     expected = without_ids((report / "comparison.json").read_text())
     assert without_ids((home / "report/comparison.json").read_text()) == expected
     assert without_ids(directories.stdout) == expected
+    everything = shell("zoscale compare runs/* --json --no-report", home)
+    assert without_ids(everything.stdout) == expected
+    assert everything.stderr == "left out, no run directories: runs/mlartifacts, runs/mlflow.db\n"
     ids = [run.info.run_id for run in trained(MlflowClient(server.uri))]
     capsys.readouterr()
     assert cli.main(["compare", *ids, "--uri", server.uri, "--json", "--no-report"]) == 0

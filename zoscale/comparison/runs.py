@@ -1,6 +1,7 @@
 """Runs as they were logged: read from an MLflow store, or from run directories without one."""
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ REPORT_TAG = "zoscale.report"
 
 _LATEST_IS_ENOUGH = re.compile(r"rank_\d+/(?!tokens_per_second$|seconds_per_step/)")
 _READERS = 8  # requests to a server at a time
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,18 @@ def read_runs(names: Sequence[str], uri: str) -> tuple[list[Run], Store | None]:
     """All runs that the names mean, and the store they are from; None if all are run directories.
 
     Args:
-        names: run directories, MLflow run ids, or names of experiments.
+        names: run directories, MLflow run ids, or names of experiments. Beside run directories, other paths are left
+            out with a warning.
         uri: of the MLflow store.
 
     Raises:
         ConfigError: for a name that is none of these, or a store that cannot be read.
     """
     folders = [name for name in names if (Path(name) / "metrics.jsonl").is_file()]
-    tracked = [name for name in names if name not in folders]
+    others = [name for name in names if name not in folders and _is_path(name)] if folders else []
+    if others:
+        _log.warning("left out, no run directories: %s", ", ".join(others))
+    tracked = [name for name in names if name not in folders and name not in others]
     runs = [_from_directory(Path(name)) for name in folders]
     if not tracked:
         return runs, None
@@ -85,6 +91,11 @@ def read_runs(names: Sequence[str], uri: str) -> tuple[list[Run], Store | None]:
         runs += [_from_store(client, item) for item in {item.info.run_id: item for item in found}.values()]
     experiments = {item.info.experiment_id for item in found}
     return runs, Store(client, uri, experiments.pop() if len(experiments) == 1 else None)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is of something on disk that no experiment is called by: `runs/*` means more than runs."""
+    return Path(name).is_file() or (os.sep in name and Path(name).exists())
 
 
 def _from_directory(path: Path) -> Run:
