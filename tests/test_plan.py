@@ -328,7 +328,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for options, message in (
         (["--gpus", "0", "--model", str(tmp_path / "shapes.yaml")], "--gpus"),
         (["--gpus", "2"], "model.id"),
-        (["--gpus", "2", "--model", "/nowhere"], "/nowhere"),
+        (["--gpus", "2", "--model", "/nowhere"], "there is no folder /nowhere"),
         ([*shapes[1:], "--link", "-1"], "link above 0"),
         ([*shapes[1:], "optimizer.name=fo_adamw"], "a zero-order optimizer to plan"),
         ([*shapes[1:], "estimator.name=backpropagation"], "an estimator from losses to plan"),

@@ -207,6 +207,7 @@ def test_card_is_written_from_the_run(runs: dict[str, Path], tmp_path: Path) -> 
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/tiny-opt"
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     assert {"zoscale", "lora", "jaguar_sign_sgd"} <= set(card.data.tags or [])
+    assert "An adapter (lora) for [someone/tiny-opt]" in card.text
     assert card.data.metrics == ["accuracy", "loss", "lm_loss"]
     results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
     assert results["accuracy"] == pytest.approx(facts["validation"]["chosen"]["accuracy"], abs=1e-6)

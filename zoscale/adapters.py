@@ -1,7 +1,9 @@
 """What is trained: a PEFT adapter beside the frozen model, some of the model's own weights by name, or all of them."""
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -67,6 +69,14 @@ def peft_config(adapter: Mapping[str, Any]) -> Any:
     """
     name, options = _split(adapter)
     return _peft_class(name)(task_type="CAUSAL_LM", **options)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warnings that PEFT's own code causes in transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def adds_tokens(adapter: Mapping[str, Any] | None) -> bool:

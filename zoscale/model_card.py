@@ -40,7 +40,7 @@ def model_card(record: RunRecord, summary: Mapping[str, Any], *, kind: str, name
     data = _metadata(record.config, summary, kind=kind, name=name)
     config, base = record.config, hub_id(record.config.model.id)
     shown = f"[{base}](https://huggingface.co/{base})" if base else _place(config.model.id)
-    what = "A LoRA adapter for" if kind == "adapter" else "A fine-tuned"
+    what = f"An adapter ({_scheme(config)}) for" if kind == "adapter" else "A fine-tuned copy of"
     parts = [
         f"# {name.rpartition('/')[2]}",
         f"{what} {shown}, trained {_method(config, summary)}.",
@@ -74,7 +74,7 @@ def hub_id(place: str | None) -> str | None:
 
 def _metadata(config: RunConfig, summary: Mapping[str, Any], *, kind: str, name: str) -> ModelCardData:
     base, dataset = hub_id(config.model.id), hub_id(config.task.args.get("path"))
-    lora = ["lora"] if config.adapter is not None else []
+    scheme = [_scheme(config)] if config.adapter is not None else []
     order = [] if summary.get("backwards") else ["zeroth-order-optimization"]
     chosen = summary["validation"]["chosen"]
     metrics = _metrics(config, chosen)
@@ -93,7 +93,7 @@ def _metadata(config: RunConfig, summary: Mapping[str, Any], *, kind: str, name:
         base_model=base,
         library_name=_LIBRARY[kind],
         pipeline_tag="text-generation",
-        tags=["zoscale", *order, config.optimizer.name, *lora],
+        tags=["zoscale", *order, config.optimizer.name, *scheme],
         datasets=[dataset] if dataset else None,
         metrics=metrics,
         model_name=name.rpartition("/")[2],
@@ -165,6 +165,11 @@ def _without_places(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_places(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _scheme(config: RunConfig) -> str:
+    """The kind of adapter, as in the configuration."""
+    return str((config.adapter or {}).get("peft_type") or "lora")
 
 
 def _place(model: str | None) -> str:

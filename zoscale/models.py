@@ -1,16 +1,16 @@
 """Hugging Face causal language models, built directly sharded, with the head on answer positions only."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from zoscale.adapters import choose_trainable, peft_config, selection_of
+from zoscale.adapters import choose_trainable, peft_config, quiet_peft, selection_of
 from zoscale.attention import padding_unmasked
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
@@ -109,9 +109,8 @@ def read_model_config(config: ModelConfig) -> Any:
         )
     except (OSError, ValueError, TypeError) as error:
         wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
-        raise ConfigError(
-            "a Hugging Face id, a local folder or a known model_type", wanted, _first_line(error)
-        ) from error
+        remedy = _missing_folder(str(config.id)) or _first_line(error)
+        raise ConfigError("a Hugging Face id, a local folder or a known model_type", wanted, remedy) from error
 
 
 def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> ModelSize:
@@ -234,7 +233,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             place, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"a tokenizer at {place}", _first_line(error), "set model.tokenizer") from error
+        reason = _missing_folder(place) or _first_line(error)
+        raise ConfigError(f"a tokenizer at {place}", reason, "set model.tokenizer") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -258,8 +258,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
 
     copies_norms = adapter.get("peft_type") == "ln_tuning"  # which needs them whole
     try:
-        with vectors_gathered(model) if copies_norms else nullcontext(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT's
+        with vectors_gathered(model) if copies_norms else nullcontext(), quiet_peft():
             adapted = cast(nn.Module, get_peft_model(model, peft_config(adapter)))
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(
@@ -272,6 +271,12 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
 
 def _auto_model() -> Any:
     return AutoModelForCausalLM  # its factory methods are untyped
+
+
+def _missing_folder(place: str) -> str | None:
+    """What is wrong with a place that can only be a folder and is none; None for others."""
+    is_folder = place.count("/") > 1 or place[:1] in ("/", ".", "~")
+    return f"there is no folder {Path(place).absolute()}" if is_folder and not Path(place).is_dir() else None
 
 
 def _first_line(error: BaseException) -> str:

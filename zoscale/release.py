@@ -11,6 +11,7 @@ from typing import Any, cast
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
+from zoscale.adapters import quiet_peft
 from zoscale.config import ConfigError
 from zoscale.export import ORIGIN, read_origin
 from zoscale.model_card import hub_id, model_card
@@ -101,7 +102,8 @@ def _write_merged(record: RunRecord, folder: Path, dtype: str) -> None:
         from peft import PeftModel
 
         base = load_model(model_config, read_model_config(model_config))
-        model = PeftModel.from_pretrained(base, source).merge_and_unload(safe_merge=True)
+        with quiet_peft():
+            model = PeftModel.from_pretrained(base, source).merge_and_unload(safe_merge=True)
     model.save_pretrained(folder, safe_serialization=True)
     load_tokenizer(config.model).save_pretrained(folder)
 
