@@ -20,6 +20,7 @@ _EAGER_NUMERICS: dict[str, str | int | bool | Callable[..., Any]] = {
 }
 """No product and sum are contracted, no division is approximated: bits depend on no vector width."""
 _SMALLEST = 2  # sizes 0 and 1 would have graphs of their own
+_WORTH = 2**14  # elements from which one pass is faster than operators one by one: a compiled call costs 50 us
 _HALF_MIN = 2.0**-14  # smallest normal number of float16; below it, numbers are 2**-24 apart
 
 
@@ -120,17 +121,18 @@ def on_device(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 @functools.cache
-def compiled(function: Function) -> Function:
+def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
     """The function under torch.compile (one graph for all sizes), or itself, with one warning, where that fails.
 
     Args:
         function: of tensors; those that it changes in place do not overlap.
+        smallest: elements of the first from which the graph is called.
     """
     found: list[Callable[..., Any]] = []
 
     @torch.no_grad()  # a graph is bound to the mode
     def call(*inputs: Any) -> Any:
-        if inputs[0].numel() < _SMALLEST:
+        if inputs[0].numel() < smallest:
             return function(*inputs)
         if not found:
             found.append(_compile(function, inputs))
@@ -159,5 +161,5 @@ def _compile(function: Function, inputs: Sequence[Any]) -> Callable[..., Any]:
 
 
 def chosen(function: Function, is_compiled: bool) -> Function:
-    """The function, fused or as it is."""
-    return compiled(function) if is_compiled else function
+    """A function of slices, fused where that is faster, or as it is."""
+    return compiled(function, _WORTH) if is_compiled else function

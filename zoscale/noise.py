@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zoscale import philox
-from zoscale.fused import chosen, on_device
+from zoscale.fused import compiled, on_device
 
 _BLOCK_MULTIPLE = 64  # blocks per call are a multiple of this: whole vectors only, so a value has one code path
 _KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements a call
@@ -95,11 +95,14 @@ class Noise:
 
         Element i is bit i % 32 of word i // 32.
         """
-        signs = []
-        for wanted, words in zip(ranges, self._sign_words(key, ranges, device), strict=True):
-            skip = wanted.start % _BITS
-            signs.append(philox.signs(words)[skip : skip + wanted.stop - wanted.start])
-        return signs
+        words = self._sign_words(key, ranges, device)
+        if not words:
+            return []
+        signs = philox.signs(torch.cat(words) if len(words) > 1 else words[0])
+        parts = torch.split(signs, [_BITS * len(own) for own in words])
+        return [
+            own[wanted.start % _BITS :][: wanted.stop - wanted.start] for own, wanted in zip(parts, ranges, strict=True)
+        ]
 
     def rademacher_at(
         self, key: Key, ranges: Sequence[Range], indices: Sequence[Tensor], device: Device = "cpu"
@@ -164,7 +167,7 @@ class Noise:
         else:
             blocks, tensors = _counters(ranges, firsts, sizes, device)
             shared = self._words(key)
-        run = chosen(kernel, self.compiled)
+        run = compiled(kernel) if self.compiled else kernel
         drawn = run(blocks, tensors, on_device(torch.tensor(shared, dtype=torch.int32), device))
         begins = [4 * (end - size) for end, size in zip(accumulate(sizes), sizes, strict=True)]
         skips = [start % 4 for _, start, _ in ranges]

@@ -92,16 +92,23 @@ class LinearUnit(Unit):
             slabs = {param: (param.data[first:last].reshape(-1), draws.of(next(outlines))) for param in self.weights}
             for number, values in draws.values(list(slabs.values())):
                 own = dict(zip(slabs, values, strict=True))
-                weight, bias = (self._rows(param, own, first, last) for param in (self.linear.weight, self.linear.bias))
-                result[number, :, first:last] = functional.linear(parts[number], weight, bias)  # type: ignore[arg-type]
+                weight = self._rows(self.linear.weight, own, first, last)
+                bias = None if self.linear.bias is None else self._rows(self.linear.bias, own, first, last)
+                _multiply(parts[number], weight, bias, out=result[number, :, first:last])
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def _rows(param: Tensor | None, own: Mapping[Any, Tensor], first: int, last: int) -> Tensor | None:
-        if param is None:
-            return None
+    def _rows(param: Tensor, own: Mapping[Any, Tensor], first: int, last: int) -> Tensor:
         rows = param.data[first:last]
         return own[param].view(rows.shape) if param in own else rows
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+    """A linear layer's result [N, rows], put where it belongs: the bits of `functional.linear` without a copy."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 class LookupUnit(Unit):
