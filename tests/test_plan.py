@@ -291,6 +291,12 @@ def test_a_step_is_put_together_from_what_was_timed(monkeypatch: pytest.MonkeyPa
             plan_of(1, 8, measure=True, **changes)
 
 
+def test_a_step_that_fails_is_named() -> None:
+    """More tokens than positions: what the process that takes the step says last."""
+    with pytest.raises(ConfigError, match="a step that can be timed here, got IndexError: index out of range"):
+        plan_of(1, 8, measure=True, model={"config": {**SHAPES, "max_position_embeddings": 8}, "dtype": "float32"})
+
+
 def test_blocks_that_are_left_out_take_as_long_as_those_that_are_timed() -> None:
     steps = {1: StepSeconds(1.0, 0.5), 3: StepSeconds(2.0, 0.4)}
     assert extrapolate(steps, 5) == StepSeconds(3.0, 0.5), "no block takes less than nothing"
