@@ -142,7 +142,8 @@ def test_reports_say_what_is_missing(tmp_path: Path) -> None:
     options = ["--preset", str(tmp_path / "own.yaml"), "--out", str(tmp_path), "--report"]
     assert reproduce.main(["memory", *options]) == 0
     text = (tmp_path / "memory.md").read_text()
-    assert re.search(r"^- lora-jaguar_muon-\w+, lr 0.0015, seed 0$", text.split("## Missing")[1], re.MULTILINE)
+    lr = tree["lrs"]["lora"]["jaguar_muon"][0]
+    assert re.search(rf"^- lora-jaguar_muon-\w+, lr {lr}, seed 0$", text.split("## Missing")[1], re.MULTILINE)
     rows = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
             for row in text.split("## opt-1.3b")[1].splitlines() if row.startswith("|")}  # fmt: skip
     assert rows["ZO-AdaMM"][::2] == ["9.05", "9.05", "4.13"], "published"
