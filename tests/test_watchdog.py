@@ -208,7 +208,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
     started = {what: Job(folder / what, what, ranks=1 if what == "sleeps" else 2) for what in [*ALARMS, *HEALTHY]}
     started["endless"] = Job(folder / "endless", "endless")
     try:
-        os.kill(started["endless"].pids()[0], signal.SIGSTOP)
+        (host, _) = started["endless"].pids()
+        time.sleep(3 * TICK)  # in which rank 1 reads what process rank 0 is
+        os.kill(host, signal.SIGSTOP)
         suspended = started["goes_on"].pids()
         for pid in reversed(suspended):
             os.kill(pid, signal.SIGSTOP)
