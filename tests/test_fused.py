@@ -1,6 +1,7 @@
 """Fused arithmetic: compiled equals eager bit for bit, rounding has no bias, and no step after the first compiles."""
 
 import itertools
+import math
 import os
 import shutil
 import warnings
@@ -14,7 +15,7 @@ from test_weight_fan import model_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from zoscale import fused, philox
+from zoscale import fused, philox, rehearsal
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import GradientEstimate, TwoPoint
 from zoscale.noise import Noise
@@ -94,9 +95,9 @@ def test_no_step_compiles_after_the_rehearsal(monkeypatch: pytest.MonkeyPatch, f
         )
         for noise in ("compiled", "eager")
     ]  # fmt: skip
-    rehearsal = engines[0]._rehearsal
-    assert rehearsal is not None
-    rehearsal.run(engines[0].noise, engines[0].shards)
+    before = engines[0]._rehearsal
+    assert before is not None
+    before.run(engines[0].noise, engines[0].shards)
     graphs = [counters["stats"]["unique_graphs"]]
     for step in range(2):
         for engine in engines:
@@ -106,6 +107,14 @@ def test_no_step_compiles_after_the_rehearsal(monkeypatch: pytest.MonkeyPatch, f
     assert graphs[0] > 0 and graphs == [graphs[0]] * 3
     for one, other in zip(*(engine.shards for engine in engines), strict=True):
         assert torch.equal(one.truth, other.truth) and torch.equal(one.live, other.live)
+
+
+def test_sizes_that_are_fused_are_rehearsed() -> None:
+    """Matrices and vectors, even and odd, from the size on from which steps call graphs."""
+    sizes = [math.prod(shape) for shape in rehearsal._SHAPES]
+    fused_ones = [size for size in sizes if size >= fused._WORTH]
+    assert {size % 2 for size in fused_ones} == {size % 2 for size in sizes if size < fused._WORTH} == {0, 1}
+    assert {len(shape) for shape in rehearsal._SHAPES if math.prod(shape) >= fused._WORTH} == {1, 2}
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,8 @@ def test_a_step_is_put_together_from_what_was_timed(monkeypatch: pytest.MonkeyPa
     text = table(plan)
     assert "as timed here (here)" in text and "4250.000" in text
     assert table({**plan, "timed": {**plan["timed"], "first_order": None}}).count("4250.000") == 1
+    monkeypatch.setattr(plan_report, "time_steps", stopwatch.time_steps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for changes, expected in (
         (
             {"runtime": {"deepspeed": str(ROOT / "ds_configs/zero3_offload.json")}},
@@ -285,8 +287,6 @@ def test_a_step_is_put_together_from_what_was_timed(monkeypatch: pytest.MonkeyPa
         ({"model": {"config": SHAPES, "dtype": "float16"}}, "bfloat16 or float32 to time on a CPU"),
         ({"adapter": LORA, "model": {"config": SHAPES, "quantization": "nf4"}}, "no model.quantization with --measure"),
     ):
-        monkeypatch.setattr(plan_report, "time_steps", stopwatch.time_steps)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ConfigError, match=expected):
             plan_of(1, 8, measure=True, **changes)
 

@@ -19,7 +19,8 @@ from zoscale.probes import Probe
 from zoscale.scratch import Draws
 from zoscale.shards import Master, ShardedParam, shard_parameters
 
-_SHAPES = [(1024, 1024), (1024,), (31, 33), (1021,)]  # first a whole chunk: the compiler sees that threads pay
+_SHAPES = [(1024, 1024), (1024,), (127, 131), (16411,), (31, 33), (1021,)]
+"""First a whole chunk: the compiler sees that threads pay. Even and odd sizes, large enough to be fused and smaller."""
 
 
 def rehearse_forward(
