@@ -3,7 +3,7 @@
 #   bash launch/quickstart.sh [key=value ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh
+. launch/environment.sh ''  # no extras; without an argument it would see those of this script
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 0 ]; then

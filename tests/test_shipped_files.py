@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -174,3 +176,19 @@ def test_memory_report_adds_up(tmp_path: Path) -> None:
         assert rank["shard"] <= report["model_bytes"] / 2 + 2 * mib
         assert rank["resident_after_loading"] <= rank["shard"] + 64 * mib
         assert rank["training_peak"] <= rank["shard"] + 2 * report["largest_gather"] + 96 * mib
+
+
+def test_options_of_the_quickstart_are_not_taken_for_extras(tmp_path: Path) -> None:
+    """The script in an environment that is installed already, with a command in the place of `accelerate`."""
+    for name in ("quickstart.sh", "environment.sh"):
+        (tmp_path / "launch").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "launch" / name, tmp_path / "launch")
+    (tmp_path / "pyproject.toml").touch()
+    tools = tmp_path / ".venv/bin"
+    tools.mkdir(parents=True)
+    for name, does in (("python", 'echo "${@:3}" >> asked; echo 0'), ("accelerate", 'echo "$@" > launched')):
+        (tools / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tools / name).chmod(0o755)
+    subprocess.run(["bash", "launch/quickstart.sh", "seed=3"], cwd=tmp_path, check=True)
+    assert "install --quiet -e .\n" in (tmp_path / "asked").read_text()
+    assert (tmp_path / "launched").read_text().endswith("overwrite=true seed=3\n")
