@@ -17,16 +17,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import zoscale  # noqa: F401  before torch, for huge pages
+
+# isort: split
 import torch
 import yaml
 
+from zoscale.assembly import build_model
 from zoscale.config import ModelConfig, RunConfig
 from zoscale.devices import DEVICES
 from zoscale.engine import ZeroOrderEngine
 from zoscale.first_order import FirstOrderEngine
 from zoscale.meters import CommMeter, MemoryMeter, count_allgathers
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
+from zoscale.models import count_parameters, read_model_config
 from zoscale.plan_report import make_plan
 from zoscale.quantization import bytes_of_constants
 from zoscale.runtime import Runtime, read_deepspeed_config, start, stop
@@ -95,7 +99,7 @@ def measure(
     accelerator = start(runtime, size=size)
     meter = MemoryMeter(accelerator.device)
     before = meter.read().current
-    engine = METHODS[method](add_adapter(load_model(config, architecture), adapter), accelerator=accelerator)
+    engine = METHODS[method](build_model(config, architecture, adapter, accelerator), accelerator=accelerator)
     built = meter.read()
     engine.step(batch(architecture.vocab_size, data))  # the first one makes what later ones keep
     meter.reset()
@@ -147,9 +151,10 @@ def main() -> None:
     config = ModelConfig(**which, dtype=arguments.dtype, quantization=arguments.quantization)
     adapter = None if arguments.full else ADAPTER
     runtime = Runtime(config.dtype, read_deepspeed_config(arguments.deepspeed), arguments.shard_size)
-    plan = planned(config, adapter, data, arguments.shard_size, arguments.deepspeed, timed=arguments.timed)
+    is_timed = arguments.timed and int(os.environ.get("RANK", "0")) == 0  # the other ranks wait at the start
+    plan = planned(config, adapter, data, arguments.shard_size, arguments.deepspeed, timed=is_timed)
     said = {"planned": plan[arguments.method]}
-    if arguments.timed:
+    if is_timed:
         said["timed"] = plan["timed"][arguments.method]
     report = measure(config, adapter, data, arguments.steps, runtime, arguments.method) | said
     if int(os.environ.get("RANK", "0")) == 0:

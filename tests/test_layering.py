@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
-    {"config", "philox", "fused", "phases", "passes", "stillness", "devices", "prefixes", "allocations"},
+    {"config", "philox", "fused", "phases", "passes", "stillness", "devices", "prefixes", "allocations", "local_job"},
     {
         "attention",
         "noise",
@@ -38,7 +38,7 @@ LAYERS = [
     {"first_order"},
     {"export", "checkpoint", "run_meters", "assembly", "footprint"},
     {"recovery", "submit", "budget", "stopwatch"},
-    {"ledger", "replay", "release", "progress", "fit"},
+    {"ledger", "replay", "release", "progress", "fit", "plan_timing"},
     {"trainer", "run_report"},
     {"run", "evaluation_job", "plan_report", "smoke", "doctor"},
     {"cli"},

@@ -12,7 +12,7 @@ import yaml
 from processes import ROOT, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zoscale import cli, plan_report, stopwatch
+from zoscale import cli, plan_timing
 from zoscale.config import ConfigError, ModelConfig, RunConfig
 from zoscale.devices import DEVICES, GIB
 from zoscale.fit import state_per_element
@@ -21,7 +21,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import count_parameters, read_model_config
 from zoscale.plan_report import make_plan
 from zoscale.plan_table import table
-from zoscale.stopwatch import StepSeconds, Timing, extrapolate, shortened
+from zoscale.stopwatch import Course, StepSeconds, extrapolate, shortened
 
 SHAPES = {
     "model_type": "opt", "vocab_size": 40_000, "hidden_size": 256, "word_embed_proj_dim": 256, "num_hidden_layers": 3,
@@ -103,18 +103,19 @@ def test_so_are_adamw_s_step_and_its_whole_memory(measured: dict[str, Any]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "options"), [("zero_order", ["--shard-size", "1"]), ("first_order", ["--full"])])
-def test_so_are_the_seconds_that_are_timed_here(tmp_path: Path, method: str, options: list[str]) -> None:
-    """A model of eight blocks, from one and three. A neighbour may disturb a timing: within a tenth once of five."""
-    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump({**SHAPES, "num_hidden_layers": 8}))
-    command = ["launch/measure_memory.py", "--config", str(tmp_path / "shapes.yaml"), "--rows", "16", "--tokens", "64"]
-    command += ["--micro-batches", "2", "--steps", "5", "--method", method, "--timed", *options]
+@pytest.mark.parametrize(("ranks", "method"), [(1, "first_order"), (2, "zero_order")])
+def test_so_are_the_seconds_that_are_timed_here(tmp_path: Path, ranks: int, method: str) -> None:
+    """A model of twelve blocks, from two and eight. A neighbour may disturb a timing: within a tenth once of four."""
+    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump({**SHAPES, "num_hidden_layers": 12}))
+    command = ["launch/measure_memory.py", "--config", str(tmp_path / "shapes.yaml"), "--rows", "16", "--tokens", "32"]
+    command += ["--micro-batches", str(2 * ranks), "--deepspeed", "ds_configs/zero3_cpu.json", "--steps", "5", "--full"]
+    command += ["--method", method, "--timed", "--json", str(tmp_path / "seconds.json")]
     ratios: list[float] = []
-    while len(ratios) < 5 and not any(0.9 < ratio < 1.1 for ratio in ratios):
-        torchrun(1, *command, "--json", str(tmp_path / "seconds.json"), CUDA_VISIBLE_DEVICES="", **KEEP_FREED)
+    while len(ratios) < 4 and not any(0.9 < ratio < 1.1 for ratio in ratios):
+        torchrun(ranks, *command, CUDA_VISIBLE_DEVICES="", **KEEP_FREED)
         report = json.loads((tmp_path / "seconds.json").read_text())
         ratios.append(report["timed"]["step"] / report["ranks"][0]["seconds"])
-        assert report["timed"]["losses"] > report["timed"]["update"] > 0 == report["timed"]["link"]
+        assert report["timed"]["losses"] > report["timed"]["update"] > 0 and report["timed"]["link"] is None
     assert 0.9 < ratios[-1] < 1.1, ratios
 
 
@@ -256,28 +257,56 @@ def test_only_what_is_trained_has_a_state() -> None:
     assert plan["zero_order"]["memory"]["fp32 master"] == 4 * plan["trainable"]
 
 
-def test_a_step_is_put_together_from_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+TIMED = {
+    "mesh": {"shard_size": 4, "candidates": 2}, "adapter": None, "data": {"batch_size": 8, "micro_batch_size": 1},
+}  # fmt: skip
+
+
+def put_together(monkeypatch: pytest.MonkeyPatch, ranks_here: int, **changes: Any) -> tuple[Any, list[Course]]:
+    """The plan of four ranks whose candidates are in two parts, on a machine that has so many ranks."""
+    courses: list[Course] = []
+
+    def take(config: RunConfig, course: Course) -> StepSeconds:
+        courses.append(course)
+        return StepSeconds(losses=2.0, update=1.0)
+
+    monkeypatch.setattr(plan_timing, "ranks_here", lambda: ranks_here)
+    monkeypatch.setattr(plan_timing, "time_step", take)
+    return plan_of(4, 8, measure=True, **TIMED, **changes), courses
+
+
+def test_a_step_is_put_together_from_those_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches in turn, a rank's own candidates, updates of its slices; a prefetched gather overlaps."""
-    step = StepSeconds(losses=2.0, update=1.0)
-    timing = Timing("here", zero_order=step, first_order=step)
-    monkeypatch.setattr(plan_report, "time_steps", lambda config, tokens, *, blocks, trainable: timing)
-    tree = {
-        "mesh": {"shard_size": 4, "candidates": 2},
-        "adapter": None,
-        "data": {"batch_size": 8, "micro_batch_size": 1},
-    }
-    plan = plan_of(4, 8, measure=True, **tree)
+    plan, courses = put_together(monkeypatch, 3)
+    assert [(c.method, c.ranks, c.shard_size, c.micro_batches) for c in courses] == [
+        ("zero_order", 1, 1, 2), ("first_order", 1, 1, 2),
+    ]  # fmt: skip
     link = plan["zero_order"]["seconds"]["link"]
     assert 0 < link < 1
-    ours = {"losses": 4 * 2.0 / 2, "update": 1.0 / 4, "link": link, "step": 4.25}
-    theirs = {"losses": 2 * 2.0, "update": 1.0 / 4, "link": plan["first_order"]["seconds"]["link"], "step": 4.25}
-    assert plan["timed"] == {"device": "here", "zero_order": ours, "first_order": theirs}
-    alone = plan_of(4, 8, measure=True, **tree, runtime={"deepspeed": str(ROOT / "ds_configs/zero3_cpu.json")})
-    assert alone["timed"]["zero_order"]["step"] == pytest.approx(4.25 + link), "nothing is prefetched"
+    ours = {"losses": 2 * 2.0 / 2, "update": 1.0 / 4, "link": link, "step": 2.25}
+    theirs = {"losses": 2.0, "update": 1.0 / 4, "link": plan["first_order"]["seconds"]["link"], "step": 2.25}
+    assert plan["timed"] == {"device": "CPU", "ranks": 1, "zero_order": ours, "first_order": theirs}
+    alone, _ = put_together(monkeypatch, 3, runtime={"deepspeed": str(ROOT / "ds_configs/zero3_cpu.json")})
+    assert alone["timed"]["zero_order"]["step"] == pytest.approx(2.25 + link), "nothing is prefetched"
     text = table(plan)
-    assert "as timed here (here)" in text and "4250.000" in text
-    assert table({**plan, "timed": {**plan["timed"], "first_order": None}}).count("4250.000") == 1
-    monkeypatch.setattr(plan_report, "time_steps", stopwatch.time_steps)
+    assert "as timed here (CPU, one rank)" in text and "2250.000" in text and "link, as given" in text
+    assert table({**plan, "timed": {**plan["timed"], "first_order": None}}).count("2250.000") == 1
+
+
+def test_a_step_is_put_together_from_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gathers, parts of the candidates and slices are in what they take."""
+    plan, courses = put_together(monkeypatch, 4)
+    assert [(c.method, c.ranks, c.shard_size, c.micro_batches) for c in courses] == [
+        ("zero_order", 4, 4, 4), ("first_order", 4, 4, 8),
+    ]  # fmt: skip
+    ours = {"losses": 2 * 2.0, "update": 1.0, "link": None, "step": 5.0}
+    theirs = {"losses": 2.0, "update": 1.0, "link": None, "step": 3.0}
+    assert plan["timed"] == {"device": "CPU", "ranks": 4, "zero_order": ours, "first_order": theirs}
+    text = table(plan)
+    assert "as timed here (CPU, 4 ranks together)" in text and "link, as given" not in text
+
+
+def test_what_cannot_be_timed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for changes, expected in (
         (

@@ -1,6 +1,8 @@
 """Zero-order fine-tuning of language models on many GPUs: forward-only, sharded by DeepSpeed ZeRO-3."""
 
 import importlib
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from zoscale.runtime import Runtime, start, stop
 
 __version__ = "0.1.0"
+
+if Path("/sys/kernel/mm/transparent_hugepage").is_dir():
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it is imported: CPU tensors in huge pages
 
 _HOMES = {
     "engine": ("StepResult", "ZeroOrderEngine"),

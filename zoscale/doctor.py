@@ -10,7 +10,6 @@ import shutil
 import socket
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import torch
 from packaging.requirements import Requirement
 
 from zoscale.fit import memory_of_a_rank
+from zoscale.local_job import cause_of, command_of, run_here
 from zoscale.mlflow_store import short_waits, shown, store_uri
 from zoscale.noise import Key, Noise, Range
 from zoscale.streams import kernels_on
@@ -188,22 +188,14 @@ def check_compiler(setup: Setup) -> Finding:
 def check_zero3(setup: Setup) -> Finding:
     """A few steps under ZeRO-3 on two CPU processes, or on all GPUs of this machine."""
     ranks = torch.cuda.device_count() or 2
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     try:
-        done = subprocess.run(
-            [*command, "-m", "zoscale.smoke"],
-            env=environment, capture_output=True, text=True, timeout=_PATIENCE, check=False,
-        )  # fmt: skip
+        done = run_here(ranks, "zoscale.smoke", timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         remedy = "look for a firewall between processes; NCCL_DEBUG=INFO or TORCH_DISTRIBUTED_DEBUG=DETAIL say more"
         return Finding(f"{ranks} processes did not end within {_PATIENCE:.0f} s", remedy)
     if done.returncode != 0:
-        lines = [line.strip() for line in done.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
-        reason = (lines or [f"status {done.returncode}"])[0][:300]
-        return Finding(
-            f"{ranks} processes failed: {reason}", f"run it by hand: {' '.join(command[1:])} -m zoscale.smoke"
-        )
+        by_hand = " ".join(command_of(ranks, "zoscale.smoke")[1:])
+        return Finding(f"{ranks} processes failed: {cause_of(done)}", f"run it by hand: {by_hand}")
     report = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     return Finding(f"{len(report['losses'])} steps on {ranks} {report['device']} ranks in {report['seconds']} s")
 

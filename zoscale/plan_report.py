@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from zoscale.models import ModelSize, count_parameters, read_model_config
 from zoscale.nvme import buffer_elements
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.plan_table import table
+from zoscale.plan_timing import timed
 from zoscale.quantization import check_quantization
 from zoscale.runtime import whole_groups
-from zoscale.stopwatch import StepSeconds, time_steps
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -84,37 +84,7 @@ def make_plan(
         **_zero_order(config, shapes, size, job, device, budget),
         "first_order": _first_order(config, architecture, job, device, budget),
     }
-    return {**report, "timed": _timed(config, shapes, job, report)} if measure else report
-
-
-def _timed(config: RunConfig, shapes: ModelShapes, job: Job, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of a step of a rank from what one takes here, with the link as given; None for what cannot be timed."""
-    if job.offload != "none":
-        raise ConfigError("no offloaded weights with --measure", job.offload, "leave one of them out")
-    timing = time_steps(config, job.tokens, blocks=shapes.num_blocks, trainable=report["trainable"])
-    ways = {"zero_order": timing.zero_order, "first_order": timing.first_order}
-    shares = {"zero_order": job.turns * job.own / job.candidates, "first_order": _whole_turns(job)}
-    columns: dict[str, Any] = dict.fromkeys(ways)
-    for name, step in ways.items():
-        if step is not None:
-            columns[name] = _step(step, shares[name], report[name], overlaps=job.prefetch)
-    return {"device": timing.device, **columns}
-
-
-def _whole_turns(job: Job) -> int:
-    """Micro-batches of the rank that has most, where candidates are not divided."""
-    return replace(job, candidates=1, parts=1).turns
-
-
-def _step(step: StepSeconds, turns: float, column: Mapping[str, Any], *, overlaps: bool) -> dict[str, float]:
-    """A gather that is prefetched overlaps with what is computed; shards are updated each by its rank."""
-    losses, update, link = step.losses * turns, step.update / column["shard_size"], column["seconds"]["link"]
-    return {
-        "losses": losses,
-        "update": update,
-        "link": link,
-        "step": (max(losses, link) if overlaps else losses + link) + update,
-    }
+    return {**report, "timed": timed(config, job, shapes.num_blocks, report)} if measure else report
 
 
 def _zero_order(

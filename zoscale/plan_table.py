@@ -45,10 +45,12 @@ def table(report: dict[str, Any]) -> str:
 
 def _timed_rows(timed: dict[str, Any]) -> list[list[str]]:
     columns = timed["zero_order"], timed["first_order"]
-    rows = [[f"one step of a rank, as timed here ({timed['device']})", "", ""]]
+    together = "one rank" if timed["ranks"] == 1 else f"{timed['ranks']} ranks together"
+    rows = [[f"one step of a rank, as timed here ({timed['device']}, {together})", "", ""]]
     for name, title in (("losses", "losses"), ("update", "update"), ("link", "link, as given"), ("step", "in all")):
-        cells = ("-" if column is None else f"{1e3 * column[name]:.3f}" for column in columns)
-        rows.append([f"  {title}, ms", *cells])
+        values = [column and column[name] for column in columns]
+        if any(value is not None for value in values):
+            rows.append([f"  {title}, ms", *("-" if value is None else f"{1e3 * value:.3f}" for value in values)])
     return rows
 
 

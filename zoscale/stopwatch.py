@@ -6,69 +6,81 @@ The blocks of a model take equally long, so what two depths take tells what any 
 import copy
 import gc
 import json
-import os
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from zoscale.assembly import build_engine, build_model
+from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import NoiseBackend, ZeroOrderEngine, is_compiled
 from zoscale.first_order import FirstOrderEngine, end_engine
 from zoscale.footprint import example
+from zoscale.local_job import cause_of, run_here
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import is_block, read_model_config
+from zoscale.models import count_parameters, is_block, read_model_config
 from zoscale.phases import PhaseTimer, timed
 from zoscale.runtime import Runtime, read_deepspeed_config, start, stop
 
-_DEPTHS = (1, 3)
+Method = Literal["zero_order", "first_order"]
+
+_DEPTHS = (2, 8)
 _WARM_UP = 2
 _REPEATS = 5
-_FLAG = "timed: "
-_OF_LAUNCHERS = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
+_OUT_OF_MEMORY = "OutOfMemoryError"
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is timed.
+
+    Args:
+        method: the configuration's, or AdamW by backpropagation.
+        ranks: that take the steps together.
+        shard_size: ranks that hold a copy of the model.
+        micro_batches: of a step, on each rank.
+        tokens: per row.
+        blocks: of the whole model.
+        trainable: elements of the whole model.
+    """
+
+    method: Method
+    ranks: int
+    shard_size: int
+    micro_batches: int
+    tokens: int
+    blocks: int
+    trainable: int
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """What a step of one micro-batch takes of one rank that holds the whole model.
+    """What a step takes of a rank.
 
     Args:
-        losses: of all candidates, perturbations included; of a first-order method, forward and backward pass.
-        update: of all trainable elements.
+        losses: of its candidates, perturbations and gathers included; of AdamW, forward and backward pass.
+        update: of its slices of the trainable elements.
     """
 
     losses: float
     update: float
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Steps as they were timed.
+def time_step(config: RunConfig, course: Course) -> StepSeconds | None:
+    """Take steps with random weights in processes of their own, and tell what the whole model's would take.
 
     Args:
-        device: on which.
-        zero_order: of the configuration.
-        first_order: of AdamW; None if the device's memory does not hold it.
-    """
+        config: of the run.
+        course: how it is timed.
 
-    device: str
-    zero_order: StepSeconds
-    first_order: StepSeconds | None
-
-
-def time_steps(config: RunConfig, tokens: int, *, blocks: int, trainable: int) -> Timing:
-    """Take steps with random weights in a process of their own, and tell what the whole model's would take.
-
-    Args:
-        config: of the run; one of its micro-batches is taken.
-        tokens: per row.
-        blocks: of the whole model.
-        trainable: elements of the whole model.
+    Returns:
+        None if a GPU's memory does not hold what is timed.
 
     Raises:
         ConfigError: for what cannot be timed here.
@@ -76,20 +88,18 @@ def time_steps(config: RunConfig, tokens: int, *, blocks: int, trainable: int) -
     _check(config)
     architecture = read_model_config(config.model)
     model = replace(config.model, id=None, tokenizer=None, revision=None, config=architecture.to_dict())
-    noise: NoiseBackend = "compiled" if is_compiled(config.runtime.noise, trainable) else "eager"
-    runtime, mesh = replace(config.runtime, noise=noise), replace(config.mesh, candidates=1, shard_size=1)
-    config = replace(config, model=model, runtime=runtime, mesh=mesh)
-    work = {"config": config.to_dict(), "tokens": tokens, "blocks": blocks}
-    command = [sys.executable, "-m", "zoscale.stopwatch"]
-    alone = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
-    done = subprocess.run(command, input=json.dumps(work), env=alone, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(_FLAG)]
-    if done.returncode != 0 or not lines:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise ConfigError("a step that can be timed here", reason[:300], "leave --measure out, or plan fewer rows")
-    found = json.loads(lines[-1].removeprefix(_FLAG))
-    seconds = {name: value and StepSeconds(**value) for name, value in found.items() if name != "device"}
-    return Timing(found["device"], **seconds)
+    noise: NoiseBackend = "compiled" if is_compiled(config.runtime.noise, course.trainable) else "eager"
+    mesh = replace(config.mesh, shard_size=course.shard_size)
+    config = replace(config, model=model, runtime=replace(config.runtime, noise=noise), mesh=mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        work, found = Path(folder, "work.json"), Path(folder, "found.json")
+        work.write_text(json.dumps({"config": config.to_dict(), "course": asdict(course)}), encoding="utf-8")
+        done = run_here(course.ranks, "zoscale.stopwatch", str(work), str(found))
+        if done.returncode == 0:
+            return StepSeconds(**json.loads(found.read_text(encoding="utf-8")))
+    if _OUT_OF_MEMORY in done.stderr:
+        return None
+    raise ConfigError("a step that can be timed here", cause_of(done), "leave --measure out, or plan fewer rows")
 
 
 def _check(config: RunConfig) -> None:
@@ -110,12 +120,12 @@ def extrapolate(steps: Mapping[int, StepSeconds], blocks: int) -> StepSeconds:
     return StepSeconds(at(short.losses, long.losses), at(short.update, long.update))
 
 
-def time_depths(engine_of: Callable[[int], ZeroOrderEngine], rows: int, tokens: int) -> dict[int, StepSeconds]:
+def time_depths(engine_of: Callable[[int], ZeroOrderEngine], batch: Sequence[MicroBatch]) -> dict[int, StepSeconds]:
     """Steps of models of each depth, the fastest of a few: the one that was disturbed least."""
     found = {}
     for depth in _DEPTHS:
         engine = engine_of(depth)
-        found[depth] = _time(engine, rows, tokens)
+        found[depth] = _time(engine, batch)
         if isinstance(engine, FirstOrderEngine):
             end_engine(engine.answers.module)
         del engine
@@ -123,8 +133,8 @@ def time_depths(engine_of: Callable[[int], ZeroOrderEngine], rows: int, tokens: 
     return found
 
 
-def _time(engine: ZeroOrderEngine, rows: int, tokens: int) -> StepSeconds:
-    timer, batch, device = PhaseTimer(engine.mesh.device), example(rows, tokens), engine.mesh.device
+def _time(engine: ZeroOrderEngine, batch: Sequence[MicroBatch]) -> StepSeconds:
+    timer, device = PhaseTimer(engine.mesh.device), engine.mesh.device
     losses, updates = [], []
     with timed(timer, "update", engine.optimizer, "step"):
         for number in range(_WARM_UP + _REPEATS):
@@ -154,34 +164,25 @@ def shortened(architecture: Any, depth: int) -> Any:
     return short
 
 
-def _zero_order(config: RunConfig, architecture: Any, tokens: int, blocks: int) -> StepSeconds:
-    """Of a model that lies whole on the device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def engine_of(depth: int) -> ZeroOrderEngine:
-        with torch.device(device):
-            engine = build_engine(config, shortened(architecture, depth), None)
-        _check_depth(engine, depth)
-        return engine
-
-    return extrapolate(time_depths(engine_of, config.data.micro_batch_size, tokens), blocks)
-
-
-def _first_order(config: RunConfig, architecture: Any, tokens: int, blocks: int) -> StepSeconds | None:
-    """Of AdamW, by DeepSpeed's engine, which holds all shards here."""
-    accelerator = start(Runtime(config.model.dtype, read_deepspeed_config(config.runtime.deepspeed)))
+def _take(config: RunConfig, course: Course) -> StepSeconds:
+    """On every rank of the job."""
+    architecture = read_model_config(config.model)
+    deepspeed = read_deepspeed_config(config.runtime.deepspeed)
+    size = count_parameters(shortened(architecture, max(_DEPTHS)))
+    shard_size = course.shard_size if course.method == "zero_order" else None  # AdamW takes ZeRO-3 over all ranks
+    accelerator = start(Runtime(config.model.dtype, deepspeed, shard_size), size=size)
 
     def engine_of(depth: int) -> ZeroOrderEngine:
         short = shortened(architecture, depth)
+        if course.method == "zero_order":
+            engine = build_engine(config, short, accelerator)
+            _check_depth(engine, depth)
+            return engine
         model = build_model(config.model, short, config.adapter, accelerator, trainable=config.trainable)
         return FirstOrderEngine(model, accelerator=accelerator)
 
-    try:
-        return extrapolate(time_depths(engine_of, config.data.micro_batch_size, tokens), blocks)
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        stop()
+    batch = [example(config.data.micro_batch_size, course.tokens)] * course.micro_batches
+    return extrapolate(time_depths(engine_of, batch), course.blocks)
 
 
 def _check_depth(engine: ZeroOrderEngine, depth: int) -> None:
@@ -190,16 +191,13 @@ def _check_depth(engine: ZeroOrderEngine, depth: int) -> None:
         raise ConfigError(f"a model with {depth} blocks to time", str(found), "leave --measure out")
 
 
-def _main() -> None:
-    work = json.load(sys.stdin)
-    config = RunConfig.from_dict(work["config"], TABLES, DEFAULTS)
-    architecture = read_model_config(config.model)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    zero_order = _zero_order(config, architecture, work["tokens"], work["blocks"])
-    first_order = _first_order(config, architecture, work["tokens"], work["blocks"])
-    timing = Timing(name, zero_order, first_order)
-    print(_FLAG + json.dumps(asdict(timing)))
+def _main(work: Path, found: Path) -> None:
+    order = json.loads(work.read_text(encoding="utf-8"))
+    seconds = _take(RunConfig.from_dict(order["config"], TABLES, DEFAULTS), Course(**order["course"]))
+    if torch.distributed.get_rank() == 0:
+        found.write_text(json.dumps(asdict(seconds)), encoding="utf-8")
+    stop()
 
 
 if __name__ == "__main__":
-    _main()
+    _main(Path(sys.argv[1]), Path(sys.argv[2]))
