@@ -306,6 +306,17 @@ def test_a_step_is_put_together_from_those_of_all_ranks(monkeypatch: pytest.Monk
     assert "as timed here (CPU, 4 ranks together)" in text and "link, as given" not in text
 
 
+def test_one_rank_takes_the_steps_of_a_job_that_is_too_large_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All candidates, though the job's ranks would divide them."""
+    monkeypatch.setattr(plan_timing, "ranks_here", lambda: 3)
+    small = {"config": {**SHAPES, "vocab_size": 64, "ffn_dim": 64}, "dtype": "float32"}
+    plan = plan_of(4, 8, measure=True, **TIMED, model=small)
+    assert plan["timed"]["ranks"] == 1
+    for name in ("zero_order", "first_order"):
+        step = plan["timed"][name]
+        assert step["losses"] > 0 and step["update"] > 0 and step["link"] == plan[name]["seconds"]["link"] > 0
+
+
 def test_what_cannot_be_timed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for changes, expected in (

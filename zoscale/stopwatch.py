@@ -89,7 +89,8 @@ def time_step(config: RunConfig, course: Course) -> StepSeconds | None:
     architecture = read_model_config(config.model)
     model = replace(config.model, id=None, tokenizer=None, revision=None, config=architecture.to_dict())
     noise: NoiseBackend = "compiled" if is_compiled(config.runtime.noise, course.trainable) else "eager"
-    mesh = replace(config.mesh, shard_size=course.shard_size)
+    parts = config.mesh.candidates if course.ranks > 1 else 1
+    mesh = replace(config.mesh, shard_size=course.shard_size, candidates=parts)
     config = replace(config, model=model, runtime=replace(config.runtime, noise=noise), mesh=mesh)
     with tempfile.TemporaryDirectory() as folder:
         work, found = Path(folder, "work.json"), Path(folder, "found.json")
