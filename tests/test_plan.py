@@ -21,7 +21,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import count_parameters, read_model_config
 from zoscale.plan_report import make_plan
 from zoscale.plan_table import table
-from zoscale.stopwatch import Course, StepSeconds, extrapolate, shortened
+from zoscale.stopwatch import Course, StepSeconds, extrapolate, with_depth
 
 SHAPES = {
     "model_type": "opt", "vocab_size": 40_000, "hidden_size": 256, "word_embed_proj_dim": 256, "num_hidden_layers": 3,
@@ -341,9 +341,10 @@ def test_blocks_that_are_left_out_take_as_long_as_those_that_are_timed() -> None
     steps = {1: StepSeconds(1.0, 0.5), 3: StepSeconds(2.0, 0.4)}
     assert extrapolate(steps, 5) == StepSeconds(3.0, 0.5), "no block takes less than nothing"
     architecture = AutoConfig.for_model("qwen3", num_hidden_layers=4)
-    short = shortened(architecture, 2)
-    assert short.num_hidden_layers == len(short.layer_types) == 2 and architecture.num_hidden_layers == 4
-    assert shortened(AutoConfig.for_model("gpt2"), 2).n_layer == 2
+    for depth in (2, 8):
+        other = with_depth(architecture, depth)
+        assert other.num_hidden_layers == len(other.layer_types) == depth and architecture.num_hidden_layers == 4
+    assert with_depth(AutoConfig.for_model("gpt2"), 2).n_layer == 2
 
 
 @pytest.mark.parametrize(("name", "values"), [("zo_sgd", 0), ("jaguar_sign_sgd", 1), ("jaguar_muon", 1)])

@@ -156,30 +156,30 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def shortened(architecture: Any, depth: int) -> Any:
-    """The same architecture with fewer blocks."""
-    short = copy.deepcopy(architecture)
-    short.num_hidden_layers = depth
-    if getattr(short, "layer_types", None):
-        short.layer_types = short.layer_types[:depth]
-    return short
+def with_depth(architecture: Any, depth: int) -> Any:
+    """The same architecture with another number of blocks."""
+    other = copy.deepcopy(architecture)
+    other.num_hidden_layers = depth
+    if kinds := getattr(other, "layer_types", None):
+        other.layer_types = (kinds * depth)[:depth]
+    return other
 
 
 def _take(config: RunConfig, course: Course) -> StepSeconds:
     """On every rank of the job."""
     architecture = read_model_config(config.model)
     deepspeed = read_deepspeed_config(config.runtime.deepspeed)
-    size = count_parameters(shortened(architecture, max(_DEPTHS)))
+    size = count_parameters(with_depth(architecture, max(_DEPTHS)))
     shard_size = course.shard_size if course.method == "zero_order" else None  # AdamW takes ZeRO-3 over all ranks
     accelerator = start(Runtime(config.model.dtype, deepspeed, shard_size), size=size)
 
     def engine_of(depth: int) -> ZeroOrderEngine:
-        short = shortened(architecture, depth)
+        few = with_depth(architecture, depth)
         if course.method == "zero_order":
-            engine = build_engine(config, short, accelerator)
+            engine = build_engine(config, few, accelerator)
             _check_depth(engine, depth)
             return engine
-        model = build_model(config.model, short, config.adapter, accelerator, trainable=config.trainable)
+        model = build_model(config.model, few, config.adapter, accelerator, trainable=config.trainable)
         return FirstOrderEngine(model, accelerator=accelerator)
 
     batch = [example(config.data.micro_batch_size, course.tokens)] * course.micro_batches
