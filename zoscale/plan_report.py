@@ -202,8 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, metavar="B", help="rows of a step (default: data.batch_size)")
     parser.add_argument("--tokens", type=int, metavar="T", help="per row (default: data.max_length)")
     parser.add_argument("--measure", action="store_true",
-                        help="also time steps on this machine, with random weights and a few of the blocks; a minute "
-                        "or two")  # fmt: skip
+                        help="also time steps on this machine, with random weights and a few of the blocks, on all "
+                        "ranks if it has a GPU (without any, a core) for each; a minute or two")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, in bytes and seconds")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML as for zoscale train")
     parser.add_argument("words", nargs="*", metavar="key=value", help="options as for zoscale train: adapter=null")
