@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,11 @@ from zoscale.plan_report import make_plan
 from zoscale.quantization import bytes_of_constants
 from zoscale.runtime import Runtime, read_deepspeed_config, start, stop
 from zoscale.shards import local_bytes
+from zoscale.stopwatch import Method
 
 OPT_125M: dict[str, Any] = {"model_type": "opt", "dropout": 0.0}
 """The defaults of `OPTConfig` are OPT-125M's shapes."""
-METHODS: dict[str, type[ZeroOrderEngine]] = {"zero_order": ZeroOrderEngine, "first_order": FirstOrderEngine}
+METHODS: dict[Method, type[ZeroOrderEngine]] = {"zero_order": ZeroOrderEngine, "first_order": FirstOrderEngine}
 Adapter = dict[str, Any] | None
 ADAPTER: Adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
@@ -64,7 +66,12 @@ def batch(vocabulary: int, data: Data) -> list[dict[str, torch.Tensor]]:
 
 
 def planned(
-    config: ModelConfig, adapter: Adapter, data: Data, shard_size: int | None, deepspeed: Path | None, *, timed: bool
+    config: ModelConfig,
+    adapter: Adapter,
+    data: Data,
+    shard_size: int | None,
+    deepspeed: Path | None,
+    timed: Collection[Method],
 ) -> dict[str, Any]:
     """What `zoscale plan` says of the same run; before ZeRO-3 is there, which would shard its model of shapes."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -91,7 +98,7 @@ def time_of(engine: ZeroOrderEngine, rows: list[dict[str, torch.Tensor]]) -> flo
 
 
 def measure(
-    config: ModelConfig, adapter: Adapter, data: Data, steps: int, runtime: Runtime, method: str
+    config: ModelConfig, adapter: Adapter, data: Data, steps: int, runtime: Runtime, method: Method
 ) -> dict[str, Any]:
     """Train a few steps; all ranks' numbers in bytes."""
     architecture = read_model_config(config)
@@ -152,7 +159,8 @@ def main() -> None:
     adapter = None if arguments.full else ADAPTER
     runtime = Runtime(config.dtype, read_deepspeed_config(arguments.deepspeed), arguments.shard_size)
     is_timed = arguments.timed and int(os.environ.get("RANK", "0")) == 0  # the other ranks wait at the start
-    plan = planned(config, adapter, data, arguments.shard_size, arguments.deepspeed, timed=is_timed)
+    timed = (arguments.method,) if is_timed else ()
+    plan = planned(config, adapter, data, arguments.shard_size, arguments.deepspeed, timed)
     said = {"planned": plan[arguments.method]}
     if is_timed:
         said["timed"] = plan["timed"][arguments.method]

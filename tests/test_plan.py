@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import count_parameters, read_model_config
 from zoscale.plan_report import make_plan
 from zoscale.plan_table import table
-from zoscale.stopwatch import Course, StepSeconds, extrapolate, with_depth
+from zoscale.stopwatch import Course, Method, StepSeconds, extrapolate, with_depth
 
 SHAPES = {
     "model_type": "opt", "vocab_size": 40_000, "hidden_size": 256, "word_embed_proj_dim": 256, "num_hidden_layers": 3,
@@ -173,7 +174,10 @@ def test_weights_are_all_there_once(kind: str) -> None:
     assert {weight.width for weight in shapes.weights if weight.trainable} == {4}, "PEFT keeps adapters in fp32"
 
 
-def plan_of(ranks: int, gib: float, *, measure: bool = False, **changes: Any) -> dict[str, Any]:
+BOTH: tuple[Method, Method] = ("zero_order", "first_order")
+
+
+def plan_of(ranks: int, gib: float, *, measure: Collection[Method] = (), **changes: Any) -> dict[str, Any]:
     tree = {
         "model": {"config": SHAPES, "dtype": "float32"},
         "data": {"batch_size": 8, "micro_batch_size": 1},
@@ -272,7 +276,7 @@ def put_together(monkeypatch: pytest.MonkeyPatch, ranks_here: int, **changes: An
 
     monkeypatch.setattr(plan_timing, "ranks_here", lambda: ranks_here)
     monkeypatch.setattr(plan_timing, "time_step", take)
-    return plan_of(4, 8, measure=True, **TIMED, **changes), courses
+    return plan_of(4, 8, measure=BOTH, **TIMED, **changes), courses
 
 
 def test_a_step_is_put_together_from_those_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +314,7 @@ def test_one_rank_takes_the_steps_of_a_job_that_is_too_large_for_this_machine(mo
     """All candidates, though the job's ranks would divide them."""
     monkeypatch.setattr(plan_timing, "ranks_here", lambda: 3)
     small = {"config": {**SHAPES, "vocab_size": 64, "ffn_dim": 64}, "dtype": "float32"}
-    plan = plan_of(4, 8, measure=True, **TIMED, model=small)
+    plan = plan_of(4, 8, measure=BOTH, **TIMED, model=small)
     assert plan["timed"]["ranks"] == 1
     for name in ("zero_order", "first_order"):
         step = plan["timed"][name]
@@ -328,13 +332,13 @@ def test_what_cannot_be_timed_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"adapter": LORA, "model": {"config": SHAPES, "quantization": "nf4"}}, "no model.quantization with --measure"),
     ):
         with pytest.raises(ConfigError, match=expected):
-            plan_of(1, 8, measure=True, **changes)
+            plan_of(1, 8, measure=BOTH, **changes)
 
 
 def test_a_step_that_fails_is_named() -> None:
     """More tokens than positions: what the process that takes the step says last."""
     with pytest.raises(ConfigError, match="a step that can be timed here, got IndexError: index out of range"):
-        plan_of(1, 8, measure=True, model={"config": {**SHAPES, "max_position_embeddings": 8}, "dtype": "float32"})
+        plan_of(1, 8, measure=BOTH, model={"config": {**SHAPES, "max_position_embeddings": 8}, "dtype": "float32"})
 
 
 def test_blocks_that_are_left_out_take_as_long_as_those_that_are_timed() -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from zoscale.plan_table import table
 from zoscale.plan_timing import timed
 from zoscale.quantization import check_quantization
 from zoscale.runtime import whole_groups
+from zoscale.stopwatch import Method
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -46,14 +47,20 @@ def plan_command(argv: Sequence[str]) -> int:
     config = _configuration(arguments)
     report = make_plan(
         config, arguments.gpus, _device(arguments), tokens=arguments.tokens, reserve=arguments.reserve,
-        measure=arguments.measure,
+        measure=("zero_order", "first_order") if arguments.measure else (),
     )  # fmt: skip
     print(json.dumps(report, indent=2) if arguments.json else table(report))
     return 0 if report["zero_order"]["fits"] else 1
 
 
 def make_plan(
-    config: RunConfig, ranks: int, device: Device, *, tokens: int | None, reserve: float | None, measure: bool = False
+    config: RunConfig,
+    ranks: int,
+    device: Device,
+    *,
+    tokens: int | None,
+    reserve: float | None,
+    measure: Collection[Method] = (),
 ) -> dict[str, Any]:
     """The plan as plain values; bytes and seconds.
 
@@ -63,7 +70,7 @@ def make_plan(
         device: of each rank.
         tokens: per row; None = data.max_length.
         reserve: GiB of the device that are not for tensors; None = as `mesh.shard_size=auto` has it.
-        measure: time steps on this machine too.
+        measure: of which methods steps are timed on this machine too.
 
     Raises:
         ConfigError: for a shard size that does not divide the ranks, or what cannot be planned.
@@ -84,7 +91,7 @@ def make_plan(
         **_zero_order(config, shapes, size, job, device, budget),
         "first_order": _first_order(config, architecture, job, device, budget),
     }
-    return {**report, "timed": timed(config, job, shapes.num_blocks, report)} if measure else report
+    return {**report, "timed": timed(config, job, shapes.num_blocks, report, measure)} if measure else report
 
 
 def _zero_order(

@@ -44,7 +44,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _timed_rows(timed: dict[str, Any]) -> list[list[str]]:
-    columns = timed["zero_order"], timed["first_order"]
+    columns = timed.get("zero_order"), timed.get("first_order")
     together = "one rank" if timed["ranks"] == 1 else f"{timed['ranks']} ranks together"
     rows = [[f"one step of a rank, as timed here ({timed['device']}, {together})", "", ""]]
     for name, title in (("losses", "losses"), ("update", "update"), ("link", "link, as given"), ("step", "in all")):

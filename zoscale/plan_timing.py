@@ -1,6 +1,6 @@
 """Seconds of the planned step, put together from steps that are taken on this machine."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,11 @@ from zoscale.stopwatch import Course, Method, time_step
 
 _TURNS = 2
 """Micro-batches of a rank that are timed at most: the first one of a step may differ, later ones are alike."""
-_METHODS: tuple[Method, Method] = ("zero_order", "first_order")
 
 
-def timed(config: RunConfig, job: Job, blocks: int, report: Mapping[str, Any]) -> dict[str, Any]:
+def timed(
+    config: RunConfig, job: Job, blocks: int, report: Mapping[str, Any], methods: Collection[Method]
+) -> dict[str, Any]:
     """Seconds of a step by method; None for what the memory here does not hold.
 
     If this machine has a device for every rank of the job, all take the steps together, gathers included. Else one of
@@ -27,6 +28,7 @@ def timed(config: RunConfig, job: Job, blocks: int, report: Mapping[str, Any]) -
         job: as it is planned.
         blocks: of the model.
         report: of the plan.
+        methods: which to time.
 
     Raises:
         ConfigError: for what cannot be timed here.
@@ -35,7 +37,7 @@ def timed(config: RunConfig, job: Job, blocks: int, report: Mapping[str, Any]) -
         raise ConfigError("no offloaded weights with --measure", job.offload, "leave one of them out")
     ranks = job.ranks if job.ranks <= ranks_here() else 1
     columns: dict[str, Any] = {}
-    for method in _METHODS:
+    for method in methods:
         own = job if method == "zero_order" else replace(job, candidates=1, parts=1)
         size = report[method]["shard_size"] if ranks > 1 else 1
         course = Course(method, ranks, size, _micro_batches(own, ranks), job.tokens, blocks, report["trainable"])
