@@ -114,6 +114,25 @@ def test_options_of_the_command_line(tmp_path: Path) -> None:
         study("sensitivity", "--methods", "zo_sgd")
 
 
+def test_a_preset_changes_methods(tmp_path: Path) -> None:
+    """Parts of one method's configuration, over those that all presets share; the others stay."""
+    made = study("accuracy", "--preset", "smollm2")
+    cells = {method: made.cell("lora", method, 1e-3, 0).config for method in made.methods}
+    ours, theirs = cells["jaguar_sign_sgd"], cells["zo_sgd"]
+    assert (ours.estimator.name, ours.estimator.args["num_directions"], theirs.estimator.name) == (
+        "one_sided",
+        7,
+        "two_point",
+    )
+    assert ours.probe.args["rows"] == 0.25 and ours.optimizer.args["beta"] == 0.5
+    assert ours.estimator.args["tau"] == 1e-2 and made.methods["jaguar_sign_sgd"]["title"] == "JAGUAR SignSGD"
+    assert (ours.train.steps, theirs.train.steps) == (50, 200), "equal forwards"
+    tree = merge(read_yaml(PRESETS / "smollm2.yaml"), {"methods": {"zo_sdg": {"config": {}}}})
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"methods in the preset .* got zo_sdg"):
+        study("accuracy", "--preset", str(tmp_path / "own.yaml"))
+
+
 def test_the_learning_rate_is_the_best_on_dev() -> None:
     grid = [1e-3, 1e-2, 1e-1]
     assert choose({1e-1: 0.7, 1e-2: 0.8, 1e-3: 0.6}, grid, ACCURACY) == Choice(1e-2, 3, 3, at_edge=False)

@@ -104,6 +104,9 @@ class Study:
         schemes = {name: scheme(name, part) for name, part in tree["schemes"].items()}
         lrs = {name: _rates(tree["lrs"].get(own.like, {}) | given.lrs, own) for name, own in schemes.items()}
         known = read_yaml(HERE / "methods.yaml")
+        changed = tree.get("methods", {})
+        chosen(list(changed), list(known), f"methods in the preset {given.preset}")
+        known = merge(known, changed)
         with_lr = [name for name in known if any(name in own for own in lrs.values())]
         seeds = tuple(given.seeds if given.seeds is not None else tree["seeds"])
         forwards = given.forwards if given.forwards is not None else tree["forwards"]
