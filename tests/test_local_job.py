@@ -48,8 +48,9 @@ def test_a_job_that_fails_names_its_cause(tmp_path: Path, monkeypatch: pytest.Mo
     assert failed.returncode != 0 and cause_of(failed).startswith("ValueError: invalid literal for int")
     done = run_here(2, "failing")
     assert done.returncode == 0 and sorted(done.stdout.split()) == ["0", "1", "2", "2"]
-    silent = subprocess.CompletedProcess([], 3, "", "killed\n")
-    assert cause_of(silent) == "status 3"
+    (tmp_path / "killed.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    killed = run_here(1, "killed")
+    assert "ChildFailedError" in killed.stderr and cause_of(killed) == f"status {killed.returncode}"
 
 
 def test_a_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,11 +289,11 @@ def test_a_step_is_put_together_from_those_of_one_rank(monkeypatch: pytest.Monke
     assert 0 < link < 1
     ours = {"losses": 2 * 2.0 / 2, "update": 1.0 / 4, "link": link, "step": 2.25}
     theirs = {"losses": 2.0, "update": 1.0 / 4, "link": plan["first_order"]["seconds"]["link"], "step": 2.25}
-    assert plan["timed"] == {"device": "CPU", "ranks": 1, "zero_order": ours, "first_order": theirs}
+    assert plan["timed"] == {"device": "cpu", "ranks": 1, "zero_order": ours, "first_order": theirs}
     alone, _ = put_together(monkeypatch, 3, runtime={"deepspeed": str(ROOT / "ds_configs/zero3_cpu.json")})
     assert alone["timed"]["zero_order"]["step"] == pytest.approx(2.25 + link), "nothing is prefetched"
     text = table(plan)
-    assert "as timed here (CPU, one rank)" in text and "2250.000" in text and "link, as given" in text
+    assert "as timed here (cpu, one rank)" in text and "2250.000" in text and "link, as given" in text
     assert table({**plan, "timed": {**plan["timed"], "first_order": None}}).count("2250.000") == 1
 
 
@@ -305,9 +305,9 @@ def test_a_step_is_put_together_from_those_of_all_ranks(monkeypatch: pytest.Monk
     ]  # fmt: skip
     ours = {"losses": 2 * 2.0, "update": 1.0, "link": None, "step": 5.0}
     theirs = {"losses": 2.0, "update": 1.0, "link": None, "step": 3.0}
-    assert plan["timed"] == {"device": "CPU", "ranks": 4, "zero_order": ours, "first_order": theirs}
+    assert plan["timed"] == {"device": "cpu", "ranks": 4, "zero_order": ours, "first_order": theirs}
     text = table(plan)
-    assert "as timed here (CPU, 4 ranks together)" in text and "link, as given" not in text
+    assert "as timed here (cpu, 4 ranks together)" in text and "link, as given" not in text
 
 
 def test_one_rank_takes_the_steps_of_a_job_that_is_too_large_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

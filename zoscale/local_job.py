@@ -8,8 +8,8 @@ import sys
 import torch
 
 _OF_LAUNCHERS = ("ACCELERATE_", "GROUP_", "LOCAL_", "MASTER_", "RANK", "ROLE_", "TORCHELASTIC_", "WORLD_SIZE")
-_ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?([\w.]*Error: .*)$", re.MULTILINE)
-"""The last line of a traceback; torch names the rank before it."""
+_ERROR = re.compile(r"^(?:\[rank\d+\]:\s*)?(?!.*ChildFailed)([\w.]*Error: .*)$", re.MULTILINE)
+"""The last line of a traceback; torch names the rank before it. The launcher's own names no cause."""
 
 
 def ranks_here() -> int:

@@ -9,6 +9,7 @@ import torch
 from zoscale.budget import Job
 from zoscale.config import ConfigError, RunConfig
 from zoscale.local_job import ranks_here
+from zoscale.provenance import device_name
 from zoscale.stopwatch import Course, Method, time_step
 
 _TURNS = 2
@@ -50,7 +51,11 @@ def timed(
         else:
             losses, update = share * step.losses * own.own / own.candidates, step.update / report[method]["shard_size"]
             columns[method] = _seconds(losses, update, report[method]["seconds"]["link"], overlaps=job.prefetch)
-    return {"device": _device(), "ranks": ranks, **columns}
+    return {
+        "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "ranks": ranks,
+        **columns,
+    }
 
 
 def _micro_batches(job: Job, ranks: int) -> int:
@@ -63,7 +68,3 @@ def _seconds(losses: float, update: float, link: float | None, *, overlaps: bool
     """A gather that is prefetched overlaps with what is computed; without a link gathers are part of the losses."""
     step = (max(losses, link or 0.0) if overlaps else losses + (link or 0.0)) + update
     return {"losses": losses, "update": update, "link": link, "step": step}
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

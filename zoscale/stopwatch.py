@@ -44,7 +44,7 @@ class Course:
         method: the configuration's, or AdamW by backpropagation.
         ranks: that take the steps together.
         shard_size: ranks that hold a copy of the model.
-        micro_batches: of a step, on each rank.
+        micro_batches: of a step, which the ranks share out.
         tokens: per row.
         blocks: of the whole model.
         trainable: elements of the whole model.
