@@ -19,7 +19,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedT
 
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, DataConfig
-from zoscale.data import Encoder, Splits, evaluation_batches
+from zoscale.data import Encoder, Splits, evaluation_batches, part
 from zoscale.evaluate import evaluate
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel
@@ -488,12 +488,16 @@ class Given(Task):
 
 
 def test_splits_are_disjoint_and_seeded() -> None:
+    """Validation is a part of the split at random, the same for every seed: neighbours may share a passage."""
     config = DataConfig(num_train=30, num_dev=10, num_validation=5)
     splits = Splits.of(Given(50, 8), config, 0)
     assert [len(splits.train), len(splits.dev), len(splits.validation)] == [30, 10, 5]
     prompts = [example.prompt for example in [*splits.train, *splits.dev]]
     assert len(set(prompts)) == 40 and all(prompt.startswith("train ") for prompt in prompts)
-    assert [example.prompt for example in splits.validation] == [f"validation {i}" for i in range(5)]
+    numbers = [int(example.prompt.split()[1]) for example in splits.validation]
+    assert numbers == sorted(set(numbers)) and numbers != list(range(5)), "from the whole split, in its order"
+    assert part(Given(0, 8).examples("validation"), 5) == splits.validation, "as zoscale evaluate takes them"
+    assert len(part(Given(0, 8).examples("validation"), None)) == 8
     assert Splits.of(Given(50, 8), config, 0) == splits
     other = Splits.of(Given(50, 8), config, 1)
     assert other.train != splits.train and other.validation == splits.validation

@@ -33,7 +33,7 @@ from zoscale.objectives import classification
 from zoscale.optim import OPTIMIZERS, ElementwiseOptimizer, ZOSGDConservative
 from zoscale.optim.newton_schulz import orthogonalize
 from zoscale.optim.power_iteration import partially_orthogonalize
-from zoscale.probes import PROBES, Gaussian, Piece, Rademacher
+from zoscale.probes import PROBES, Gaussian, Layers, Piece, Rademacher
 from zoscale.recovery import replay
 from zoscale.replay import rebuild
 from zoscale.shards import ShardedParam
@@ -56,6 +56,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("zo_muon", {"beta": 0.6, "scale": "spectral"}, {**SPECTRAL, "beta": 0.6, "scale": "sqrt_ratio"}),
     ("zo_muon", {"iteration": "power", "power_rank": 2}, {**SPECTRAL, "polynomial": "power", "power_rank": 2}),
     ("zo_muon_orthogonal", {"weight_decay": 0.1}, {"weight_decay": 0.1}),
+    ("zo_muon_orthogonal", {}, {}),
     ("zo_muon_subspace", {"iteration": "cubic"}, {**SPECTRAL, "polynomial": "cubic"}),
     ("zo_muon_subspace", {"scale": "rms"}, {**SPECTRAL, "scale": "match_rms"}),
 ]
@@ -63,6 +64,8 @@ PROBES_OF_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "zo_muon_orthogonal": [("orthogonal", {"rank": 2})],
     "zo_muon_subspace": [("subspace", {"rank": 3, "resample_every": 2})],
 }
+for own in PROBES_OF_CASES.values():  # LeZO with what they need
+    own += [("layers", {"share": 0.4, "inner": {"name": name, **options}}) for name, options in own]
 USUAL = [("gaussian", {}), ("block", {"rows": 0.5, "columns": 0.4}), ("layers", {"share": 0.4})]
 
 
@@ -242,12 +245,57 @@ def test_a_method_brings_its_probe_and_estimator(name: str) -> None:
     """Where none is named; what is named stands; the result reads back as the same configuration."""
     company = TABLES["optimizer"][name].goes_with
     config = config_of(f"optimizer.name={name}")
-    assert (config.probe.name, config.estimator.name) == tuple(company)
+    assert (config.probe.name, config.estimator.name) == (company.probe, company.estimator)
+    for section, options in company.options.items():
+        assert options.items() <= getattr(config, section).args.items()
     check_methods(config)
     if "probe" not in TABLES["optimizer"][name].needs:
         assert config_of(f"optimizer.name={name}", "probe.name=row").probe.name == "row"
     assert type(config).from_dict(config.to_dict(), TABLES, DEFAULTS) == config
     assert config_of().probe.name == "block", "JAGUAR is the default"
+
+
+def test_directions_of_a_subspace_are_four_unless_another_number_is_given() -> None:
+    """Of a single one only the sign of rho would be left."""
+    chosen = "optimizer.name=zo_muon_subspace"
+    assert config_of(chosen).estimator.args["num_directions"] == 4
+    assert config_of(chosen, "estimator.name=two_point").estimator.args["num_directions"] == 4
+    assert config_of(chosen, "estimator.num_directions=1").estimator.args["num_directions"] == 1
+    assert "num_directions" in config_of(chosen, "estimator.name=forward_grad", "mesh.shard_size=1").estimator.args
+    assert config_of("optimizer.name=zo_muon").estimator.args["num_directions"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "fzoo"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_layers_without_a_direction_cost_no_update(name: str, weight_decay: float) -> None:
+    """LeZO: a rule without a memory writes the active tensors only; with weight decay, or a memory, all."""
+    needed = OPTIMIZERS[name].goes_with.probe if "probe" in OPTIMIZERS[name].needs else "gaussian"
+    probe = Layers(share=0.3, inner={"name": needed})
+    shards = shards_of(start_values({f"layers.{i}.{part}": (4, 3) for i in range(4) for part in "ab"}))
+    optimizer = OPTIMIZERS[name](shards, lr=0.05, weight_decay=weight_decay)  # type: ignore[call-arg]
+    estimate = fixed_estimate(shards, 0, 2, probe)
+    versions, before = [shard.truth._version for shard in shards], values_of(shards)
+    optimizer.step(estimate)
+    active = [estimate.touches(shard.spec) for shard in shards]
+    assert sum(active) == 2
+    written = [shard.truth._version > version for shard, version in zip(shards, versions, strict=True)]
+    changed = [not torch.equal(shard.truth, before[shard.spec.name].view(-1)) for shard in shards]
+    is_spared = not weight_decay and name in RESTING
+    assert written == (active if is_spared else [True] * len(shards))
+    assert changed == ([True] * len(shards) if weight_decay else active)
+
+
+RESTING = {
+    "zo_sgd", "zo_sgd_conservative", "zo_sign_sgd", "zo_sign_rho", "zo_muon_orthogonal", "zo_muon_subspace"
+}  # fmt: skip
+
+
+def test_a_memory_that_is_not_read_is_not_kept() -> None:
+    shards = shards_of(start_values(SHAPES))
+    for beta in (0.0, 0.5):
+        optimizer = OPTIMIZERS["zo_muon"](shards, lr=0.05, beta=beta)  # type: ignore[call-arg]
+        optimizer.step(fixed_estimate(shards, 0, 1, Gaussian()))
+        assert len(optimizer.state) == (len(shards) if beta else 0)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from zoscale.comparison.numbers import Spread
 from zoscale.comparison.runs import Run
 from zoscale.comparison.verdict import Goal
 from zoscale.config import ConfigError
+from zoscale.methods import TABLES
 
 ACCURACY, LOSS = Goal("dev/accuracy"), Goal("dev/lm_loss")
 METHODS = read_yaml(HERE / "methods.yaml")
@@ -68,10 +69,14 @@ def test_every_run_of_a_preset_can_be_configured(preset: str, command: str) -> N
 
 
 def test_costs_are_the_engine_s() -> None:
-    cells = {method: study("accuracy").cell("lora", method, 1e-3, 0) for method in METHODS}
+    made = study("accuracy", *(word for method in METHODS for word in ("--lr", f"{method}=1e-3")))
+    cells = {method: made.cell("lora", method, 1e-3, 0) for method in METHODS}
     assert {method: cost_of_step(cell.config) for method, cell in cells.items()} == dict.fromkeys(METHODS, 2) | {
-        "zo_sgd_cons": 5, "fo_sgd": 3, "fo_adamw": 3,
+        "zo_sgd_cons": 5, "fo_sgd": 3, "fo_adamw": 3, "fzoo": 9, "zo_muon_subspace": 5,
     }  # fmt: skip
+    for cell in cells.values():
+        check_methods(cell.config)
+    assert {cell.config.optimizer.name for cell in cells.values()} == set(TABLES["optimizer"]), "all can be compared"
     assert cells["zo_sgd_cons"].config.train.steps == 160
     taus = {method: cell.config.estimator.args.get("tau") for method, cell in cells.items()}
     assert taus["forward_grad"] is None and taus["fo_sgd"] is None and taus["lezo"] == 1e-2
@@ -104,10 +109,12 @@ def test_options_of_the_command_line(tmp_path: Path) -> None:
     for wrong, message in (
         (["--methods", "nothing"], "nothing"), (["--forwards", "1"], "got 1 where a step takes 3"),
         (["--preset", "none"], "small"), (["--seeds", "1,1"], "seeds"), (["data.num_dv=3"], "num_dev"),
-        (["data.num_dev=0"], "dev examples"),
+        (["data.num_dev=0"], "dev examples"), (["--lr", "zo_sdg=1"], "zo_sdg"), (["--methods", "fzoo"], "needs --lr"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             Results(study("accuracy", *wrong)).tuning()
+    more = study("accuracy", *SMALL[:-1], "jaguar_muon,zo_muon_subspace", "--lr", "zo_muon_subspace=1e-2")
+    assert list(more.methods) == ["zo_muon_subspace", "jaguar_muon"], "one that the preset has no learning rates for"
     with pytest.raises(ConfigError, match="sensitivity"):
         study("sensitivity", "--preset", "smollm2")
     with pytest.raises(ConfigError, match="jaguar_sign_sgd, which is varied"):
@@ -202,6 +209,7 @@ def test_a_killed_study_goes_on_and_reports(server: JobServer, tmp_path: Path, m
     text = (tmp_path / "accuracy.md").read_text()
     ours = f"{100 * summaries['jaguar_muon']['validation']['chosen']['accuracy']:.1f}"
     assert f"| JAGUAR Muon | 94 | {ours} | 0.01 |" in text and "Missing" not in text
+    assert "| JAGUAR Muon | LoRA | 60 | `two_point`, tau 0.01, num_directions 1 | `block`, rows 0.5" in text
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "lora/report.html").exists() and "forward equivalent" in text
     times = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}

@@ -43,6 +43,7 @@ SCHEMES: dict[str, list[str]] = {
     "prompt_llama": ["llama", *WRITTEN, "adapter.peft_type=prompt_tuning"],
     "ia3": ["opt", *RTE, "adapter.peft_type=ia3"],
     "ln_tuning": ["llama", *RTE, "adapter.peft_type=ln_tuning"],
+    "ln_tuning_opt": ["opt", *RTE, "adapter.peft_type=ln_tuning"],
     "norms_and_biases": ["opt", *RTE, "adapter=null", "trainable=norm|bias"],
     "head": ["llama", *CB, "adapter=null", "trainable=^lm_head", "objective=accuracy", "estimator.tau=1.0"],
 }

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from zoscale.assembly import find_objective
 from zoscale.batch import MicroBatch
-from zoscale.config import ConfigError, DataConfig
+from zoscale.config import ConfigError, DataConfig, parse
 from zoscale.data import Encoder, Splits, evaluation_batches
 from zoscale.engine import ZeroOrderEngine
 from zoscale.evaluate import Evaluation, evaluate
 from zoscale.evaluation_log import EvaluationLog
 from zoscale.generation import Generator
 from zoscale.mesh import Mesh
+from zoscale.methods import DEFAULTS, TABLES
 from zoscale.metrics import exact_match, f1, last_f1, macro_f1, normalise, score
 from zoscale.models import AnswerModel
 from zoscale.objectives import ChosenLoss, GeneratedLoss
@@ -32,7 +33,7 @@ MODEL = ROOT / "launch/tiny_opt/model"
 NAMED = [name for name in TASKS if name != "classification"]
 GENERATED = ("squad", "drop")
 
-# The first training record of each sample: prompt (as MeZO's appendix has it, arXiv 2305.17333), options, gold.
+# The first training record of each sample: prompt (as MeZO's code has it, arXiv 2305.17333), options, gold.
 FIRST: dict[str, tuple[str, tuple[str, ...], int]] = {
     "sst2": ("a warm and funny story It was", (" terrible", " great"), 1),
     "rte": (
@@ -45,7 +46,7 @@ FIRST: dict[str, tuple[str, tuple[str, ...], int]] = {
         ("Yes", "No", "Maybe"),
         2,
     ),
-    "boolq": ("The moon is smaller than the earth. is the moon larger than the earth?\n", ("No", "Yes"), 0),
+    "boolq": ("The moon is smaller than the earth. Is the moon larger than the earth?\n", ("No", "Yes"), 0),
     "wsc": (
         "Mark told Pete many lies about himself.\n"
         'In the previous sentence, does the pronoun "himself" refer to Mark? Yes or No?\n',
@@ -70,8 +71,8 @@ FIRST: dict[str, tuple[str, tuple[str, ...], int]] = {
         1,
     ),
     "record": (
-        "Lena Fox met Omar in Rome.\n- The two signed a treaty\n",
-        tuple(f"After the meeting {name} flew home to Cairo" for name in ("Lena Fox", "Omar", "Rome")),
+        "Lena Fox met Omar in Rome.\n- The two signed a treaty\n-",
+        tuple(f" After the meeting {name} flew home to Cairo" for name in ("Lena Fox", "Omar", "Rome")),
         1,
     ),
     "winogrande": ("Ian likes soup more than Dennis so", (" Ian ate two bowls.", " Dennis ate two bowls."), 0),
@@ -98,6 +99,19 @@ def tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+
+
+def test_the_objective_is_the_task_s_unless_another_is_given() -> None:
+    def objective(*argv: str) -> str:
+        return parse(["model.id=x", *argv], TABLES, DEFAULTS).objective
+
+    lm = {"copa", "record", "winogrande", "squad", "drop"}
+    named = [name for name in TASKS if name not in ("classification", "completion")]
+    assert {name for name in named if objective(f"task.name={name}") == "lm"} == lm
+    assert objective() == objective("task.name=copa", "objective=classification") == "classification"
+    config = parse(["model.id=x", "task.name=squad"], TABLES, DEFAULTS)
+    assert type(config).from_dict(config.to_dict(), TABLES, DEFAULTS) == config
+    assert find_objective(config.objective, task_of("squad"))
 
 
 def test_every_task_has_a_sample_and_a_known_prompt() -> None:

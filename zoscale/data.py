@@ -28,7 +28,9 @@ class Splits:
 
     @classmethod
     def of(cls, task: Task, config: DataConfig, seed: int) -> "Splits":
-        """Cut the task's training split into train and dev at random, and take validation in its order.
+        """Cut the task's training split into train and dev at random by the seed.
+
+        Of validation a random part is taken, the same for every seed and in its order: neighbours may share a passage.
 
         Raises:
             ConfigError: if a split is smaller than asked for.
@@ -48,11 +50,17 @@ class Splits:
             )
         chosen = [everything[i] for i in order[: num_train + num_dev]]
         shots = [everything[i] for i in order[num_train + num_dev :][: config.num_demonstrations]]
-        validation = task.examples("validation")
-        if config.num_validation is not None and config.num_validation > len(validation):
-            raise ConfigError(f"data.num_validation up to {len(validation)}", str(config.num_validation), "lower it")
-        splits = chosen[:num_train], chosen[num_train:], validation[: config.num_validation]
+        validation = part(task.examples("validation"), config.num_validation)
+        splits = chosen[:num_train], chosen[num_train:], validation
         return cls(*([demonstrate(example, shots) for example in split] for split in splits))
+
+
+def part(validation: Sequence[Example], count: int | None) -> list[Example]:
+    """So many of the examples at random (None = all), the same in every run, in their order."""
+    if count is not None and count > len(validation):
+        raise ConfigError(f"data.num_validation up to {len(validation)}", str(count), "lower it")
+    order = Noise(0).permutation(Key(1, SPLIT, Domain.DATA), len(validation)).tolist()
+    return [validation[i] for i in sorted(order[:count])]
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,9 @@ class ZeroOrderEngine:
         self.master = master
         self.shards = self._slices(model, master)
         self.optimizer = optimizer(self.shards, self.mesh)
-        self.probe = probe or PROBES[self.optimizer.goes_with.probe]()
-        self.estimator = estimator or ESTIMATORS[self.optimizer.goes_with.estimator]()
+        company = self.optimizer.goes_with
+        self.probe = probe or PROBES[company.probe](**company.options.get("probe", {}))
+        self.estimator = estimator or ESTIMATORS[company.estimator](**company.options.get("estimator", {}))
         self.optimizer.check_company(self.probe, self.estimator)
         self.objective = objective
         self.noise = Noise(seed, compiled=is_compiled(noise, self.num_trainable))

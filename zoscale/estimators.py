@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoscale.probes import Direction, Piece
 from zoscale.segments import Segment
+from zoscale.shards import TensorSpec
 from zoscale.streams import Sum
 
 
@@ -59,6 +60,10 @@ class GradientEstimate:
     def is_compiled(self) -> bool:
         """Whether the arithmetic of the update is fused by a compiler."""
         return any(direction.is_compiled for direction in self.directions)
+
+    def touches(self, spec: TensorSpec) -> bool:
+        """Whether g may be other than zero on a tensor."""
+        return any(direction.touches(spec) for direction in self.directions)
 
     def stream(self, piece: Piece) -> Sum | None:
         """g on a piece for kernels that make every z_k in registers; None where some must be drawn."""

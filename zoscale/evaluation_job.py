@@ -13,7 +13,7 @@ from zoscale.agreement import check_agreement
 from zoscale.assembly import build_engine, encoder_of
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig, build, parse
-from zoscale.data import Splits, numbered_batches
+from zoscale.data import Splits, numbered_batches, part
 from zoscale.engine import ZeroOrderEngine
 from zoscale.export import read_origin
 from zoscale.fit import shard_size_of_run
@@ -125,7 +125,7 @@ def _job(name: str, config: RunConfig, architecture: Any, split: str) -> Job:
         raise ConfigError("options that the task takes", str(error), "correct the configuration") from error
     encoder = encoder_of(config, architecture)
     if split == "validation" and config.data.num_demonstrations == 0:
-        examples = task.examples(split)[: config.data.num_validation]
+        examples = part(task.examples(split), config.data.num_validation)
     else:
         examples = getattr(Splits.of(task, config.data, config.seed), split)
     if not examples:

@@ -1,5 +1,6 @@
 """`accuracy`: the methods at equal numbers of forwards, learning rates chosen on dev; the paper's Table 2 beside it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from reproduction.pictures import draw_accuracy
 from reproduction.results import Choice, Results
 from reproduction.runner import Runner
 from reproduction.study import HERE, Study, read_yaml
+from zoscale.config import Method
 from zoscale.passes import BACKWARD
 from zoscale.run_directory import write_text
 
@@ -35,6 +37,7 @@ def report(study: Study, logs: Path) -> Path:
     results, published = Results(study), read_yaml(HERE / "published.yaml")["accuracy"]
     parts = [heading(study, "accuracy at equal forwards", results.counted() + results.tuning())]
     parts += [accuracy_table(results, published), *(f"- {line}" for line in notes(results, published)), ""]
+    parts += ["## Settings", "", settings_table(results)]
     draw_accuracy(results, published, study.out / "accuracy.png")
     parts += ["![accuracy](accuracy.png)", ""]
     for name, scheme in study.schemes.items():
@@ -63,12 +66,32 @@ def accuracy_table(results: Results, published: dict[str, Any]) -> str:
     return table(rows)
 
 
+def settings_table(results: Results) -> str:
+    """What each method was run with, beside its learning rate."""
+    rows = [["method", "trained", "steps", "estimator", "probe", "optimizer"]]
+    for scheme, method in results.pairs():
+        config = results.grid(scheme, method)[0].config
+        optimizer = replace(config.optimizer, args={k: v for k, v in config.optimizer.args.items() if k != "lr"})
+        chosen = [method_text(part) for part in (config.estimator, config.probe, optimizer)]
+        study = results.study
+        rows.append([study.methods[method]["title"], study.schemes[scheme].title, str(config.train.steps), *chosen])
+    return table(rows)
+
+
+def method_text(method: Method) -> str:
+    """Its name and options."""
+    options = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+               for name, value in method.args.items() if value not in (None, {}, [])]  # fmt: skip
+    return ", ".join([f"`{method.name}`", *options])
+
+
 def lr_text(choice: Choice | None) -> str:
-    """The learning rate, `<` or `>` at the edge of the grid, and how many were tried where some are missing."""
+    """The learning rate, what is to be known of its choice, and how many were tried where some are missing."""
     if choice is None:
         return "-"
     partly = f" ({choice.num_tried} of {choice.num_wanted} tried)" if choice.num_tried < choice.num_wanted else ""
-    return f"{choice.lr:g}{' *' if choice.at_edge else ''}{partly}"
+    mark = " (fixed)" if choice.num_wanted == 1 else " *" if choice.at_edge else ""
+    return f"{choice.lr:g}{mark}{partly}"
 
 
 def notes(results: Results, published: dict[str, Any]) -> list[str]:
@@ -78,7 +101,8 @@ def notes(results: Results, published: dict[str, Any]) -> list[str]:
     return [
         f"Published: {published['source']}. Elsewhere: {'; '.join(published['elsewhere'])}.",
         f"Ours: {results.metric} on validation in percent, of the weights that were best on dev; mean (range over "
-        "seeds). The learning rate is the best on dev of the first seed's runs; * marks the edge of its grid.",
+        "seeds). The learning rate is the best on dev of the first seed's runs; * marks the edge of its grid, fixed a "
+        "preset with one for the method. Methods may differ in more than that: see the settings below.",
         f"Before training: {', '.join(before) or '-'}.",
         f"Forwards are forward equivalents: a loss of the batch is 1, a backward pass {BACKWARD} (a first-order step "
         f"{1 + BACKWARD}), an exact directional derivative 1.",

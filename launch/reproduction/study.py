@@ -107,6 +107,7 @@ class Study:
         changed = tree.get("methods", {})
         chosen(list(changed), list(known), f"methods in the preset {given.preset}")
         known = merge(known, changed)
+        chosen(list(given.lrs), list(known), "--lr")
         with_lr = [name for name in known if any(name in own for own in lrs.values())]
         seeds = tuple(given.seeds if given.seeds is not None else tree["seeds"])
         forwards = given.forwards if given.forwards is not None else tree["forwards"]
@@ -209,7 +210,8 @@ def chosen(wanted: Sequence[str] | None, known: Sequence[str], option: str) -> l
     """
     for name in wanted or ():
         if name not in known:
-            raise ConfigError(f"{option} of {', '.join(known)}", name, "or give its learning rates with --lr")
+            remedy = "correct it; what the preset has no learning rates for needs --lr METHOD=LR[,LR...]"
+            raise ConfigError(f"{option} of {', '.join(known)}", name, remedy)
     return [name for name in known if wanted is None or name in wanted]
 
 

@@ -4,7 +4,7 @@ Knows no particular configuration: the root is any dataclass whose fields are va
 or `Method`s (sections whose further keys are the keyword-only arguments of the class that `name` picks).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,8 @@ class Given:
 class Schema:
     """A root dataclass, and for its method sections their tables (name -> class) and default names.
 
-    A class may have `goes_with`, whose attributes are the default names of other sections where it is chosen.
+    A class may have `goes_with`, whose attributes are the default names of other sections where it is chosen, and its
+    `options` by section the defaults of what these sections' classes have of them.
     """
 
     root: type
@@ -82,16 +83,26 @@ class Schema:
             if arg not in fields:
                 self._refuse_argument_of_another(section, name, arg, given)
         fields = self._known(section + ".", tree, fields, given)
+        tree = {**self._default_options(section, fields, given), **tree}
         args = {arg: _value(f"{section}.{arg}", spec, tree, given) for arg, spec in fields.items()}
         return Method(name, args)
 
     def default_name(self, section: str, given: Given) -> Any:
         """The name that a method section takes if none is given, `MISSING` if there is none."""
-        for other in self.tables:
-            chosen = self.tables[other].get(_given_name(other, given) or self.defaults.get(other, ""))
-            if (name := getattr(getattr(chosen, "goes_with", None), section, None)) is not None:
-                return name
-        return self.defaults.get(section, MISSING)
+        names = (getattr(company, section, None) for company in self._companies(given))
+        return next((name for name in names if name is not None), self.defaults.get(section, MISSING))
+
+    def _default_options(self, section: str, fields: Container[str], given: Given) -> dict[str, Any]:
+        """The options of a method section whose defaults are others with what is chosen elsewhere."""
+        brought = (getattr(company, "options", {}).get(section, {}) for company in self._companies(given))
+        return {arg: value for options in brought for arg, value in options.items() if arg in fields}
+
+    def _companies(self, given: Given) -> Iterator[Any]:
+        """`goes_with` of the classes that are chosen."""
+        for other, table in self.tables.items():
+            chosen = table.get(_given_name(other, given) or self.defaults.get(other, ""))
+            if (company := getattr(chosen, "goes_with", None)) is not None:
+                yield company
 
     def _refuse_argument_of_another(self, section: str, name: str, arg: str, given: Given) -> None:
         methods = self.tables[section].items()

@@ -44,7 +44,7 @@ DEFAULT_ADAPTERS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 5, "init_weights": "zero"},
     "prompt_tuning": {"num_virtual_tokens": 10, "prompt_tuning_init": "SAMPLE_VOCAB"},
     "ia3": {},
-    "ln_tuning": {},
+    "ln_tuning": {"target_modules": r".*\.(\w*norm\w*|ln_\w+)"},  # PEFT's own list lacks OPT
 }  # fmt: skip
 
 
@@ -69,7 +69,8 @@ class RunConfig:
             keeps none either, and updates of 16-bit weights are rounded up or down at random, without bias.
         objective: What is minimized: classification, the loss of the answer among the candidates; lm, that of its
             tokens; or 1 - a score of the chosen or generated text: accuracy, f1, exact_match, or module:function, any
-            function (answer, accepted answers) -> number.
+            function (answer, accepted answers) -> number. Left out in files and on the command line, it is lm for tasks
+            whose options differ from record to record or whose answer is written.
     """
 
     name: str = "run"
@@ -105,8 +106,7 @@ class RunConfig:
         """The configuration that `tree` (the shape of `to_dict`, any part left out) gives; see `parse`."""
         given = Given()
         given.add(plain(dict(tree), "the configuration"), "the configuration")
-        config: Self = Schema(cls, tables, defaults).fill(given)
-        validate(config)
+        config: Self = _filled(Schema(cls, tables, defaults), given)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -202,11 +202,20 @@ def parse(
     if "--help" in line.flags:
         print(help_text(schema, f"usage: {command} {_USAGE}"))
         raise SystemExit(0)
-    config: RunConfig = schema.fill(line.given(base or {}))
-    validate(config)
+    config: RunConfig = _filled(schema, line.given(base or {}))
     if "--print-config" in line.flags:
         print(config.to_yaml(), end="")
         raise SystemExit(0)
+    return config
+
+
+def _filled(schema: Schema, given: Given) -> Any:
+    """The configuration that was given, checked; an objective that was not is the task's usual one."""
+    config = schema.fill(given)
+    if "objective" not in given.values:
+        usual = getattr(schema.tables["task"][config.task.name], "objectives", ("classification",))
+        config = dataclasses.replace(config, objective=usual[0])
+    validate(config)
     return config
 
 

@@ -4,6 +4,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from zoscale.estimators import ESTIMATORS, Backpropagation, Candidate, Estimator, GradientEstimate
 from zoscale.fused import chosen, descend, descend_sign, scalars
 from zoscale.mesh import Mesh
-from zoscale.probes import PROBES, Piece, Probe
+from zoscale.probes import PROBES, Layers, Piece, Probe
 from zoscale.probes.gradient import Gradient
 from zoscale.shards import ShardedParam, TensorSpec
 from zoscale.streams import Sum
@@ -23,10 +24,17 @@ _GROUP_KEYS = ("pattern", "max_ndim", "lr_scale")
 
 
 class Company(NamedTuple):
-    """The rows of the tables of probes and estimators that a method goes with."""
+    """The rows of the tables of probes and estimators that a method goes with, and options of theirs.
+
+    Args:
+        probe: name.
+        estimator: name.
+        options: by section (`probe`, `estimator`), options whose defaults are others with this method.
+    """
 
     probe: str
     estimator: str
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
 class ZeroOrderOptimizer(torch.optim.Optimizer):
@@ -95,11 +103,11 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: what was expected.
         """
-        name, estimator_name = cls.goes_with
+        name, estimator_name = cls.goes_with.probe, cls.goes_with.estimator
         if isinstance(estimator, Backpropagation) or isinstance(probe, Gradient):
             got = f"{type(probe).__name__} and {type(estimator).__name__}"
             raise ValueError(f"expected a probe that draws and an estimator of losses with {cls.__name__}, got {got}")
-        if "probe" in cls.needs and not isinstance(probe, PROBES[name]):
+        if "probe" in cls.needs and not isinstance(probe.inner if isinstance(probe, Layers) else probe, PROBES[name]):
             raise ValueError(f"expected the probe {name} with {cls.__name__}, got {type(probe).__name__}")
         if "estimator" in cls.needs and not isinstance(estimator, ESTIMATORS[estimator_name]):
             got = type(estimator).__name__
@@ -223,6 +231,13 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self.check(options)
         kept = {key: value for key, value in options.items() if key not in _GROUP_KEYS}
         return {**kept, "rule": rule, "params": []}
+
+
+def moved(
+    shards: Sequence[ShardedParam], estimate: GradientEstimate, group: Mapping[str, Any]
+) -> Sequence[ShardedParam]:
+    """Those that a step without memory writes: with weight decay all, else what a direction touches."""
+    return shards if group["weight_decay"] else [shard for shard in shards if estimate.touches(shard.spec)]
 
 
 def _slices(piece: Piece) -> tuple[Tensor, Tensor | None]:

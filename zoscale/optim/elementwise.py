@@ -2,18 +2,21 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
-from zoscale.optim.base import ZeroOrderOptimizer
+from zoscale.optim.base import ZeroOrderOptimizer, moved
 from zoscale.probes import Piece, pieces
 from zoscale.shards import ShardedParam, TensorSpec
 
 
 class ElementwiseOptimizer(ZeroOrderOptimizer):
     """x <- x - lr (u + weight_decay x), u from `direction`. Vectors (biases, LayerNorm) are not decayed."""
+
+    rests_at_zero: ClassVar[bool] = False
+    """Whether u is 0 where g is: what a step's directions do not touch need not be written then."""
 
     @abstractmethod
     def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -26,7 +29,7 @@ class ElementwiseOptimizer(ZeroOrderOptimizer):
         return {"weight_decay": 0.0} if rule == "vector" else {}
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        for batch in pieces(shards):
+        for batch in pieces(moved(shards, estimate, group) if self.rests_at_zero else shards):
             for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
                 self.descend(piece, self.direction(piece, gradient, group), group)
 
@@ -34,10 +37,12 @@ class ElementwiseOptimizer(ZeroOrderOptimizer):
 class GradientDescent(ElementwiseOptimizer):
     """x <- x - lr (g + weight_decay x); where a kernel makes g itself, it is never in memory."""
 
+    rests_at_zero = True
+
     def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
         return gradient
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        for batch in pieces(shards):
+        for batch in pieces(moved(shards, estimate, group)):
             for piece, gradient in zip(batch, estimate.gradients(batch), strict=True):
                 self.descend(piece, gradient, group)

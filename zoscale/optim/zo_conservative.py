@@ -28,7 +28,7 @@ class Step(Direction):
         return [Segment(gradient * self.lrs[piece.shard.spec.id]) for piece, gradient in found]
 
     def touches(self, spec: TensorSpec) -> bool:
-        return any(direction.touches(spec) for direction in self.estimate.directions)
+        return self.estimate.touches(spec)
 
 
 class ZOSGDConservative(ZOSGD):

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company
+from zoscale.optim.base import Company, moved
 from zoscale.optim.jaguar import JaguarMuon, Precision
 from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
 from zoscale.optim.spectral import SpectralOptimizer
-from zoscale.probes import Piece, SubspaceDirection, pieces, product_slice
+from zoscale.probes import LayersDirection, Piece, SubspaceDirection, pieces, product_slice
 from zoscale.shards import ShardedParam
 
 
@@ -20,7 +20,7 @@ class ZOMuon(JaguarMuon):
     """m <- beta m + (1 - beta) g; X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 3).
 
     JAGUAR Muon whose memory fades everywhere, not on visited coordinates only; without memory (beta = 0) by default,
-    where of a single direction only sign(rho) O(z) is left.
+    where of a single direction only sign(rho) O(z) is left, and g is there in float32 during the update only.
 
     Args:
         lr: learning rate >= 0 of the matrices.
@@ -64,12 +64,19 @@ class ZOMuon(JaguarMuon):
                 memory = self.buffer(piece.shard)[piece.start : piece.stop]
                 yield piece, memory.copy_(memory * beta + gradient * (1 - beta))
 
+    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
+        super().update(shards, estimate, group)
+        if not group["beta"]:
+            for shard in shards:
+                self.state.pop(shard.truth, None)
+
 
 class ZOMuonSubspace(SpectralOptimizer):
     """X <- X - lr (scale P O((1/q) sum_k rho_k Psi_k) + weight_decay X), z_k = P Psi_k (ZO-Muon, arXiv 2602.17155).
 
     The estimate is orthogonalised in the subspace [r, n] and lifted back. Every rank draws P and Psi for itself, so the
-    matrices cross no network, and there is no state. Tensors that Muon leaves out take the sign rule.
+    matrices cross no network, and there is no state. Tensors that Muon leaves out take the sign rule. Four directions
+    per step, unless `num_directions` says otherwise: of a single one only sign(rho) would be left.
 
     Args:
         lr: learning rate >= 0 of the matrices.
@@ -81,7 +88,7 @@ class ZOMuonSubspace(SpectralOptimizer):
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
-    goes_with = Company("subspace", "one_sided")
+    goes_with = Company("subspace", "one_sided", {"estimator": {"num_directions": 4}})
     needs = frozenset({"probe"})
 
     def __init__(
@@ -102,6 +109,7 @@ class ZOMuonSubspace(SpectralOptimizer):
         super().__init__(shards, mesh, {**defaults, "power_rank": power_rank}, groups)
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
+        shards = moved(shards, estimate, group)
         for shard in shards if group["rule"] == "muon" else ():
             if len(shard):
                 basis, direction = self._orthogonalized(shard, estimate, group)
@@ -119,9 +127,10 @@ class ZOMuonSubspace(SpectralOptimizer):
         spec, device = shard.spec, shard.truth.device
         total = torch.zeros((), device=device)
         for direction, rho in zip(estimate.directions, estimate.projected_grads, strict=True):
-            assert isinstance(direction, SubspaceDirection), "the probe is checked before the run"
-            ((basis, psi),) = direction.draw_factors([spec], device)
-            total = total + psi * rho
+            z = direction.inner if isinstance(direction, LayersDirection) else direction
+            assert isinstance(z, SubspaceDirection), "the probe is checked before the run"
+            ((basis, psi),) = z.draw_factors([spec], device)
+            total = total + (psi * rho if direction.touches(spec) else torch.zeros_like(psi))
         found = orthogonalize(
             total / len(estimate.directions), iteration=group["iteration"], power_rank=group["power_rank"]
         )

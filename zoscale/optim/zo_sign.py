@@ -24,6 +24,8 @@ class ZOSignSGD(ElementwiseOptimizer):
         groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
+    rests_at_zero = True
+
     def __init__(
         self,
         shards: Sequence[ShardedParam],

@@ -9,7 +9,7 @@ from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe, pieces
 from zoscale.probes.dense import Gaussian, Rademacher
 from zoscale.probes.factored import FactoredDirection, Orthogonal, Subspace, SubspaceDirection, product_slice
 from zoscale.probes.jaguar import Block, Coordinate, Entry, JaguarDirection, JaguarProbe, Row, Signs, Tensors
-from zoscale.probes.layers import PROBES_OF_ALL_LAYERS, Layers
+from zoscale.probes.layers import PROBES_OF_ALL_LAYERS, Layers, LayersDirection
 
 PROBES: dict[str, type[Probe]] = {**PROBES_OF_ALL_LAYERS, "layers": Layers}
 
@@ -25,6 +25,7 @@ __all__ = [
     "JaguarDirection",
     "JaguarProbe",
     "Layers",
+    "LayersDirection",
     "Orthogonal",
     "Piece",
     "Probe",

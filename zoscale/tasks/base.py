@@ -46,7 +46,7 @@ class Task(ABC):
     metrics: tuple[str, ...] = ("accuracy", "loss", "lm_loss")
     """The evaluation metrics that say something."""
     objectives: tuple[str, ...] = ("classification", "lm")
-    """The differentiable training objectives that make sense."""
+    """The differentiable training objectives that make sense; the first is the usual one."""
     generates: bool = False
     """Whether answers are generated, not chosen among options."""
 

@@ -58,12 +58,14 @@ class ReCoRD(_Choice):
             expected = "two entities, an answer among them and a query with @placeholder"
             raise ConfigError(expected, repr(dict(record))[:200], "correct the data")
         passage = str(field(record, "passage")).replace("@highlight\n", "- ")
-        options = tuple(query.replace("@placeholder", entity) for entity in entities)
-        return Example(f"{passage}\n", options, right[0], labels=entities, accepted=answers)
+        options = tuple(f" {query.replace('@placeholder', entity)}" for entity in entities)
+        return Example(f"{passage}\n-", options, right[0], labels=entities, accepted=answers)
 
 
 class WinoGrande(_Choice):
     """What fills the blank of a sentence: the sentence from the blank on is scored with each option.
+
+    (MeZO scores the whole sentence, whose beginning is the same for both.)
 
     Args:
         path: Hugging Face dataset id, or folder with train.* and validation.* (fields sentence with _, option1,

@@ -43,7 +43,7 @@ class SQuAD(_Reading):
         super().__init__(path, files, max_new_tokens)
 
     def example(self, record: Mapping[str, Any]) -> Example:
-        prompt = render("Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:", record)
+        prompt = render("Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:", _stripped(record))
         return self.answered(prompt, _inner(record, "answers", "text"))
 
 
@@ -65,8 +65,13 @@ class DROP(_Reading):
         super().__init__(path, files, max_new_tokens)
 
     def example(self, record: Mapping[str, Any]) -> Example:
-        prompt = render("Passage: {passage}\nQuestion: {question}\nAnswer:", record)
+        prompt = render("Passage: {passage}\nQuestion: {question}\nAnswer:", _stripped(record))
         return self.answered(prompt, _inner(record, "answers_spans", "spans"))
+
+
+def _stripped(record: Mapping[str, Any]) -> dict[str, Any]:
+    """With a question that neither begins nor ends with blanks."""
+    return {**record, "question": str(field(record, "question")).strip()}
 
 
 def _inner(record: Mapping[str, Any], name: str, key: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""SuperGLUE's questions of yes and no, with MeZO's prompts (arXiv 2305.17333, appendix)."""
+"""SuperGLUE's questions of yes and no, with the prompts of MeZO's code (arXiv 2305.17333)."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -57,7 +57,8 @@ class BoolQ(_SuperGlue):
     prompt = "{passage} {question}?\n"
 
     def example(self, record: Mapping[str, Any]) -> Example:
-        return super().example({**record, "question": str(field(record, "question")).rstrip("? ")})
+        question = str(field(record, "question")).rstrip("? ")
+        return super().example({**record, "question": question[:1].upper() + question[1:]})
 
 
 class WSC(_SuperGlue):
@@ -69,8 +70,11 @@ class WSC(_SuperGlue):
         files: split to file, e.g. {train: a.jsonl, validation: b.jsonl}.
     """
 
-    subset = "wsc"
+    subset = "wsc.fixed"
     prompt = '{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to {span1_text}? Yes or No?\n'
+
+    def example(self, record: Mapping[str, Any]) -> Example:
+        return super().example({**record, "span2_text": str(field(record, "span2_text")).lower()})
 
 
 class WIC(_SuperGlue):
