@@ -6,7 +6,19 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
-    {"config", "philox", "fused", "phases", "passes", "stillness", "devices", "prefixes", "allocations", "local_job"},
+    {
+        "config",
+        "philox",
+        "fused",
+        "phases",
+        "passes",
+        "stillness",
+        "devices",
+        "prefixes",
+        "allocations",
+        "local_job",
+        "lanes",
+    },
     {
         "attention",
         "noise",

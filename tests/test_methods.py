@@ -290,14 +290,6 @@ RESTING = {
 }  # fmt: skip
 
 
-def test_a_memory_that_is_not_read_is_not_kept() -> None:
-    shards = shards_of(start_values(SHAPES))
-    for beta in (0.0, 0.5):
-        optimizer = OPTIMIZERS["zo_muon"](shards, lr=0.05, beta=beta)  # type: ignore[call-arg]
-        optimizer.step(fixed_estimate(shards, 0, 1, Gaussian()))
-        assert len(optimizer.state) == (len(shards) if beta else 0)
-
-
 @pytest.mark.parametrize(
     ("argv", "part"),
     [

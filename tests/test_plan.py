@@ -14,6 +14,7 @@ from processes import ROOT, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoscale import cli, plan_timing
+from zoscale.budget import Job
 from zoscale.config import ConfigError, ModelConfig, RunConfig
 from zoscale.devices import DEVICES, GIB
 from zoscale.fit import state_per_element
@@ -204,7 +205,7 @@ def test_the_smallest_shard_size_that_fits() -> None:
 
 
 def test_work_of_a_step() -> None:
-    """Fan-out gathers once for all candidates, else once for each; AdamW gathers for both passes."""
+    """Fan-out gathers once for all passes, else once for each; AdamW gathers for both passes."""
     estimator = {"name": "two_point", "num_directions": 2}
     lora = plan_of(2, 8, adapter=LORA, estimator=estimator, mesh={"shard_size": 2})
     full = plan_of(2, 8, adapter=None, estimator=estimator, mesh={"shard_size": 2})
@@ -213,8 +214,8 @@ def test_work_of_a_step() -> None:
     )
     model = full["parameters"] * 4
     turns = 4
-    assert lora["zero_order"]["work"]["gathered"] == pytest.approx(turns * model, rel=0.02)
-    assert full["zero_order"]["work"]["gathered"] == turns * model
+    assert lora["zero_order"]["work"]["gathered"] == pytest.approx(model, rel=0.02)
+    assert full["zero_order"]["work"]["gathered"] == model
     assert one_by_one["zero_order"]["work"]["gathered"] == turns * 4 * model
     assert one_by_one["zero_order"]["work"]["flops"] == full["zero_order"]["work"]["flops"]
     assert one_by_one["zero_order"]["total"] < full["zero_order"]["total"], "activations of one candidate only"
@@ -222,13 +223,14 @@ def test_work_of_a_step() -> None:
     assert full["first_order"]["memory"]["fp32 master and moments"] == full["parameters"] * 3 * 4 / 2
     cut = plan_of(2, 8, adapter=LORA, estimator=estimator, mesh={"shard_size": 2}, forward={"max_rows": 2})
     assert cut["job"]["together"] == 2
-    adapters = lora["trainable"] * 4
-    twice = 2 * (lora["zero_order"]["work"]["gathered"] - adapters)
-    assert cut["zero_order"]["work"]["gathered"] == twice + adapters, "the adapters travel once"
+    assert (cut["job"]["passes"], cut["job"]["rounds"]) == (8, 1), "side by side"
+    assert cut["zero_order"]["work"]["gathered"] == lora["zero_order"]["work"]["gathered"]
+    waits = [plan["zero_order"]["memory"]["passes side by side"] for plan in (lora, cut, one_by_one)]
+    assert waits == [3 * 4 * 16 * 256 * 4, 7 * 2 * 16 * 256 * 4, 0], "a hidden state for each that waits"
     assert cut["zero_order"]["work"]["flops"] == lora["zero_order"]["work"]["flops"]
     halves = plan_of(2, 8, adapter=LORA, estimator=estimator, mesh={"shard_size": 2, "candidates": 2})
     assert halves["job"]["turns"] == 8 and halves["job"]["together"] == 2, "twice as many passes of half the rows"
-    assert halves["zero_order"]["work"]["gathered"] == twice + adapters
+    assert halves["zero_order"]["work"]["gathered"] == lora["zero_order"]["work"]["gathered"]
     assert halves["zero_order"]["work"]["flops"] == lora["zero_order"]["work"]["flops"]
     assert halves["zero_order"]["total"] < lora["zero_order"]["total"]
     assert halves["first_order"] == lora["first_order"]
@@ -393,6 +395,17 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_passes_go_side_by_side_as_far_as_their_hidden_states_may_wait() -> None:
+    job = Job(
+        ranks=2, batch=32, micro_batch=2, tokens=64, candidates=4, parts=1, fan="adapters", max_rows=4, waiting=4096,
+        hidden=1024, state=1, master=True, prefetch=False, copies=False, bucket=None, sub_group=1,
+    )  # fmt: skip
+    assert (job.turns, job.together, job.passes, job.rounds) == (8, 2, 16, 1)
+    assert [dataclasses.replace(job, waiting=tokens).rounds for tokens in (4095, 1024, 1)] == [2, 4, 16]
+    alone = dataclasses.replace(job, fan=None)
+    assert alone.rounds == alone.passes == 32
+
+
 def test_what_is_offloaded_is_not_in_the_gpu_memory() -> None:
     """One GPU: shards in the host's memory, or of the frozen base only buffers; blocks are uploaded once per pass."""
 
@@ -409,7 +422,7 @@ def test_what_is_offloaded_is_not_in_the_gpu_memory() -> None:
         column = plan["zero_order"]
         assert column["memory"].keys().isdisjoint(held) and column["total"] < plain["zero_order"]["total"]
         assert column["memory"]["gathered weights"] > 40_000 * 256 * 4, "what one block and the embedding take"
-        assert column["work"]["uploaded"] == column["work"]["gathered"] == plan["job"]["passes"] * frozen
+        assert column["work"]["uploaded"] == column["work"]["gathered"] == plan["job"]["rounds"] * frozen
         assert column["work"]["received"] == 0 == plain["zero_order"]["work"]["uploaded"]
     with pytest.raises(ConfigError, match=r"expected an adapter beside offload_param\.device nvme, got none"):
         plan_of(1, 8, adapter=None, runtime={"deepspeed": str(ROOT / "ds_configs/zero3_nvme.json")})

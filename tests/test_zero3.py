@@ -97,6 +97,8 @@ FAN_VARIANTS = {
         "hpz": {"zero_hpz_partition_size": 2},
     }.items()
 }
+TURNS = {"check": "traffic", "forward": "fan_out", "turns": 3, "max_rows": 5}
+"""Three micro-batches per rank, two candidates of each in a pass."""
 PLAN = {"keep": 2, "warmup_steps": 2, "expansions": 1, "expand_every": 2}
 """WeightLoRA+: two adapters of four stay after step 2, one of twice the rank after step 4."""
 ADAPTER = {"peft_type": "weight_lora", "target_modules": ["v_proj", "fc1"], **PLAN}
@@ -109,6 +111,8 @@ CHECKS: dict[str, dict[str, Any]] = {
     "traffic_lora": LORA | SIGN | BLOCK | FOUR | {"check": "traffic", "forward": "fan_out"},
     "traffic_full": FULL | SIGN | BLOCK | FOUR | {"check": "traffic", "forward": "fan_out"},
     "traffic_full_one_sided": FULL | SIGN | BLOCK | ONE_SIDED | {"check": "traffic", "forward": "fan_out"},
+    "traffic_lora_turns": LORA | SIGN | BLOCK | FOUR | TURNS,
+    "traffic_full_turns": FULL | SIGN | BLOCK | ONE_SIDED | TURNS,
     "resident": LORA | SIGN | BLOCK | TWO | {"check": "resident", "dtype": "bfloat16"},
     "merged_rows": FULL | SIGN | {"probe": "gaussian"} | FOUR | {"check": "merged_rows"},
     "merged_rows_fan_out": LLAMA | SIGN | {"probe": "gaussian"} | FOUR | {"check": "merged_rows", "forward": "fan_out"},
@@ -127,6 +131,7 @@ NVME: dict[str, Any] = json.loads((ROOT / "ds_configs/zero3_nvme.json").read_tex
 ]
 OFFLOADS: dict[str, dict[str, Any]] = {
     "in_memory": WIDE | SIGN | {"probe": "rademacher"} | TWO,
+    "cpu": WIDE | SIGN | {"probe": "rademacher"} | TWO | {"zero": {"offload_param": {"device": "cpu"}}},
     "nvme": WIDE | SIGN | {"probe": "rademacher"} | TWO | {"zero": {"offload_param": NVME}},
     "plain_nvme": WIDE | SIGN | {"probe": "rademacher"} | TWO | {"zero": {"offload_param": NVME}, "plain_aio": True},
 }
@@ -429,7 +434,8 @@ def test_updates_reach_every_fanned_forward(job: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("traffic")])
 def test_a_step_gathers_the_model_once(job: Any, name: str) -> None:
-    """Four or eight candidates: no more bytes than the model has, one collective per block and a few."""
+    """Three to eight candidates, in one pass or several, on one micro-batch or several: no more bytes than the model
+    has, one collective per block and a few."""
     world, out = job
     report, _ = outcome(out, name)
     assert len(report["steps"]) == STEPS
@@ -536,8 +542,17 @@ def test_options_merged_into_one_row(job: Any, name: str) -> None:
     assert all(after < 0.7 * before for before, after in report["tokens"])
 
 
+def test_a_model_in_the_host_s_memory_takes_the_same_steps(job: Any) -> None:
+    world, out = job
+    if world != 2:
+        pytest.skip("run at 2 ranks")
+    (report, weights), (expected_report, expected) = (outcome(out, name) for name in ("cpu", "in_memory"))
+    assert report["steps"] == expected_report["steps"]
+    assert_same_bits(weights, expected)
+
+
 @pytest.mark.parametrize("name", ["nvme", "plain_nvme"])
-def test_a_base_on_nvme_is_read_once_per_step(job: Any, name: str) -> None:
+def test_a_base_on_nvme_is_read_once_per_step_of_two_micro_batches(job: Any, name: str) -> None:
     """The bits of a base in memory; adapters, however large, stay where they can be edited; no file is left behind."""
     world, out = job
     if world != 2:

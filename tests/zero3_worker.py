@@ -190,12 +190,12 @@ def resident(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any
 
 
 def traffic(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
-    """What the steps gather, of one micro-batch per rank; shards as they are stored, padding included."""
+    """What the steps gather, of some micro-batches per rank; shards as they are stored, padding included."""
     meter, steps = CommMeter(), []
     with count_allgathers(meter):
         for step in range(scenario["steps"]):
             before = Traffic(engine.mesh.gathered_bytes, engine.mesh.num_gathers)
-            engine.step(tiny.batch(step, engine.mesh.world_size))
+            engine.step(tiny.batch(step, scenario.get("turns", 1) * engine.mesh.world_size))
             own = Traffic(engine.mesh.gathered_bytes, engine.mesh.num_gathers) - before
             steps.append(astuple(meter.take() + own))
     blocks = sum(is_block(engine.model, module) for module in engine.model.modules())
@@ -229,7 +229,7 @@ def offloaded(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, An
     partitioned_param_swapper.swap_in_tensors = counted
     for step in range(scenario["steps"]):
         read.clear()
-        losses = engine.step(tiny.batch(step, engine.mesh.world_size)).losses.values
+        losses = engine.step(tiny.batch(step, 2 * engine.mesh.world_size)).losses.values
         report["steps"].append([losses, sorted(read)])
     partitioned_param_swapper.swap_in_tensors = plain
     return report

@@ -8,8 +8,11 @@ from typing import Any
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from zoscale.config import ConfigError, ModelConfig
+from zoscale.lanes import lane
 
 _FLASH = "flash_attention_2"
+_UNMASKED: set[int] = set()
+"""Passes side by side whose padding nobody looks for."""
 
 
 def check_attention(config: ModelConfig) -> None:
@@ -35,18 +38,25 @@ def padding_unmasked() -> Iterator[None]:
     For rows padded on the right, whose real tokens come before the padding and cannot see it. Looking for padding would
     make the host wait for the device, and a mask for it would keep SDPA from its fastest kernel.
     """
-    makers = dict(ALL_MASK_ATTENTION_FUNCTIONS.items())
-    for name, make in makers.items():
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = _unmasked(make)
+    if not _UNMASKED:
+        for name, make in dict(ALL_MASK_ATTENTION_FUNCTIONS.items()).items():
+            ALL_MASK_ATTENTION_FUNCTIONS[name] = _Unmasked(make)
+    _UNMASKED.add(lane())
     try:
         yield
     finally:
-        for name in makers:
-            ALL_MASK_ATTENTION_FUNCTIONS.pop(name)
+        _UNMASKED.remove(lane())
+        if not _UNMASKED:
+            for name, make in dict(ALL_MASK_ATTENTION_FUNCTIONS.items()).items():
+                if isinstance(make, _Unmasked):
+                    ALL_MASK_ATTENTION_FUNCTIONS.pop(name)
 
 
-def _unmasked(make: Callable[..., Any]) -> Callable[..., Any]:
-    def mask(*args: Any, attention_mask: Any = None, **options: Any) -> Any:
-        return make(*args, attention_mask=None, **options)
+class _Unmasked:
+    """A maker of masks that is told of no padding by passes in `_UNMASKED`."""
 
-    return mask
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any, attention_mask: Any = None, **options: Any) -> Any:
+        return self._make(*args, attention_mask=None if lane() in _UNMASKED else attention_mask, **options)

@@ -25,6 +25,8 @@ class Job:
         parts: into which ranks divide the candidates (`mesh.candidates`).
         fan: how candidates share a pass; None if each takes its own.
         max_rows: most rows of such a pass.
+        waiting: most tokens of passes that go through the model side by side.
+        hidden: bytes of a token between two blocks.
         state: fp32 values that the zero-order optimizer keeps per trainable element.
         master: whether trainable slices have an fp32 master.
         prefetch: whether ZeRO-3 gathers the next block while one runs.
@@ -42,6 +44,8 @@ class Job:
     parts: int
     fan: FanName | None
     max_rows: int
+    waiting: int
+    hidden: int
     state: float
     master: bool
     prefetch: bool
@@ -71,6 +75,12 @@ class Job:
     def passes(self) -> int:
         """Passes of one rank in a step."""
         return self.turns * -(-self.own // self.together)
+
+    @property
+    def rounds(self) -> int:
+        """Times that a rank goes through the model in a step, with some passes side by side."""
+        tokens = self.turns * self.own * self.micro_batch * self.tokens
+        return self.passes if self.fan is None else min(self.passes, -(-tokens // self.waiting))
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class Work:
 
 
 class Gathers:
-    """Bytes that ZeRO-3 puts together in one pass.
+    """Bytes that ZeRO-3 puts together where a rank goes through the model once.
 
     Args:
         weights: of the model.
@@ -170,6 +180,8 @@ def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activation
     adapters = sum(weight.numel * weight.width for weight in trainable) * job.own
     resident = _held(shapes.weights, trainable, job, shard_size) if job.offload == "none" else {}
     resident["candidates' adapters"] = adapters * (job.fan == "adapters")
+    behind = (-(-job.passes // job.rounds) - 1) * (shard_size > 1 or job.offload != "none")
+    resident["passes side by side"] = behind * job.together * job.micro_batch * job.tokens * job.hidden
     phases = Gathers(_gathered(shapes, job), shard_size, job.offload).phases(job, activations)
     return _highest(resident, _passes(phases))
 
@@ -227,7 +239,7 @@ def zero_order_work(shapes: ModelShapes, job: Job, shard_size: int, footprint: F
     updates = slices * _FP32 * (2 * job.master + 2 * job.state)  # read and written
     perturbed = slices if job.fan is None else job.turns * slices * shard_size * (job.fan == "weights")
     perturbations = 3 * _FP32 * perturbed * job.own  # weights and noise read, weights written
-    gathered = job.passes * gathers.model
+    gathered = job.rounds * gathers.model
     if job.fan == "adapters" and shard_size > 1:  # the truth of all of them, once
         gathered += sum(_padded(w.numel, shard_size) * (_FP32 if job.master else w.width) for w in trainable)
     return Work(
@@ -235,7 +247,7 @@ def zero_order_work(shapes: ModelShapes, job: Job, shard_size: int, footprint: F
         traffic=job.passes * _weight_bytes(shapes) + 2 * footprint.written * whole + updates + perturbations,
         gathered=gathered,
         received=gathered * others,
-        uploaded=job.passes * gathers.model / shard_size * (job.offload != "none"),
+        uploaded=job.rounds * gathers.model / shard_size * (job.offload != "none"),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from zoscale.estimators import Candidate
+from zoscale.lanes import lane
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,39 @@ class Fan(Protocol):
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within, the module runs another forward; its hooks stay."""
-    had = vars(module).get("forward")
-    module.forward = forward
+def replaced_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within, the module runs another forward in this pass, made of the one that it had; its hooks stay."""
+    switch = vars(module).get("forward")
+    if not isinstance(switch, _Switch):
+        switch = _Switch(module.forward, is_own=switch is not None)
+    before = switch.forwards.get(lane())
+    switch.forwards[lane()] = wrap(before or switch.original)
+    module.forward = switch
     try:
         yield
     finally:
-        if had is None:
-            del module.forward
+        if before is not None:
+            switch.forwards[lane()] = before
         else:
-            module.forward = had
+            del switch.forwards[lane()]
+        if not switch.forwards and switch.is_own:
+            module.forward = switch.original
+        elif not switch.forwards:
+            del module.forward
+
+
+class _Switch:
+    """The forward of a module that passes have replaced, each for itself.
+
+    Args:
+        original: of all others.
+        is_own: whether it is an attribute of the module, not of its class.
+    """
+
+    def __init__(self, original: Callable[..., Any], *, is_own: bool) -> None:
+        self.original = original
+        self.is_own = is_own
+        self.forwards: dict[int, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forwards.get(lane(), self.original)(*args, **kwargs)

@@ -1,6 +1,7 @@
-"""`FanOutForward`: the losses of all candidates in one pass; each layer is gathered and read once."""
+"""`FanOutForward`: the losses of all candidates in one pass; each layer is gathered once per step."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -9,14 +10,21 @@ from zoscale.division import Division, Item, cut
 from zoscale.estimators import Candidate
 from zoscale.fan import Fan, Rows
 from zoscale.forward import Losses, reduce_losses
+from zoscale.lanes import Lanes
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel, tokens_per_pass
+from zoscale.models import AnswerModel, is_block, tokens_per_pass
 from zoscale.objectives import Objective
 from zoscale.shared_rows import SharedRows
+
+WAITING = 4
+"""Times the tokens of a pass: hidden states that may wait between two blocks, a fraction of its activations."""
 
 
 class FanOutForward:
     """All candidates in one forward of the sharded model per micro-batch; equal to `SequentialForward` to rounding.
+
+    Passes of several micro-batches, or of candidates that do not fit one, go through the model side by side, so that
+    a step gathers it once; with very many tokens, once per round of them.
 
     Args:
         model: answers for micro-batches.
@@ -36,6 +44,8 @@ class FanOutForward:
         self.max_tokens = tokens_per_pass(model.model)
         self.num_parts = num_parts
         self.shared = SharedRows(model.model)
+        blocks = [module for module in model.model.modules() if is_block(model.model, module)]
+        self.lanes = Lanes(model.module, model.model, blocks)
 
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
@@ -46,16 +56,27 @@ class FanOutForward:
         passing = self.fan.prepare([candidates[number] for number in places])
         num_passes = max(self._num_passes(part, batch) for part in division.parts for batch in batches)
         table = division.new_table(items)
-        for turn, item in enumerate(items):
+
+        def losses_of(turn: int, item: Item, which: slice) -> None:
             batch = batches[item.batch].to(self.mesh.device)
-            for which in cut(item.candidates, num_passes):
-                shared = self.shared.blocks(candidates[which])
-                rows = _rows(batches[item.batch], which.stop - which.start, shared)
-                prepared = slice(places[which.start], places[which.start] + rows.copies)
-                with self.shared.once(shared, rows), passing(prepared, rows):
-                    answers = self.model.answer_logprobs(batch.repeat(rows.copies)).chunk(rows.copies)
-                for row, logprobs in enumerate(answers, start=which.start - item.candidates.start):
-                    table[row, turn], table[-1, turn] = objective(logprobs, batch)
+            shared = self.shared.blocks(candidates[which])
+            rows = _rows(batches[item.batch], which.stop - which.start, shared)
+            prepared = slice(places[which.start], places[which.start] + rows.copies)
+            with self.shared.once(shared, rows), passing(prepared, rows):
+                answers = self.model.answer_logprobs(batch.repeat(rows.copies)).chunk(rows.copies)
+            for row, logprobs in enumerate(answers, start=which.start - item.candidates.start):
+                table[row, turn], table[-1, turn] = objective(logprobs, batch)
+
+        passes = [
+            partial(losses_of, turn, item, which)
+            for turn, item in enumerate(items)
+            for which in cut(item.candidates, num_passes)
+        ]
+        most = max(part.stop - part.start for part in division.parts)
+        tokens = len(items) * most * max(batch.input_ids.numel() for batch in batches)
+        num_rounds = min(len(passes), -(-tokens // (WAITING * self.max_tokens)))
+        for one in cut(slice(0, len(passes)), num_rounds):
+            self.lanes.run(passes[one])
         return reduce_losses(division.gather(table), items, batches)
 
     def counts(

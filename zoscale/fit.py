@@ -12,9 +12,10 @@ from torch import nn
 from zoscale.budget import Job, zero_order_memory
 from zoscale.config import ConfigError, RunConfig, build
 from zoscale.estimators import Estimator, GradientEstimate
+from zoscale.fan_out import WAITING
 from zoscale.footprint import Footprint, ModelShapes
 from zoscale.methods import TABLES
-from zoscale.models import tokens_per_pass
+from zoscale.models import hidden_size, tokens_per_pass
 from zoscale.noise import Noise
 from zoscale.nvme import check_offload, offload_device
 from zoscale.optim import OPTIMIZERS
@@ -77,6 +78,8 @@ def job_of(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, c
         parts=config.mesh.candidates,
         fan=fan,
         max_rows=config.forward.max_rows or tokens_per_pass(shapes.model) // tokens,
+        waiting=WAITING * tokens_per_pass(shapes.model),
+        hidden=hidden_size(shapes.model) * max(weight.width for weight in shapes.weights),
         state=state_per_element(config),
         master=config.master == "fp32",
         prefetch=zero.get("stage3_prefetch_bucket_size", 1) > 0,

@@ -7,6 +7,7 @@ not touched.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Self
 
@@ -99,7 +100,7 @@ class LoraFan:
             for layer, pairs in groupby(self.pairs, key=lambda pair: pair.layer):
                 seen = rows.seen_by(layer)
                 own = [_Adapter.of(pair, adapters, seen.copies) for pair in pairs]
-                stack.enter_context(replaced_forward(layer, _adapted_forward(layer, own, seen)))
+                stack.enter_context(replaced_forward(layer, partial(_adapted_forward, layer, own, seen)))
             stack.enter_context(not_gathered(self.shards))
             yield
 
@@ -144,7 +145,9 @@ def _perturbed(
     return {whole.spec.name: stacks[whole.spec.name].view(-1, *whole.spec.shape).to(device) for whole in wholes}
 
 
-def _adapted_forward(layer: nn.Module, adapters: Sequence[_Adapter], rows: Rows) -> Callable[..., Tensor]:
+def _adapted_forward(
+    layer: nn.Module, adapters: Sequence[_Adapter], rows: Rows, _: Callable[..., Any]
+) -> Callable[..., Tensor]:
     """The layer's forward when its rows are K equal parts, and part k sees A_k and B_k."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -14,6 +14,7 @@ from zoscale.adapters import choose_trainable, peft_config, quiet_peft, selectio
 from zoscale.attention import padding_unmasked
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
+from zoscale.lanes import lane
 from zoscale.quantization import loading_options
 from zoscale.shards import end_without_backward, order_gathers_after_writes, true_numel, vectors_gathered
 from zoscale.weighted_lora import weigh_adapters
@@ -45,12 +46,15 @@ class AnswerModel:
 
     def answer_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probability of each answer token: float32 [A]."""
-        order_gathers_after_writes(self.module)
-        self.model.eval()  # losses are taken without dropout, whatever was done to the model since
+        is_first = lane() == 0
+        if is_first:
+            order_gathers_after_writes(self.module)
+            self.model.eval()  # losses are taken without dropout, whatever was done to the model since
         masks = padding_unmasked() if batch.is_right_padded else nullcontext()
         with _answer_positions(self.head, batch), masks:
-            output = self.module(**batch.model_inputs(self._dtype), use_cache=False)
-        if not torch.is_grad_enabled():
+            called = self.module if is_first else self.model
+            output = called(**batch.model_inputs(self._dtype), use_cache=False)
+        if is_first and not torch.is_grad_enabled():
             end_without_backward(self.module)
         logits: Tensor = output.logits[0].float()
         chosen = logits[batch.answer_position, batch.answer_token]
@@ -61,7 +65,11 @@ class AnswerModel:
 def _answer_positions(head: nn.Module, batch: MicroBatch) -> Iterator[None]:
     """The head sees one contiguous matrix [1, P, hidden] of the wanted positions instead of [R, T, hidden]."""
 
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    own = lane()
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if lane() != own:
+            return None
         hidden = args[0]
         num_virtual = hidden.shape[1] - batch.input_ids.shape[1]  # prompt tuning puts tokens before the others
         return (hidden[batch.position_row, batch.position_column + num_virtual].unsqueeze(0), *args[1:])
@@ -134,6 +142,12 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
     )
 
 
+def hidden_size(model: nn.Module) -> int:
+    """Features of a token between two blocks."""
+    config = getattr(model, "config", None)
+    return next((size for name in _WIDTHS if (size := getattr(config, name, None))), 1024)
+
+
 def tokens_per_pass(model: nn.Module) -> int:
     """Tokens of one forward whose activations stay small beside the weights: an eighth of them, or 1 GiB.
 
@@ -141,7 +155,7 @@ def tokens_per_pass(model: nn.Module) -> int:
     """
     config, weights = getattr(model, "config", None), list(model.parameters())
     total = sum(true_numel(weight) for weight in weights)
-    hidden = next((size for name in _WIDTHS if (size := getattr(config, name, None))), 1024)
+    hidden = hidden_size(model)
     inner = next((size for name in _INNER_WIDTHS if (size := getattr(config, name, None))), 4 * hidden)
     per_token = _LIVE_WIDTHS * hidden + _LIVE_INNER * inner
     return int(max(total // 8, 2**30 // weights[0].element_size()) // per_token)

@@ -87,7 +87,13 @@ def make_plan(
         "dtype": config.model.dtype,
         "quantization": config.model.quantization,
         "budget": budget,
-        "job": {**asdict(job), "turns": job.turns, "together": job.together, "passes": job.passes},
+        "job": {
+            **asdict(job),
+            "turns": job.turns,
+            "together": job.together,
+            "passes": job.passes,
+            "rounds": job.rounds,
+        },
         **_zero_order(config, shapes, size, job, device, budget),
         "first_order": _first_order(config, architecture, job, device, budget),
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class SharedRows:
         with ExitStack() as stack:
             for block in blocks:
                 repeat = rows.copies if block is blocks[-1] else 1
-                stack.enter_context(replaced_forward(block, _run_once(block.forward, rows, repeat)))
+                stack.enter_context(replaced_forward(block, partial(_run_once, rows, repeat)))
             if self._order is None:
                 stack.enter_context(self._observed())
             yield
@@ -73,7 +74,7 @@ class SharedRows:
         return [self._trainable[param] for param in module.parameters(recurse) if param in self._trainable]
 
 
-def _run_once(forward: Callable[..., Any], rows: Rows, repeat: int) -> Callable[..., Any]:
+def _run_once(rows: Rows, repeat: int, forward: Callable[..., Any]) -> Callable[..., Any]:
     def first_copy(value: Any) -> Any:
         whole = isinstance(value, Tensor) and value.dim() and value.shape[0] == rows.copies * rows.rows
         return value[: rows.rows] if whole else value

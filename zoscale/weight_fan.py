@@ -215,9 +215,7 @@ class WeightFan:
         idle = {unit.module for unit in touched}
         with ExitStack() as stack:
             for unit in touched:
-                stack.enter_context(
-                    replaced_forward(unit.module, partial(_called, idle, unit, unit.module.forward, rows, draws))
-                )
+                stack.enter_context(replaced_forward(unit.module, partial(_fanned_forward, idle, unit, rows, draws)))
             yield
         if idle:
             names = ", ".join(sorted({type(module).__name__ for module in idle}))
@@ -227,6 +225,11 @@ class WeightFan:
             )
 
 
-def _called(idle: set[nn.Module], unit: Unit, *args: Any, **kwargs: Any) -> Any:
-    idle.discard(unit.module)
-    return unit.forward(*args, **kwargs)
+def _fanned_forward(
+    idle: set[nn.Module], unit: Unit, rows: Rows, draws: Draws, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        idle.discard(unit.module)
+        return unit.forward(original, rows, draws, *args, **kwargs)
+
+    return forward

@@ -103,8 +103,8 @@ class ForwardConfig:
     """How the losses of a step's candidates are taken.
 
     Args:
-        name: fan_out takes all candidates in one pass that gathers each layer once, sequential one pass each; auto
-            fans out where it can.
+        name: fan_out takes all candidates in one pass, and gathers each layer once per step for all micro-batches of a
+            rank; sequential takes one pass each; auto fans out where it can.
         max_rows: Most rows of one pass of fan_out, to bound the memory of its activations; null is
             as many as take about an eighth of the weights' memory, or 1 GiB.
         compile: Run transformer blocks under torch.compile (blocks), and replay what they launch as CUDA graphs too

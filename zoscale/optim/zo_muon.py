@@ -20,7 +20,7 @@ class ZOMuon(JaguarMuon):
     """m <- beta m + (1 - beta) g; X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 3).
 
     JAGUAR Muon whose memory fades everywhere, not on visited coordinates only; without memory (beta = 0) by default,
-    where of a single direction only sign(rho) O(z) is left, and g is there in float32 during the update only.
+    where of a single direction only sign(rho) O(z) is left. (The memory's place is then where g is put together.)
 
     Args:
         lr: learning rate >= 0 of the matrices.
@@ -63,12 +63,6 @@ class ZOMuon(JaguarMuon):
             for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
                 memory = self.buffer(piece.shard)[piece.start : piece.stop]
                 yield piece, memory.copy_(memory * beta + gradient * (1 - beta))
-
-    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        super().update(shards, estimate, group)
-        if not group["beta"]:
-            for shard in shards:
-                self.state.pop(shard.truth, None)
 
 
 class ZOMuonSubspace(SpectralOptimizer):
