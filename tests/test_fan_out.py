@@ -17,19 +17,8 @@ from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.models import tokens_per_pass
 from zoscale.probes import Block, Gaussian, Probe
 
-_LLAMA_LIKE = {
-    "vocab_size": 211, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "max_position_embeddings": 40,
-}  # fmt: skip
 ARCHITECTURES: dict[str, tuple[dict[str, Any], Any]] = {
-    "opt": (tiny.ARCHITECTURES["opt"], ["q_proj", "v_proj", "fc1", "out_proj"]),
-    "llama": (tiny.ARCHITECTURES["llama"], ["q_proj", "v_proj", "lm_head"]),
-    "gpt2": (
-        {"model_type": "gpt2", "vocab_size": 211, "n_embd": 36, "n_layer": 2, "n_head": 4, "n_positions": 40},
-        ["c_attn", "c_proj"],
-    ),
-    "qwen2": ({"model_type": "qwen2", **_LLAMA_LIKE}, ["q_proj", "k_proj", "down_proj"]),
-    "mistral": ({"model_type": "mistral", **_LLAMA_LIKE}, "all-linear"),
+    name: (options, tiny.TARGETS[name]) for name, options in tiny.FAMILIES.items()
 }
 
 

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Iterator
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ CHECKS: dict[str, dict[str, Any]] = {
     "owners_full": FULL | MUON | BLOCK | TWO | {"check": "owners"},
     "owners_lora": LORA | MUON | BLOCK | TWO | {"check": "owners"},
 }
+FAMILIES: dict[str, dict[str, Any]] = {
+    f"forwards_{arch}_{'lora' if lora else 'full'}_{dtype}": SIGN | {"probe": "gaussian"} | {
+        "arch": arch, "lora": lora, "adapter": {"target_modules": tiny.TARGETS[arch]}, "dtype": dtype,
+        "estimator_args": {"tau": 5e-2, "num_directions": 2}, "forward": "fan_out", "check": "both_forwards",
+    }
+    for arch in tiny.FAMILIES for lora in (True, False) for dtype in ("float32", "bfloat16")
+}  # fmt: skip
 WIDE: dict[str, Any] = {
     "arch": "opt", "lora": True, "adapter": {"r": 1100, "target_modules": ["fc1"]}, "steps": 3, "forward": "fan_out",
     "check": "offloaded",
@@ -179,7 +187,7 @@ WORLDS = (1, 2, 3)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: tiny.save_model(name, folder / name) for name in tiny.ARCHITECTURES}
+    return {name: tiny.save_model(name, folder / name) for name in tiny.FAMILIES}
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world}_ranks")
@@ -188,7 +196,7 @@ def job(
 ) -> Iterator[Any]:
     """All scenarios of one world size in one job."""
     world = request.param
-    scenarios = TRAJECTORIES | FAN_OUT | CHECKS
+    scenarios = TRAJECTORIES | FAN_OUT | CHECKS | FAMILIES
     scenarios |= {
         n: TRAJECTORIES[base] | {"zero": zero} for n, (base, zero, worlds) in ZERO_VARIANTS.items() if world in worlds
     }
@@ -430,6 +438,16 @@ def test_updates_reach_every_fanned_forward(job: Any, name: str) -> None:
     assert len(set(report["between"])) == STEPS, "the ordinary forward reads the updated adapters"
     assert report["between"] == outcome(out, "fan_sign_llama_0")[0]["between"]
     assert_same_bits(weights, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fan_out_has_the_losses_of_one_pass_each_on_every_architecture(job: Any, name: str) -> None:
+    _, out = job
+    report, _ = outcome(out, name)
+    assert report["forwards"] == ["FanOutForward", "SequentialForward"]
+    fan, one = report["losses"]
+    closest = min(abs(a - b) for a, b in combinations(one, 2))
+    assert fan == pytest.approx(one, abs=min(closest / 2, 2e-6 if "float32" in name else 1e-3))
 
 
 @pytest.mark.parametrize("name", [name for name in CHECKS if name.startswith("traffic")])

@@ -21,11 +21,29 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 40, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+_LLAMA_LIKE = {
+    "vocab_size": 211, "hidden_size": 36, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "max_position_embeddings": 40,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    **ARCHITECTURES,
+    "gpt2": {"model_type": "gpt2", "vocab_size": 211, "n_embd": 36, "n_layer": 2, "n_head": 4, "n_positions": 40},
+    "qwen2": {"model_type": "qwen2", **_LLAMA_LIKE},
+    "mistral": {"model_type": "mistral", **_LLAMA_LIKE},
+}
+TARGETS: dict[str, Any] = {
+    "opt": ["q_proj", "v_proj", "fc1", "out_proj"],
+    "llama": ["q_proj", "v_proj", "lm_head"],
+    "gpt2": ["c_attn", "c_proj"],
+    "qwen2": ["q_proj", "k_proj", "down_proj"],
+    "mistral": "all-linear",
+}
+"""Layers with an adapter each."""
 
 
 def save_model(name: str, folder: Path) -> Path:
     """A model with seeded random weights, large enough that losses differ."""
-    options = dict(ARCHITECTURES[name])
+    options = dict(FAMILIES[name])
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
     with torch.no_grad():

@@ -29,6 +29,7 @@ from zoscale.estimators import ESTIMATORS
 from zoscale.export import save_trained
 from zoscale.fingerprint import of_model
 from zoscale.first_order import FirstOrderEngine
+from zoscale.forward import SequentialForward
 from zoscale.meters import CommMeter, Traffic, count_allgathers
 from zoscale.methods import TABLES
 from zoscale.models import count_parameters, is_block, read_model_config
@@ -274,6 +275,15 @@ def merged_rows(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, 
     return {"losses": [f.values for f in found], "tokens": engine.mesh.gather_objects([f.local_tokens for f in found])}
 
 
+def both_forwards(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """The losses of the same points by one pass for all and by one pass each."""
+    batches, candidates = micro_batches(tiny.batch(0, 4)), engine.estimator.candidates(engine.directions(0))
+    one_by_one = SequentialForward(engine.answers, engine.shards, engine.mesh)
+    forwards = (engine.forward, one_by_one)
+    losses = [forward.losses(batches, candidates, language_modeling).values for forward in forwards]
+    return {"losses": losses, "forwards": [type(forward).__name__ for forward in forwards]}
+
+
 def resumed(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
     """First-order steps with evaluations between them; then the last ones again, from the checkpoints of any world."""
     folder, report = Path(scenario["model"]), dict[str, Any]()
@@ -354,6 +364,7 @@ def calls_counted(engine: ZeroOrderEngine, calls: dict[str, int]) -> Iterator[No
 CHECKS = {
     "resumed": resumed,
     "merged_rows": merged_rows,
+    "both_forwards": both_forwards,
     "beginning": beginning,
     "trajectory": trajectory,
     "exactness": exactness,
