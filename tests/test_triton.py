@@ -14,7 +14,7 @@ from processes import run
 from zoscale.noise import Key, Noise, Range
 from zoscale.streams import kernels_on, stream_of
 
-DEFINITION = [sys.executable, "tests/triton_worker.py", "numbers", "steps"]
+DEFINITION = [sys.executable, "tests/triton_worker.py", "numbers", "steps", "rehearses"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoscale import fused, streams
-from zoscale.estimators import Candidate, GradientEstimate
+from zoscale import fused, rehearsal, streams
+from zoscale.estimators import Candidate, GradientEstimate, TwoPoint
 from zoscale.forward import perturbed
 from zoscale.noise import Domain, Key, Noise, Range
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD, ZOAdam
@@ -157,6 +157,22 @@ def run_steps(make: Any, probe: Probe, q: int, master: Master, noise: Noise) -> 
     return [*seen, *(shard.truth.float() for shard in shards), *(shard.live for shard in shards)]
 
 
+def rehearses() -> None:
+    """What the lookup of several slabs draws and writes with was compiled before the first step."""
+    names: list[str] = []
+    fused._compile = lambda function, inputs: names.append(function.__name__) or function  # type: ignore[func-returns-value]
+    fused._WORTH, rehearsal._SHAPES = 2, [(40, 16), (33,)]
+    shards, noise = shards_of("fp32"), Noise(SEED, compiled=True)
+    make = partial(JaguarSignSGD, lr=LR)
+    rehearsal.Rehearsal(Gaussian(), TwoPoint(), make, "fp32").run(noise, shards)
+    known = len(names)
+    specs = [shard.spec for shard in shards]
+    draws = Draws([Candidate(Gaussian().draw(noise, specs, 0, 0), 0.1)], shards)
+    slabs = [ShardedParam.outline(specs[0], first, first + 16, DEVICE) for first in (0, 64)]
+    assert len(list(draws.values([(torch.zeros(32, dtype=torch.bfloat16, device=DEVICE), draws.at(slabs))]))) == 1
+    assert {"normal", "perturb"} <= set(names) and names[known:] == []
+
+
 class Compiled:
     """`triton_kernels` for a GPU that need not be there: a launch compiles, and goes no further."""
 
@@ -216,6 +232,8 @@ def compiles() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    scenarios: dict[str, Callable[[], None]] = {"numbers": numbers, "steps": steps, "compiles": compiles}
+    scenarios: dict[str, Callable[[], None]] = {
+        "numbers": numbers, "steps": steps, "rehearses": rehearses, "compiles": compiles,
+    }  # fmt: skip
     for name in sys.argv[1:]:
         scenarios[name]()

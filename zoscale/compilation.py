@@ -41,6 +41,11 @@ class CompiledAnswers(AnswerModel):
                 compiled[kind] = torch.compile(kind.forward, dynamic=False, mode=mode)
             block.forward = self._either(block, compiled[kind])
 
+    @property
+    def runs_until_recorded(self) -> int:
+        """Passes of a shape after which it only replays: a CUDA graph warms up first, and records after that."""
+        return 3 if self._has_cuda_graphs else 1
+
     def _either(self, block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The block's forward: compiled in a pass of training, else its own."""
         own = block.forward

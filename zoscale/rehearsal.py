@@ -49,7 +49,8 @@ def rehearse_forward(
             )
             for count in counts:
                 chosen = [candidates[number % len(candidates)] for number in range(count)]
-                forward.losses([batch], chosen, objective)
+                for _ in range(answers.runs_until_recorded):
+                    forward.losses([batch], chosen, objective)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,15 @@ class Rehearsal:
                 pass
         draws = Draws(points, shards)
         for _ in draws.values([(shard.live, draws.of(shard)) for shard in shards]):
+            pass
+        halves = [(shard, len(shard) // 2, len(shard)) for shard in shards]
+        cut = [
+            [ShardedParam.outline(s.spec, *part, device) for part in ((0, half), (half, end))]
+            for s, half, end in halves
+        ]
+        for _ in draws.values(
+            [(s.live, draws.at(slabs)) for s, slabs in zip(shards, cut, strict=True)]
+        ):  # as a lookup does
             pass
         losses = [float(number) for number in range(self.estimator.num_candidates)]
         self.optimizer(shards, Mesh(device, ranks=(0, 1))).step(self.estimator.estimate(directions, losses))

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from zoscale.estimators import Candidate
 from zoscale.fan import Rows, replaced_forward
+from zoscale.fused import on_device
 from zoscale.models import is_block
 from zoscale.scratch import Draws
 from zoscale.shards import ShardedParam, TensorSpec, chunk, trainable_specs
@@ -126,7 +127,7 @@ class LookupUnit(Unit):
             ShardedParam.outline(spec, first * spec.columns, last * spec.columns, param.device)
             for first, last in _runs(used.tolist())
         ]
-        used, places = (index.to(param.device, non_blocking=True) for index in (used, places))
+        used, places = (on_device(index, param.device) for index in (used, places))
         table = param.data[used]
         results: list[Any] = [None] * rows.copies
         for number, (values,) in draws.values([(table.view(-1), draws.at(outlines))]):
