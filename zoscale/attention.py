@@ -11,7 +11,7 @@ from zoscale.config import ConfigError, ModelConfig
 from zoscale.lanes import lane
 
 _FLASH = "flash_attention_2"
-_UNMASKED: set[int] = set()
+_UNMASKED: set[int | None] = set()
 """Passes side by side whose padding nobody looks for."""
 
 

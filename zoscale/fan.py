@@ -106,37 +106,47 @@ class Fan(Protocol):
 @contextmanager
 def replaced_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Within, the module runs another forward in this pass, made of the one that it had; its hooks stay."""
-    switch = vars(module).get("forward")
-    if not isinstance(switch, _Switch):
-        switch = _Switch(module.forward, is_own=switch is not None)
-    before = switch.forwards.get(lane())
-    switch.forwards[lane()] = wrap(before or switch.original)
+    number, before = lane(), vars(module).get("forward")
+    if number is None:
+        module.forward = wrap(module.forward)
+        try:
+            yield
+        finally:
+            _restore(module, before)
+        return
+    switch = before if isinstance(before, _Switch) else _Switch(module.forward, before)
+    own = switch.forwards.get(number)
+    switch.forwards[number] = wrap(own or switch.original)
     module.forward = switch
     try:
         yield
     finally:
-        if before is not None:
-            switch.forwards[lane()] = before
-        else:
-            del switch.forwards[lane()]
-        if not switch.forwards and switch.is_own:
-            module.forward = switch.original
-        elif not switch.forwards:
-            del module.forward
+        switch.forwards.pop(number)
+        if own is not None:
+            switch.forwards[number] = own
+        if not switch.forwards:
+            _restore(module, switch.before)
 
 
 class _Switch:
-    """The forward of a module that passes have replaced, each for itself.
+    """The forward of a module that passes side by side have replaced, each for itself.
 
     Args:
-        original: of all others.
-        is_own: whether it is an attribute of the module, not of its class.
+        original: of those that have not.
+        before: the module's own attribute; None = it had its class's.
     """
 
-    def __init__(self, original: Callable[..., Any], *, is_own: bool) -> None:
+    def __init__(self, original: Callable[..., Any], before: Any) -> None:
         self.original = original
-        self.is_own = is_own
+        self.before = before
         self.forwards: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forwards.get(lane(), self.original)(*args, **kwargs)
+        return self.forwards.get(lane() or 0, self.original)(*args, **kwargs)
+
+
+def _restore(module: nn.Module, before: Any) -> None:
+    if before is None:
+        del module.forward
+    else:
+        module.forward = before

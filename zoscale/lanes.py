@@ -15,11 +15,11 @@ from torch import nn
 
 T = TypeVar("T")
 
-_LANE: ContextVar[int] = ContextVar("lane", default=0)
+_LANE: ContextVar[int | None] = ContextVar("lane", default=None)
 
 
-def lane() -> int:
-    """Number of the pass that runs; 0 is the one that drives ZeRO-3, and whatever runs alone."""
+def lane() -> int | None:
+    """Number of the pass that runs, of several side by side: 0 is the one that drives ZeRO-3. None = it is alone."""
     return _LANE.get()
 
 
@@ -59,6 +59,7 @@ class Lanes:
             for station in self._stations:
                 handle = station.register_forward_hook(_turn(others), prepend=True)  # before ZeRO-3 lets go
                 stack.callback(handle.remove)
+            stack.callback(_LANE.reset, _LANE.set(0))
             first = passes[0]()
             return [first, *(follower.finish() for follower in others)]
 

@@ -46,7 +46,7 @@ class AnswerModel:
 
     def answer_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probability of each answer token: float32 [A]."""
-        is_first = lane() == 0
+        is_first = not lane()
         if is_first:
             order_gathers_after_writes(self.module)
             self.model.eval()  # losses are taken without dropout, whatever was done to the model since

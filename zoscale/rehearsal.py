@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -89,14 +90,10 @@ class Rehearsal:
         draws = Draws(points, shards)
         for _ in draws.values([(shard.live, draws.of(shard)) for shard in shards]):
             pass
-        halves = [(shard, len(shard) // 2, len(shard)) for shard in shards]
-        cut = [
-            [ShardedParam.outline(s.spec, *part, device) for part in ((0, half), (half, end))]
-            for s, half, end in halves
-        ]
-        for _ in draws.values(
-            [(s.live, draws.at(slabs)) for s, slabs in zip(shards, cut, strict=True)]
-        ):  # as a lookup does
-            pass
+        for shard in shards:  # as a lookup draws, for several slabs at once
+            edges = (0, len(shard) // 2, len(shard))
+            slabs = [ShardedParam.outline(shard.spec, first, last, device) for first, last in pairwise(edges)]
+            for _ in draws.values([(shard.live, draws.at(slabs))]):
+                pass
         losses = [float(number) for number in range(self.estimator.num_candidates)]
         self.optimizer(shards, Mesh(device, ranks=(0, 1))).step(self.estimator.estimate(directions, losses))
