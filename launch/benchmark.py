@@ -15,10 +15,11 @@ one model, batch and dtype, and take turns:
 
 Steps of the engine draw the noise, take the losses and update by JAGUAR SignSGD. `seconds_per_step` is a median,
 `ratio_to_bare` the median of the ratios within each turn; `cpu_ratio_to_bare` is that of processor time, which says
-more where other jobs share the cores. `peak_extra_bytes` is the peak of a step less what lies there before it and less
-the same of `bare`. At 1 rank the model is plain, at more it is under ZeRO-3. `probe` is the engine's (mezo draws
-normals). `gathered_bytes_per_step` and `collectives_per_step` count, on one rank, what brings weights and adapters; the
-exchange of the K losses, one small collective per step, is not among them.
+more where other jobs share the cores. `peak_bytes` is the highest point of a step: on a GPU what its allocator holds,
+on a CPU the resident set. `peak_extra_bytes` is it less what lies there before the step and less the same of `bare`.
+At 1 rank the model is plain, at more it is under ZeRO-3. `probe` is the engine's (mezo draws normals).
+`gathered_bytes_per_step` and `collectives_per_step` count, on one rank, what brings weights and adapters; the exchange
+of the K losses, one small collective per step, is not among them. FILE is written after every cell.
 
 `--scale` computes what 8 to 1,024 GPUs would do (see bench/scale.py), from the `fan_out` rows at 1 rank of a FILE that
 `--json` wrote, or from --layer-ms.
@@ -41,7 +42,7 @@ from zoscale.config import ConfigError
 
 COLUMNS = {
     "variant": "", "scheme": "", "probe": "", "dtype": "", "ranks": "", "q": "", "seconds_per_step": ".4f",
-    "ratio_to_bare": ".3f", "cpu_ratio_to_bare": ".3f", "peak_extra_bytes": "MB",
+    "ratio_to_bare": ".3f", "cpu_ratio_to_bare": ".3f", "peak_bytes": "MB", "peak_extra_bytes": "MB",
     "gathered_bytes_per_step": "MB", "model_bytes": "MB", "collectives_per_step": "", "blocks": "",
 }  # fmt: skip
 SCALE_COLUMNS = {
@@ -69,20 +70,27 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """Measure all selected cells, printing each as it is done."""
     from zoscale.provenance import commit, libraries
 
-    rows = []
-    for cell in select(options):
-        found = run(cell)
-        rows += found
-        print(table(found, COLUMNS), flush=True)
-    return {
+    report: dict[str, Any] = {
         "commit": commit(),
         "command": " ".join(sys.argv),
         "hardware": hardware(),
         "libraries": libraries(),
         "model": options.model,
         "seed": options.seed,
-        "rows": rows,
+        "rows": [],
     }
+    for cell in select(options):
+        found = run(cell)
+        report["rows"] += found
+        print(table(found, COLUMNS), flush=True)
+        write(options.json, report)
+    return report
+
+
+def write(file: Path | None, report: dict[str, Any]) -> None:
+    """The report so far, if a file is wanted."""
+    if file is not None:
+        file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def hardware() -> dict[str, Any]:
@@ -185,8 +193,7 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"expected the cell to run, got status {error.returncode}; its message is above", file=sys.stderr)
         return 1
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    write(options.json, report)
     return 0
 
 

@@ -1,6 +1,7 @@
 """`launch/benchmark.py`: every variant on tiny shapes, MeZO's maths, and the arithmetic of `--scale` by hand."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from zoscale.shards import shard_parameters
 
 KEYS = {
     "variant", "scheme", "probe", "dtype", "ranks", "q", "batch", "tokens", "seconds_per_step", "ratio_to_bare",
-    "peak_extra_bytes", "gathered_bytes_per_step", "model_bytes", "collectives_per_step", "blocks",
+    "peak_bytes", "peak_extra_bytes", "gathered_bytes_per_step", "model_bytes", "collectives_per_step", "blocks",
 }  # fmt: skip
 TINY = ["--model", "tiny", "--tokens", "8", "--batch", "2", "--repetitions", "1"]
 
@@ -43,6 +44,7 @@ def test_all_variants_at_one_and_two_ranks(tmp_path: Path) -> None:
         assert row.keys() >= KEYS
         assert row["batch"] == 2 and row["tokens"] == 8 and row["blocks"] == 2 and row["seconds_per_step"] > 0
         assert row["model_bytes"] == rows[1, "bare"]["model_bytes"] > 4 * 2 * 12 * 32 * 32
+        assert row["peak_bytes"] > max(row["bare_peak_bytes"] + row["peak_extra_bytes"], row["shard_bytes"])
         assert (row["ratio_to_bare"] == 1 and row["peak_extra_bytes"] == 0) or variant != "bare"
         assert (row["gathered_bytes_per_step"] == row["collectives_per_step"] == 0) == (ranks == 1)
     sharded = {variant: row for (ranks, variant), row in rows.items() if ranks == 2}
@@ -78,6 +80,29 @@ def test_mistakes_are_told(
 ) -> None:
     assert main(monkeypatch, "--model", "tiny", *arguments) == 2
     assert capsys.readouterr().err.startswith("expected ")
+
+
+@pytest.mark.slow
+def test_the_checks_for_a_gpu_run_at_a_toy_size(tmp_path: Path) -> None:
+    """Every command but the tests themselves, in an environment that is installed already."""
+    tools = tmp_path / "copy/.venv/bin"
+    tools.mkdir(parents=True)
+    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tools / "python").chmod(0o755)
+    (tmp_path / "copy/launch").mkdir()
+    for name in ("gpu_checks.sh", "environment.sh"):
+        shutil.copy(ROOT / "launch" / name, tmp_path / "copy/launch")
+    for name in ("benchmark.py", "benchmark_noise.py", "bench"):
+        (tmp_path / "copy/launch" / name).symlink_to(ROOT / "launch" / name)
+    (tmp_path / "copy/pyproject.toml").touch()
+    (tmp_path / "copy/.venv/.installed-_test_").touch()
+    out = tmp_path / "out"
+    printed = run(["bash", str(tmp_path / "copy/launch/gpu_checks.sh"), str(out)], SMALL="1").stdout
+    assert printed.endswith(f"results: {out}\n")
+    reports = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert reports.keys() == {"passes", "opt-125m", "opt-1.3b", "opt-13b", "opt-30b"}
+    assert all(len(report["rows"]) == 4 for name, report in reports.items() if name != "passes")
+    assert "fan_out" in (out / "opt-13b.txt").read_text()
 
 
 # --- MeZO --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -98,7 +99,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def select(options: argparse.Namespace) -> list[Cell]:
-    """All cells that the options name.
+    """All cells that the options name; on GPUs, those of as many ranks as there are.
 
     Raises:
         ConfigError: for numbers that cannot be.
@@ -118,9 +119,19 @@ def select(options: argparse.Namespace) -> list[Cell]:
             scheme=scheme, probe=probe, dtype=dtype, ranks=ranks, q=q,
             threads=options.threads or max(1, (os.cpu_count() or 1) // ranks), **shared,
         )
-        for ranks, dtype, scheme, q in product(options.ranks, options.dtypes, options.schemes, options.q)
+        for ranks, dtype, scheme, q in product(_possible(options.ranks), options.dtypes, options.schemes, options.q)
         for probe in _probes(scheme, options.probes)
     ]  # fmt: skip
+
+
+def _possible(wanted: Sequence[int]) -> list[int]:
+    """Without the numbers of ranks for which there are too few GPUs, if there is any."""
+    from torch.cuda import device_count
+
+    possible = [ranks for ranks in wanted if not device_count() or ranks <= device_count()]
+    if len(possible) < len(wanted):
+        print(f"{device_count()} GPUs: left out {sorted(set(wanted) - set(possible))} ranks", file=sys.stderr)
+    return possible
 
 
 def _probes(scheme: str, wanted: Sequence[str]) -> list[str]:

@@ -55,13 +55,21 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
             "ratio_to_bare": statistics.median(t.wall / b.wall for t, b in zip(taken, seconds["bare"], strict=True)),
             "cpu_seconds_per_step": statistics.median(turn.cpu for turn in taken),
             "cpu_ratio_to_bare": statistics.median(t.cpu / b.cpu for t, b in zip(taken, seconds["bare"], strict=True)),
-            "bare_peak_bytes": peaks["bare"],
-            "peak_extra_bytes": peaks[name] - peaks["bare"],
+            "bare_peak_bytes": peaks["bare"].extra,
+            "peak_bytes": peaks[name].whole,
+            "peak_extra_bytes": peaks[name].extra - peaks["bare"].extra,
             "gathered_bytes_per_step": traffic[name].num_bytes,
             "collectives_per_step": traffic[name].num_calls,
         }
         for name, taken in seconds.items()
     ]
+
+
+class Peak(NamedTuple):
+    """Bytes at the highest point of a step, and above what lies there before it; of the rank that has most of each."""
+
+    whole: int
+    extra: int
 
 
 class Turn(NamedTuple):
@@ -122,8 +130,8 @@ def _traffic(step: Callable[[], None], bench: Bench) -> Traffic:
     return meter.totals + Traffic(mesh.gathered_bytes, mesh.num_gathers) - before
 
 
-def _peak(step: Callable[[], None], mesh: Mesh) -> int:
-    """Bytes that a step takes at its highest above what lies there before it; the most of all ranks.
+def _peak(step: Callable[[], None], mesh: Mesh) -> Peak:
+    """Of one step.
 
     On a CPU freed memory is given back to the system at once, else what earlier steps left would hide the peak.
     """
@@ -133,7 +141,8 @@ def _peak(step: Callable[[], None], mesh: Mesh) -> int:
     meter = MemoryMeter(mesh.device)
     before = meter.read().current
     step()
-    return max(mesh.gather_objects(meter.read().peak - before))
+    peak = meter.read().peak
+    return Peak(*map(max, zip(*mesh.gather_objects((peak, peak - before)), strict=True)))
 
 
 def _give_memory_back() -> None:

@@ -94,16 +94,31 @@ class OrthogonalDirection(FactoredDirection):
 class SubspaceDirection(FactoredDirection):
     """z = P Psi: P [m, r] with orthonormal columns, the same for `every` steps, and Psi [r, n] standard normal."""
 
-    def __init__(self, noise: Noise, step: int, k: int, rank: int, every: int) -> None:
+    def __init__(self, noise: Noise, step: int, k: int, rank: int, every: int, bases: "Bases") -> None:
         super().__init__(noise, step, k, rank)
         self._window = Key(step // every * every, 0, Domain.FACTOR)
+        self._bases = bases
 
     def draw_factors(self, specs: Sequence[TensorSpec], device: torch.device) -> list[tuple[Tensor, Tensor]]:
         sizes = [(spec.id, spec.rows, self._rank(spec.rows)) for spec in specs]
         ranges = [Range(spec.id, 0, rank * spec.columns) for spec, (*_, rank) in zip(specs, sizes, strict=True)]
-        bases = orthonormal(self.noise, self._window, sizes, device)
+        bases = self._bases.of(self.noise, self._window, sizes, device)
         psis = self.noise.normal(self.key, ranges, device)
         return [(basis, psi.view(basis.shape[1], -1)) for basis, psi in zip(bases, psis, strict=True)]
+
+
+class Bases:
+    """`orthonormal`, whose last result is kept: the directions of a step ask for the same one after the other."""
+
+    def __init__(self) -> None:
+        self._asked: object = None
+        self._found: list[Tensor] = []
+
+    def of(self, noise: Noise, key: Key, wanted: list[tuple[int, int, int]], device: torch.device) -> list[Tensor]:
+        """See `orthonormal`."""
+        if self._asked != (noise.seed, key, wanted, device):
+            self._asked, self._found = (noise.seed, key, wanted, device), orthonormal(noise, key, wanted, device)
+        return self._found
 
 
 class Orthogonal(Probe):
@@ -137,9 +152,10 @@ class Subspace(Probe):
     def __init__(self, *, rank: int = 64, resample_every: int = 100) -> None:
         self.rank = _check("rank", rank)
         self.resample_every = _check("resample_every", resample_every)
+        self._bases = Bases()
 
     def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> SubspaceDirection:
-        return SubspaceDirection(noise, step, k, self.rank, self.resample_every)
+        return SubspaceDirection(noise, step, k, self.rank, self.resample_every, self._bases)
 
 
 def _check(name: str, value: int) -> int:
