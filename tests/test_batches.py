@@ -23,7 +23,15 @@ from zoscale.data import Encoder, Splits, evaluation_batches, part
 from zoscale.evaluate import evaluate
 from zoscale.mesh import Mesh
 from zoscale.models import AnswerModel
-from zoscale.objectives import OBJECTIVES, classification, language_modeling, option_scores, predictions
+from zoscale.objectives import (
+    OBJECTIVES,
+    classification,
+    language_modeling,
+    option_scores,
+    predictions,
+    sums_by,
+    sums_in_order,
+)
 from zoscale.prefixes import Row, share_prefixes
 from zoscale.tasks import SST2, TASKS, Classification, Completion, Example, Task
 from zoscale.tasks.sources import Source
@@ -662,3 +670,13 @@ def test_sst2_as_shipped() -> None:
     examples = SST2(path=str(folder)).examples("validation")
     assert all(example.prompt.endswith(" It was") and example.prompt == example.prompt.strip() for example in examples)
     assert {example.gold for example in examples} == {0, 1}
+
+
+def test_sums_as_a_gpu_takes_them_are_those_of_a_cpu() -> None:
+    """In the order of the values; an index without any gives 0."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(40, generator=generator, dtype=torch.float64)
+    index = torch.randint(0, 6, (40,), generator=generator)
+    found = sums_in_order(values, index, 8)
+    torch.testing.assert_close(found, sums_by(values, index, 8), rtol=1e-14, atol=1e-14)
+    assert found[6:].tolist() == [0, 0] and float(found[0]) == pytest.approx(float(values[index == 0].sum()))

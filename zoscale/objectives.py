@@ -27,9 +27,28 @@ class Objective(Protocol):
 
 def option_scores(logprobs: Tensor, batch: MicroBatch) -> Tensor:
     """Mean log-probability of each option's tokens: float64 [S]."""
-    zeros = torch.zeros(batch.option_example.numel(), dtype=torch.float64, device=logprobs.device)
-    sums = zeros.scatter_add(0, batch.answer_option, logprobs.double())
-    return sums / zeros.scatter_add(0, batch.answer_option, torch.ones_like(logprobs, dtype=torch.float64))
+    num_options = batch.option_example.numel()
+    counts = sums_by(torch.ones_like(logprobs, dtype=torch.float64), batch.answer_option, num_options)
+    return sums_by(logprobs.double(), batch.answer_option, num_options) / counts
+
+
+def sums_by(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """The sum of the values of each index: [count], the same bits whenever it is taken.
+
+    Args:
+        values: float64 [n].
+        index: int64 [n], in [0, count).
+        count: of the sums.
+    """
+    if values.is_cuda:  # where scatter_add adds in the order in which threads come
+        return sums_in_order(values, index, count)
+    return values.new_zeros(count).scatter_add(0, index, values)
+
+
+def sums_in_order(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """`sums_by`, as the rows of a table [count, n]."""
+    own = index == torch.arange(count, device=index.device)[:, None]
+    return torch.where(own, values, 0.0).sum(1)
 
 
 def predictions(logprobs: Tensor, batch: MicroBatch) -> Tensor:
@@ -47,7 +66,7 @@ def classification(logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]
     highest = torch.full((batch.num_examples,), -torch.inf, dtype=torch.float64, device=scores.device)
     highest = highest.scatter_reduce(0, batch.option_example, scores, "amax")
     shifted = (scores - highest[batch.option_example]).exp()
-    totals = torch.zeros_like(highest).scatter_add(0, batch.option_example, shifted)
+    totals = sums_by(shifted, batch.option_example, batch.num_examples)
     loss = totals.log().sum() + highest.sum() - torch.where(batch.option_is_gold, scores, 0.0).sum()
     return loss, scores.new_full((), batch.num_examples)
 
