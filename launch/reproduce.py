@@ -9,8 +9,8 @@ counted as two: all learning rates with the first seed, then the one that was be
 `memory` weighs a few steps of each.
 `sensitivity` varies tau, beta, block size and signs of JAGUAR one at a time. Each cell is a run of `launch/train.py`
 with its own folder and MLflow run. The same command goes on where it was stopped: finished runs are kept, a killed one
-continues. At the end OUT/COMMAND.md and its pictures are written; `--report` writes them from what there is and runs
-nothing. A preset is a file in launch/reproduction/presets, or one of yours.
+continues. At the end OUT/COMMAND.md and its pictures are written, and put into the runs' MLflow experiment; `--report`
+writes them from what there is and runs nothing. A preset is a file in launch/reproduction/presets, or one of yours.
 """
 
 import argparse
@@ -22,7 +22,10 @@ from reproduction import accuracy, memory, sensitivity
 from reproduction.runner import Runner
 from reproduction.study import Study
 
+from zoscale.comparison.report_run import FOLDER, log_report
+from zoscale.comparison.runs import open_experiment
 from zoscale.config import ConfigError
+from zoscale.mlflow_store import store_uri
 
 COMMANDS = {"accuracy": accuracy, "memory": memory, "sensitivity": sensitivity}
 
@@ -68,6 +71,22 @@ def read(argv: list[str]) -> argparse.Namespace:
     return given
 
 
+def log(study: Study, command: str, report: Path) -> str:
+    """Put the report and its pictures into the experiment of the runs; returns what was done."""
+    config = study.cell(next(iter(study.schemes)), next(iter(study.methods)), 1.0, 0).config
+    if not config.tracking.mlflow:
+        return "not logged to MLflow: tracking.mlflow=false"
+    uri = store_uri(config.run_dir, config.tracking.uri)
+    is_local = uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
+    store = None if is_local else open_experiment(config.tracking.experiment, uri)
+    if store is None:
+        return "not logged to MLflow: no run is there yet"
+    files = [(file, FOLDER) for file in (report, report.with_suffix(".png"))]
+    files += [(file, f"{FOLDER}/{name}") for name in study.schemes for file in sorted((study.out / name).glob("*.*"))]
+    remedy = f"the report is in {study.out}; tracking.mlflow=false leaves MLflow alone"
+    return log_report(store, f"reproduction {command}", command, files, remedy)
+
+
 def main(argv: list[str]) -> int:
     """Run what is not finished, and write the report; 2 for a mistake of the user."""
     given = read(argv)
@@ -77,7 +96,9 @@ def main(argv: list[str]) -> int:
         if not given.report:
             command.run(study, Runner(study.launch, study.jobs, logs))
         given.out.mkdir(parents=True, exist_ok=True)
-        print(f"report: {command.report(study, logs)}")
+        path = command.report(study, logs)
+        print(f"report: {path}")
+        print(log(study, given.command, path))
     except ConfigError as error:
         print(f"launch/reproduce.py: error: {error}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from jobs import JobServer, wait_for_step
+from mlflow import MlflowClient
 from processes import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "launch"))
@@ -25,7 +26,7 @@ from reproduction.study import HERE, PRESETS, Study, cost_of_step, merge, read_y
 
 from zoscale.assembly import check_methods
 from zoscale.comparison.numbers import Spread
-from zoscale.comparison.runs import Run
+from zoscale.comparison.runs import REPORT_TAG, Run
 from zoscale.comparison.verdict import Goal
 from zoscale.config import ConfigError
 from zoscale.methods import TABLES
@@ -113,7 +114,7 @@ def test_options_of_the_command_line(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             Results(study("accuracy", *wrong)).tuning()
-    more = study("accuracy", *SMALL[:-1], "jaguar_muon,zo_muon_subspace", "--lr", "zo_muon_subspace=1e-2")
+    more = study("accuracy", "--methods", "jaguar_muon,zo_muon_subspace", "--lr", "zo_muon_subspace=1e-2")
     assert list(more.methods) == ["zo_muon_subspace", "jaguar_muon"], "one that the preset has no learning rates for"
     with pytest.raises(ConfigError, match="sensitivity"):
         study("sensitivity", "--preset", "smollm2")
@@ -205,10 +206,14 @@ def test_a_killed_study_goes_on_and_reports(server: JobServer, tmp_path: Path, m
     assert set(summaries) == {"zo_sgd", "jaguar_muon"}
     assert {summary["forwards"] for summary in summaries.values()} == {120}
     assert summaries["zo_sgd"]["resumed_at_step"] and not summaries["jaguar_muon"]["resumed_at_step"], "continued"
-    assert (runs / "mlflow.db").exists()
+    client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name(tmp_path.name)
+    (logged,) = client.search_runs([experiment.experiment_id], f"tags.`{REPORT_TAG}` = 'reproduction accuracy'")
+    names = {item.path for item in client.list_artifacts(logged.info.run_id, "report")}
+    assert {"report/accuracy.md", "report/accuracy.png", "report/lora"} <= names
     text = (tmp_path / "accuracy.md").read_text()
     ours = f"{100 * summaries['jaguar_muon']['validation']['chosen']['accuracy']:.1f}"
-    assert f"| JAGUAR Muon | 94 | {ours} | 0.01 |" in text and "Missing" not in text
+    assert f"| JAGUAR Muon | 94 | {ours} | 0.01 (fixed) |" in text and "Missing" not in text
     assert "| JAGUAR Muon | LoRA | 60 | `two_point`, tau 0.01, num_directions 1 | `block`, rows 0.5" in text
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "lora/report.html").exists() and "forward equivalent" in text

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from zoscale.comparison import tables
 from zoscale.comparison.comparison import Comparison, compare
-from zoscale.comparison.runs import REPORT_TAG, Store, read_runs
+from zoscale.comparison.report_run import FOLDER, log_report
+from zoscale.comparison.runs import read_runs
 from zoscale.config import ConfigError
-from zoscale.mlflow_store import short_waits, shown, store_uri
+from zoscale.mlflow_store import store_uri
 
 _WHAT = "Which method is better per forward equivalent, per second and per device hour: a table, and a report."
-_FOLDER = "report"  # of the artifacts in MLflow
 _SHOWN = 3  # names in a title
-_LONGEST_TAG = 5000  # characters that every MLflow store takes
 
 
 def compare_command(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +50,9 @@ def compare_command(argv: Sequence[str] | None = None) -> int:
         _write(comparison, folder)
         _say(f"report: {folder / 'report.html'}")
         if store is not None and not given.no_log:
-            _say(_log(folder, store, given.names))
+            files = [(file, FOLDER) for file in sorted(folder.iterdir()) if file.name in _FILES]
+            remedy = f"the report is in {folder}; --no-log leaves MLflow alone"
+            _say(log_report(store, " ".join(given.names), _title(given.names), files, remedy))
     return 0
 
 
@@ -92,36 +93,4 @@ def _write(comparison: Comparison, folder: Path) -> None:
     write_pictures(comparison, folder)
 
 
-def _log(folder: Path, store: Store, names: Sequence[str]) -> str:
-    """Put the report into its run of the experiment; returns what was done."""
-    if store.experiment_id is None:
-        return "not logged to MLflow: the runs are of several experiments"
-    from mlflow.exceptions import MlflowException
-
-    try:
-        with short_waits():
-            run_id = _report_run(store, names)
-            for file in sorted(folder.iterdir()):
-                if file.name in _FILES:
-                    store.client.log_artifact(run_id, str(file), _FOLDER)
-            store.client.set_terminated(run_id)
-    except (MlflowException, OSError) as error:
-        raise ConfigError(
-            f"an MLflow store {shown(store.uri)} that takes artifacts",
-            shown(str(error))[:300],
-            f"the report is in {folder}; --no-log leaves MLflow alone",
-        ) from error
-    return f"logged to MLflow: run {run_id}, artifacts {_FOLDER}/"
-
-
 _FILES = ("report.html", "comparison.json", "learning.png", "loss.png", "time.png", "ranks.png")
-
-
-def _report_run(store: Store, names: Sequence[str]) -> str:
-    """The run that carries the report of what was named so, made if there is none."""
-    what = " ".join(names)[:_LONGEST_TAG]
-    for run in store.client.search_runs([store.experiment_id], f"tags.`{REPORT_TAG}` LIKE '%'"):
-        if run.data.tags[REPORT_TAG] == what:
-            return str(run.info.run_id)
-    run = store.client.create_run(store.experiment_id, run_name=f"report {_title(names)}", tags={REPORT_TAG: what})
-    return str(run.info.run_id)

@@ -93,6 +93,23 @@ def read_runs(names: Sequence[str], uri: str) -> tuple[list[Run], Store | None]:
     return runs, Store(client, uri, experiments.pop() if len(experiments) == 1 else None)
 
 
+def open_experiment(name: str, uri: str) -> Store | None:
+    """The store with an experiment; None if it has none of that name.
+
+    Raises:
+        ConfigError: for a store that cannot be read.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with short_waits():
+            client = _open(uri)
+            found = client.get_experiment_by_name(name)
+    except MlflowException as error:
+        raise ConfigError(f"an MLflow store {shown(uri)}", _first_line(error), "check its address") from error
+    return None if found is None else Store(client, uri, found.experiment_id)
+
+
 def _is_path(name: str) -> bool:
     """Whether a name is of something on disk that no experiment is called by: `runs/*` means more than runs."""
     return Path(name).is_file() or (os.sep in name and Path(name).exists())
