@@ -13,7 +13,8 @@ if [ "$#" -gt 0 ]; then
   exec python -m pytest "$@"
 fi
 failed=0
-python -m pytest -m "not jobs and not measured" --numprocesses 2 --dist loadfile || failed=1
-python -m pytest -m jobs --numprocesses 2 --dist loadfile --no-loadscope-reorder || failed=1
-python -m pytest -m measured || failed=1
+slowest=(--durations 12 --durations-min 10)
+python -m pytest -m "not jobs and not measured" --numprocesses 2 --dist loadfile "${slowest[@]}" || failed=1
+python -m pytest -m jobs --numprocesses 2 --dist loadfile --no-loadscope-reorder "${slowest[@]}" || failed=1
+python -m pytest -m measured "${slowest[@]}" || failed=1
 exit "$failed"
