@@ -1,7 +1,6 @@
 """`launch/benchmark.py`: every variant on tiny shapes, MeZO's maths, and the arithmetic of `--scale` by hand."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -80,31 +79,6 @@ def test_mistakes_are_told(
 ) -> None:
     assert main(monkeypatch, "--model", "tiny", *arguments) == 2
     assert capsys.readouterr().err.startswith("expected ")
-
-
-@pytest.mark.slow
-def test_the_checks_for_a_gpu_run_at_a_toy_size(tmp_path: Path) -> None:
-    """Its parts but the tests themselves, in an environment that is installed already."""
-    tools = tmp_path / "copy/.venv/bin"
-    tools.mkdir(parents=True)
-    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (tools / "python").chmod(0o755)
-    (tmp_path / "copy/launch").mkdir()
-    for name in ("gpu_checks.sh", "environment.sh"):
-        shutil.copy(ROOT / "launch" / name, tmp_path / "copy/launch")
-    for name in ("benchmark.py", "benchmark_noise.py", "bench"):
-        (tmp_path / "copy/launch" / name).symlink_to(ROOT / "launch" / name)
-    (tmp_path / "copy/pyproject.toml").touch()
-    (tmp_path / "copy/.venv/.installed-_test_").touch()
-    out = tmp_path / "out"
-    printed = run(
-        ["bash", str(tmp_path / "copy/launch/gpu_checks.sh"), str(out)], SMALL="1", PARTS="passes opt-125m opt-13b"
-    ).stdout
-    assert printed.endswith(f"results: {out}\n")
-    reports = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
-    assert reports.keys() == {"passes", "opt-125m", "opt-13b"}
-    assert all(len(report["rows"]) == 4 for name, report in reports.items() if name != "passes")
-    assert "fan_out" in (out / "opt-13b.txt").read_text()
 
 
 # --- MeZO --------------------------------------------------------------------------------------------------
