@@ -39,7 +39,9 @@ def test_large_tensors_lie_in_huge_pages() -> None:
 def test_a_job_that_fails_names_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of a rank, not that of its launcher; what launched this process is not heard of."""
     (tmp_path / "failing.py").write_text(
-        "import os, sys\nprint(os.environ['RANK'], os.environ['WORLD_SIZE'])\nsys.argv[1:] and int(sys.argv[1])\n"
+        "import os, sys\n"
+        'os.write(1, f\'{os.environ["RANK"]}/{os.environ["WORLD_SIZE"]}\\n\'.encode())\n'  # at once: no rank cuts in
+        "sys.argv[1:] and int(sys.argv[1])\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("RANK", "5")
@@ -47,7 +49,7 @@ def test_a_job_that_fails_names_its_cause(tmp_path: Path, monkeypatch: pytest.Mo
     failed = run_here(1, "failing", "two")
     assert failed.returncode != 0 and cause_of(failed).startswith("ValueError: invalid literal for int")
     done = run_here(2, "failing")
-    assert done.returncode == 0 and sorted(done.stdout.split()) == ["0", "1", "2", "2"]
+    assert done.returncode == 0 and sorted(done.stdout.split()) == ["0/2", "1/2"]
     (tmp_path / "killed.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
     killed = run_here(1, "killed")
     assert "ChildFailedError" in killed.stderr and cause_of(killed) == f"status {killed.returncode}"
