@@ -6,6 +6,7 @@ python tests/triton_worker.py (numbers | steps | compiles)...
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,10 @@ from zoscale.estimators import Candidate, GradientEstimate, TwoPoint
 from zoscale.forward import perturbed
 from zoscale.noise import Domain, Key, Noise, Range
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD, ZOAdam
-from zoscale.probes import Gaussian, Layers, Probe, Rademacher, Tensors
+from zoscale.probes import Block, Gaussian, Layers, Probe, Rademacher, Tensors
 from zoscale.scratch import Draws
 from zoscale.shards import Master, ShardedParam, TensorSpec
-from zoscale.streams import Distribution, Stream, Sum
+from zoscale.streams import Distribution, Mask, Stream, Sum
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not IS_INTERPRETED else torch.device("cpu")
@@ -52,15 +53,26 @@ def numbers() -> None:
         for other, distribution in enumerate(DISTRIBUTIONS):
             half = (torch.bfloat16, torch.float16)[(number + other) % 2]
             check_kernels(Range(TENSOR, start, start + n), distribution, half)
+    for start, n in PLACES[:2]:
+        check_kernels(Range(TENSOR, start, start + n), "rademacher", torch.bfloat16, is_masked=True)
 
 
-def check_kernels(wanted: Range, distribution: Distribution, half: torch.dtype) -> None:
+def mask_of(k: int) -> Mask:
+    """Half of the rows and columns of a matrix."""
+    marks = torch.rand(70 + 37, generator=torch.Generator().manual_seed(k)) < 0.5
+    return Mask(marks.to(DEVICE, torch.uint8), 70, 37)
+
+
+def check_kernels(wanted: Range, distribution: Distribution, half: torch.dtype, *, is_masked: bool = False) -> None:
     n = wanted.stop - wanted.start
     noise, generator = Noise(SEED), torch.Generator().manual_seed(n)
     base, memory = torch.randn(2, n, generator=generator).to(DEVICE)
     kernels = streams.kernels_on(DEVICE)
     assert kernels is not None
-    found = [Stream(noise, Key(STEP, k), wanted, distribution, DEVICE, kernels) for k in DIRECTIONS]
+    found = [
+        Stream(noise, Key(STEP, k), wanted, distribution, DEVICE, kernels, mask_of(k) if is_masked else None)
+        for k in DIRECTIONS
+    ]
     drawn = [streams.drawn([stream])[0] for stream in found]
     for out, start in ((base.to(half), base), (base.clone(), base.to(half))):
         expected = torch.empty_like(out)
@@ -128,6 +140,10 @@ def steps() -> None:
     cases: list[tuple[Any, Probe, int, Master, set[str]]] = [
         (JaguarSignSGD, Rademacher(), 2, "fp32", {"perturb", "remember_and_descend_sign"}),
         (JaguarSignSGD, Tensors(share=0.5), 1, "stochastic", {"perturb", "remember_and_descend_sign"}),
+        (JaguarSignSGD, Block(rows=0.5, columns=0.4), 2, "fp32", {"perturb", "remember_and_descend_sign"}),
+        (JaguarMuon, Block(rows=0.5, columns=0.4), 1, "none", {"perturb", "remember"}),
+        (ZOSGD, Block(rows=0.5, columns=0.4), 3, "fp32", {"perturb", "descend"}),
+        (ZOAdam, Block(rows=0.5, columns=0.4), 1, "none", {"perturb", "mean"}),
         (JaguarMuon, Layers(share=0.5, inner={"name": "rademacher"}), 1, "fp32", {"perturb", "remember"}),
         (ZOSGD, Rademacher(), 3, "stochastic", {"perturb", "descend"}),
         (ZOAdam, Gaussian(), 1, "none", {"perturb", "mean"}),
@@ -218,16 +234,20 @@ def compiles() -> None:
                 wanted = Range(3, start, start + n)
                 found = [Stream(Noise(SEED), Key(step, k), wanted, distribution, DEVICE, compiled) for k in DIRECTIONS]
                 found[0].perturb(live, truth, 0.1)
+            mask = Mask(torch.ones(30 + 40, dtype=torch.uint8), 30, 40)
+            masked = [replace(stream, mask=mask) for stream in found]
+            masked[0].perturb(live, truth, 0.1)
+            Sum(masked, RHOS).remember_and_descend_sign(memory, BETA, truth, live, LR, 0.0, rounded=False)
             both, one = Sum(found, RHOS), Sum(found[:1], RHOS[:1])
             both.remember_and_descend_sign(memory, BETA, truth, live, LR, 0.0, rounded=False)
             both.descend(live, None, LR, 1.0, rounded=True)
             one.remember(memory, BETA)
             one.mean()
         counts.append(len(compiled.made))
-    assert counts == [12] * 3, "with normals and signs, aligned and not"
+    assert counts == [16] * 3, "with normals and signs, masked and not, aligned and not"
     codes = [(is_normal, kernel.asm["ptx"]) for is_normal, kernel in compiled.made.values()]
     assert all(is_normal or "fma" not in ptx for is_normal, ptx in codes)
-    assert sum("global.v4" in ptx for _, ptx in codes) == 6
+    assert sum("global.v4" in ptx for _, ptx in codes) == 8
 
 
 if __name__ == "__main__":

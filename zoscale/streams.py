@@ -8,8 +8,8 @@ costs, not the memory traffic.
 import functools
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +24,26 @@ _ALIGNED = 16  # elements, and bytes
 
 
 @dataclass(frozen=True)
+class Mask:
+    """Rows x columns of one tensor, outside of which z is zero.
+
+    Args:
+        marks: uint8 [rows + columns] on the device: 1 for the rows and the columns that it has.
+        rows, columns: of the tensor.
+    """
+
+    marks: Tensor
+    rows: int
+    columns: int
+
+    def on(self, wanted: Range) -> Tensor:
+        """Whether each of these elements is in it: bool."""
+        place = torch.arange(wanted.start, wanted.stop, device=self.marks.device)
+        marks = self.marks.bool()
+        return marks[place // self.columns] & marks[place % self.columns + self.rows]
+
+
+@dataclass(frozen=True)
 class Stream:
     """z of one direction on elements of one tensor.
 
@@ -34,6 +54,7 @@ class Stream:
         distribution: of z.
         device: of the slices that it is used on.
         kernels: `triton_kernels`.
+        mask: where z is not zero; None = everywhere.
     """
 
     noise: Noise
@@ -42,22 +63,26 @@ class Stream:
     distribution: Distribution
     device: torch.device
     kernels: Any
+    mask: Mask | None = None
 
     def __len__(self) -> int:
         return self.range.stop - self.range.start
 
     def perturb(self, out: Tensor, base: Tensor, radius: float) -> None:
         """See `fused.perturb`: out = base + radius z, two slices of this length."""
-        _launch("perturb", self, (out, base), (_word(self.key), radius))
+        _launch("perturb", self, (out, base), _marks([self]), (_word(self.key), radius))
 
 
-def _launch(name: str, stream: Stream, slices: Sequence[Tensor | None], rest: Sequence[Any]) -> None:
+def _launch(
+    name: str, stream: Stream, slices: Sequence[Tensor | None], marks: Tensor | None, rest: Sequence[Any]
+) -> None:
     """Run a kernel on slices of a stream's length.
 
     Args:
         name: of the kernel.
         stream: where the slices lie in their tensor, and their step.
         slices: its first arguments.
+        marks: of the masks of its directions, uint8 [q, rows + columns]; None = there are none.
         rest: those after the place of the slices.
     """
     if not len(stream):
@@ -68,10 +93,18 @@ def _launch(name: str, stream: Stream, slices: Sequence[Tensor | None], rest: Se
     addresses = (part.data_ptr() for part in slices if part is not None)
     is_aligned = not any(number % _ALIGNED for number in (*addresses, skip, len(stream)))
     variant = {"NORMAL": stream.distribution == "normal", "ALIGNED": is_aligned}
-    place = (len(stream), skip, *map(philox.signed, words))
+    rows, columns = (stream.mask.rows, stream.mask.columns) if stream.mask is not None else (1, 1)
+    mask = (marks, rows, columns, start // columns, start % columns) if marks is not None else (None, 1, 1, 0, 0)
+    place = (len(stream), skip, *map(philox.signed, words), *mask)
     programs = -(-(skip + len(stream)) // kernels.SIZE)
     with torch.cuda.device_of(slices[0]):  # type: ignore[no-untyped-call]
         getattr(kernels, name)[programs,](*slices, *place, *rest, **variant, enable_fp_fusion=False)
+
+
+def _marks(streams: Sequence[Stream]) -> Tensor | None:
+    """Those of the streams' masks: uint8 [q, rows + columns]; None if z is zero nowhere."""
+    marks = [stream.mask.marks for stream in streams if stream.mask is not None]
+    return (marks[0].view(1, -1) if len(marks) == 1 else torch.stack(marks)) if marks else None
 
 
 @dataclass(frozen=True)
@@ -90,7 +123,7 @@ class Sum:
     def of(cls, streams: Sequence[Stream | None], rhos: tuple[float, ...]) -> "Sum | None":
         """The sum, if all are streams that differ in their direction alone."""
         found = [stream for stream in streams if stream is not None]
-        kinds = {(id(stream.noise), stream.key.step, stream.distribution) for stream in found}
+        kinds = {(id(z.noise), z.key.step, z.distribution, z.mask is None) for z in found}
         return cls(found, rhos) if len(found) == len(streams) and len(kinds) == 1 else None
 
     def mean(self) -> Tensor:
@@ -122,7 +155,7 @@ class Sum:
         first = self.streams[0]
         words = tuple(_word(stream.key) for stream in self.streams)
         settings = (len(words), *_tables(words, self.rhos, first.device), *rest)
-        _launch(kernel, first, slices, settings)
+        _launch(kernel, first, slices, _marks(self.streams), settings)
 
 
 @functools.lru_cache(maxsize=8)
@@ -137,10 +170,17 @@ def _word(key: Key) -> int:
     return philox.signed(key.direction | key.domain << 24)
 
 
-def stream_of(noise: Noise, key: Key, wanted: Range, distribution: Distribution, device: torch.device) -> Stream | None:
-    """The stream, or None where it must be drawn to memory."""
+def stream_of(
+    noise: Noise,
+    key: Key,
+    wanted: Range,
+    distribution: Distribution,
+    device: torch.device,
+    mask: Callable[[], Mask | None] = lambda: None,
+) -> Stream | None:
+    """The stream, or None where it must be drawn to memory; the mask is only asked for with a stream."""
     kernels = kernels_on(device) if noise.compiled else None
-    return None if kernels is None else Stream(noise, key, wanted, distribution, device, kernels)
+    return None if kernels is None else Stream(noise, key, wanted, distribution, device, kernels, mask())
 
 
 def drawn(streams: Sequence[Stream]) -> list[Tensor]:
@@ -149,7 +189,9 @@ def drawn(streams: Sequence[Stream]) -> list[Tensor]:
         return []
     first = streams[0]
     draw = first.noise.normal if first.distribution == "normal" else first.noise.rademacher
-    return draw(first.key, [stream.range for stream in streams], first.device)
+    values = draw(first.key, [stream.range for stream in streams], first.device)
+    masks = [None if stream.mask is None else stream.mask.on(stream.range) for stream in streams]
+    return [z if mask is None else torch.where(mask, z, 0.0) for z, mask in zip(values, masks, strict=True)]
 
 
 @functools.cache
@@ -181,11 +223,14 @@ def _check(kernels: Any, device: torch.device) -> None:
 def _check_range(kernels: Any, device: torch.device, wanted: Range) -> None:
     noise, key = Noise(2**63 + 5), Key(2**31 + 1, 3)
     normal, signs = (Stream(noise, key, wanted, kind, device, kernels) for kind in get_args(Distribution))
-    zeros, normals, made, mean, memory, truth, again, both = torch.zeros(8, len(signs), device=device)
+    marks = (torch.arange(20 + 23, device=device) % 3 != 0).to(torch.uint8)
+    masked = replace(signs, range=Range(7, 77, 77 + len(signs)), mask=Mask(marks, 20, 23))
+    zeros, normals, made, cut, mean, memory, truth, again, both = torch.zeros(9, len(signs), device=device)
     halves = torch.zeros(2, len(signs), device=device, dtype=torch.bfloat16)
     normal.perturb(normals, zeros, 1.0)
     signs.perturb(halves[0], halves[1], 1.0)
     signs.perturb(made, zeros, 1.0)
+    masked.perturb(cut, zeros, 1.0)
     one = Sum((signs,), (1.0,))
     mean.copy_(one.mean())
     one.remember(memory, 0.0)
@@ -193,7 +238,6 @@ def _check_range(kernels: Any, device: torch.device, wanted: Range) -> None:
     one.remember_and_descend_sign(again, 0.0, both, None, -1.0, 0.0, rounded=False)
     if not torch.allclose(normals, drawn([normal])[0], rtol=1e-6, atol=1e-6):
         raise RuntimeError("expected the normals of philox.py, got others")
-    if not all(
-        torch.equal(found, drawn([signs])[0]) for found in (made, mean, memory, truth, again, both, halves[0].float())
-    ):
+    found = (halves[0].float(), made, mean, memory, truth, again, both)
+    if not (all(torch.equal(own, drawn([signs])[0]) for own in found) and torch.equal(cut, drawn([masked])[0])):
         raise RuntimeError("expected the signs of philox.py, got others")

@@ -8,7 +8,8 @@ A slice has `n` elements, and its first one is element `skip` of the tensor's un
 are one Philox block. `ALIGNED` says that all addresses, `skip` and `n` are multiples of 16, so that a thread takes its
 values at once. Kernels are specialised on nothing else: two variants per combination of types, whatever the sizes.
 `low` and `high` are the seed, `lasts` (int32 [q]) and `rhos` (float32 [q]) the last counter words and factors of q
-directions.
+directions. `marks` (uint8 [q, rows + columns], or None) are the rows and columns outside of which z is zero, in a
+matrix whose element (`row`, `column`) is the first one of the slice.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -129,12 +130,26 @@ def _at(pointer, here, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _total(NORMAL: tl.constexpr, q, lasts, rhos, unit, tensor, step, low, high):
+def _masked(z, k, here, inside, marks, rows, columns, row, column):
+    """z where the k-th mask has the element's row and column, else 0."""
+    if marks is not None:
+        own = marks + k * (rows + columns)
+        place = column + here
+        in_row = tl.load(own + row + place // columns, mask=inside, other=0)
+        z = tl.where(in_row & tl.load(own + rows + place % columns, mask=inside, other=0) != 0, z, 0.0)
+    return z
+
+
+@triton.jit
+def _total(
+    NORMAL: tl.constexpr, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+):  # fmt: skip
     """sum_k rho_k z_k, and the number of z_k that are not zero."""
     total = tl.zeros((_SIZE,), tl.float32)
     visits = tl.zeros((_SIZE,), tl.float32)
     for k in range(q):
         z = _z(NORMAL, unit, tensor, step, tl.load(lasts + k), low, high)
+        z = _masked(z, k, here, inside, marks, rows, columns, row, column)
         total += z * tl.load(rhos + k)
         visits += tl.where(z != 0, 1.0, 0.0)
     return total, visits
@@ -195,57 +210,68 @@ def _descend(
 
 @_kernel
 def perturb(
-    out, base, n, skip, unit, tensor, step, low, high, last, radius, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    out, base, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, last, radius,
+    NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out = base + radius z."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
     z = _z(NORMAL, unit, tensor, step, last, low, high)
-    x = tl.load(_at(base, here, ALIGNED), mask=inside).to(tl.float32) + z * radius
-    _store(_at(out, here, ALIGNED), x, inside)
+    z = _masked(z, 0, here, inside, marks, rows, columns, row, column)
+    x = tl.load(_at(base, here, ALIGNED), mask=inside).to(tl.float32)
+    _store(_at(out, here, ALIGNED), tl.where(z != 0, x + z * radius, x), inside)
 
 
 @_kernel
 def mean(
-    out, n, skip, unit, tensor, step, low, high, q, lasts, rhos, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    out, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, q, lasts, rhos,
+    NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out = (1/q) sum_k rho_k z_k."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
-    total, _ = _total(NORMAL, q, lasts, rhos, unit, tensor, step, low, high)
+    total, _ = _total(
+        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+    )  # fmt: skip
     tl.store(_at(out, here, ALIGNED), _divided(total, q), mask=inside)
 
 
 @_kernel
 def descend(
-    truth, live, n, skip, unit, tensor, step, low, high, q, lasts, rhos, lr, weight_decay, last_rounding,
-    NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    truth, live, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, q, lasts, rhos,
+    lr, weight_decay, last_rounding, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`fused.descend` along (1/q) sum_k rho_k z_k."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
-    total, _ = _total(NORMAL, q, lasts, rhos, unit, tensor, step, low, high)
+    total, _ = _total(
+        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+    )  # fmt: skip
     u = _divided(total, q)
     _descend(truth, live, here, inside, u, lr, weight_decay, unit, tensor, step, low, high, last_rounding, ALIGNED)
 
 
 @_kernel
 def remember(
-    memory, n, skip, unit, tensor, step, low, high, q, lasts, rhos, beta, rest,
+    memory, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, q, lasts, rhos, beta, rest,
     NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`fused.remember_mean` of rho_k z_k."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
-    total, visits = _total(NORMAL, q, lasts, rhos, unit, tensor, step, low, high)
+    total, visits = _total(
+        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+    )  # fmt: skip
     m = _remembered(tl.load(_at(memory, here, ALIGNED), mask=inside), total, visits, q, beta, rest)
     tl.store(_at(memory, here, ALIGNED), m, mask=inside)
 
 
 @_kernel
 def remember_and_descend_sign(
-    memory, truth, live, n, skip, unit, tensor, step, low, high, q, lasts, rhos, beta, rest,
-    lr, weight_decay, last_rounding, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    memory, truth, live, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, q, lasts, rhos,
+    beta, rest, lr, weight_decay, last_rounding, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`remember`, then `fused.descend_sign` along the memory."""
     unit, here, inside = _place(unit, skip, n, ALIGNED)
-    total, visits = _total(NORMAL, q, lasts, rhos, unit, tensor, step, low, high)
+    total, visits = _total(
+        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+    )  # fmt: skip
     m = _remembered(tl.load(_at(memory, here, ALIGNED), mask=inside), total, visits, q, beta, rest)
     tl.store(_at(memory, here, ALIGNED), m, mask=inside)
     u = tl.where(m > 0, 1.0, 0.0) - tl.where(m < 0, 1.0, 0.0)

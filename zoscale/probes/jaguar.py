@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,11 +14,12 @@ from zoscale.noise import Domain, Key, Noise
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
 from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
-from zoscale.streams import Stream, stream_of
+from zoscale.streams import Mask, Stream, stream_of
 
 Signs = Literal["rademacher", "ones"]
 
 _DENSE_ABOVE = 1 / 16  # a support with a larger share is cheaper as a dense segment than as an index
+_STREAM_ABOVE = 1 / 256  # and where kernels make z in registers, as one pass over the tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,18 @@ class _Support:
     def is_whole(self) -> bool:
         """Whether it is every element."""
         return self.rows is None and self.columns is None
+
+    def share(self, spec: TensorSpec) -> float:
+        """Of the elements of the tensor."""
+        rows = 1.0 if self.rows is None else len(self.rows) / spec.rows
+        return rows if self.columns is None else rows * len(self.columns) / spec.columns
+
+    def marks(self, spec: TensorSpec) -> Tensor:
+        """See `Mask`; on the CPU."""
+        marks = torch.zeros(spec.rows + spec.columns, dtype=torch.uint8)
+        marks[slice(0, spec.rows) if self.rows is None else self.rows] = 1
+        marks[slice(spec.rows, None) if self.columns is None else self.columns + spec.rows] = 1
+        return marks
 
     def positions(self, spec: TensorSpec, first: int, last: int, device: torch.device) -> Tensor | None:
         """Flat positions of the support in [first, last) of the tensor, relative to first; None = all of them.
@@ -61,14 +75,25 @@ class JaguarDirection(DrawnDirection):
     """Signs on a support of rows x columns per tensor; a tensor without a support is not perturbed.
 
     Args:
+        specs: of all tensors.
         supports: by tensor id.
         signs: +1 or -1 at random (unbiased), or all +1 (the paper's code).
     """
 
-    def __init__(self, noise: Noise, step: int, k: int, supports: dict[int, _Support], signs: Signs) -> None:
+    def __init__(
+        self,
+        noise: Noise,
+        step: int,
+        k: int,
+        specs: Sequence[TensorSpec],
+        supports: dict[int, _Support],
+        signs: Signs,
+    ) -> None:
         super().__init__(noise, step, k)
         self.supports = supports
         self.signs = signs
+        self._specs = specs
+        self._masks: dict[torch.device, dict[int, Mask]] = {}
 
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         device = group[0].shard.truth.device
@@ -86,10 +111,23 @@ class JaguarDirection(DrawnDirection):
         return [made.get(piece) for piece in group]
 
     def stream(self, piece: Piece) -> Stream | None:
-        support = self.supports.get(piece.shard.spec.id)
-        if self.signs != "rademacher" or support is None or not support.is_whole:
+        spec, device = piece.shard.spec, piece.shard.truth.device
+        support = self.supports.get(spec.id)
+        if self.signs != "rademacher" or support is None or support.share(spec) < _STREAM_ABOVE:
             return None
-        return stream_of(self.noise, self.key, piece.range, "rademacher", piece.shard.truth.device)
+        mask = partial(self._mask, spec, device)
+        return stream_of(self.noise, self.key, piece.range, "rademacher", device, mask)
+
+    def _mask(self, spec: TensorSpec, device: torch.device) -> Mask | None:
+        """The support of a tensor on its device; those of all tensors are sent there together."""
+        if device not in self._masks:
+            some = [(own, s) for own in self._specs if (s := self.supports.get(own.id)) is not None and not s.is_whole]
+            marks = on_device(torch.cat([s.marks(own) for own, s in some]), device) if some else torch.empty(0)
+            parts = torch.split(marks, [own.rows + own.columns for own, _ in some])
+            self._masks[device] = {
+                own.id: Mask(part, own.rows, own.columns) for (own, _), part in zip(some, parts, strict=True)
+            }
+        return self._masks[device].get(spec.id)
 
     def touches(self, spec: TensorSpec) -> bool:
         return spec.id in self.supports
@@ -123,7 +161,7 @@ class JaguarProbe(Probe):
         self.signs = signs
 
     def draw(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> Direction:
-        return JaguarDirection(noise, step, k, self.supports(noise, specs, step, k), self.signs)
+        return JaguarDirection(noise, step, k, specs, self.supports(noise, specs, step, k), self.signs)
 
     @abstractmethod
     def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
