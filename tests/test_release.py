@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoscale import cli
+from zoscale.data import part
 
 MODEL = ROOT / "launch/tiny_opt/model"
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -85,7 +86,7 @@ def test_a_checkpoint_scores_as_it_did_in_the_run(best: Path, runs: dict[str, Pa
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert (found["accuracy"], found["count"]) == (expected["accuracy"], 11)
     assert found["step"] == facts["dev"]["best_step"] != 9, "not the last"
-    assert [row["index"] for row in found["rows"]] == list(range(11))
+    assert [row["index"] for row in found["rows"]] == part(range(400), 11), "lines of the file"
     for row in found["rows"]:
         assert row["prompt"].endswith(" It was") and row["options"] == [" terrible", " great"]
         assert row["prediction"] == max((0, 1), key=row["scores"].__getitem__)
@@ -259,8 +260,9 @@ def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: py
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
 def test_lm_evaluation_harness_scores_the_export(at_nine: Path, last: Path, tmp_path: Path) -> None:
     """The merged model under EleutherAI's harness gives every option the score that `zoscale evaluate` gives."""
-    data = (ROOT / "launch/tiny_opt/data/validation.jsonl").read_text().splitlines()[:11]
-    (tmp_path / "validation.jsonl").write_text("\n".join(data) + "\n")
+    data = (ROOT / "launch/tiny_opt/data/validation.jsonl").read_text().splitlines()
+    places = part(range(len(data)), 11)
+    (tmp_path / "validation.jsonl").write_text("".join(f"{data[place]}\n" for place in places))
     (tmp_path / "sentiment.yaml").write_text(
         f"task: sentiment\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/validation.jsonl}}}}\n"
         'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{sentence}} It was"\ndoc_to_target: label\n'
@@ -279,8 +281,10 @@ def test_lm_evaluation_harness_scores_the_export(at_nine: Path, last: Path, tmp_
     theirs = {
         sample["doc_id"]: sample["filtered_resps"] for sample in map(json.loads, samples.read_text().splitlines())
     }
+    assert sorted(row["index"] for row in read(last)["rows"]) == places, "lines of the file"
     for row in read(last)["rows"]:
-        assert [float(response[0]) for response in theirs[row["index"]]] == pytest.approx(row["scores"], abs=1e-4)
+        responses = theirs[places.index(row["index"])]
+        assert [float(response[0]) for response in responses] == pytest.approx(row["scores"], abs=1e-4)
 
 
 def refused(*argv: str, capsys: pytest.CaptureFixture[str]) -> str:

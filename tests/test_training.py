@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import zoscale
 from zoscale import cli
 from zoscale.config import parse
+from zoscale.data import part
 from zoscale.journal import Journal, JournalWriter
 from zoscale.methods import DEFAULTS, TABLES
 
@@ -147,7 +148,8 @@ def test_adapter_scores_the_same_in_plain_peft(launched: tuple[Path, str]) -> No
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), run_dir / "adapter"
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = [json.loads(line) for line in (ROOT / "launch/tiny_opt/data/validation.jsonl").read_text().splitlines()][:60]
+    lines = (ROOT / "launch/tiny_opt/data/validation.jsonl").read_text().splitlines()
+    rows = part([json.loads(line) for line in lines], 60)
     correct, loss = 0, 0.0
     for row in rows:
         prompt = tokenizer(f"{row['sentence']} It was", return_tensors="pt")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +12,8 @@ from zoscale.config import ConfigError, DataConfig
 from zoscale.noise import Domain, Key, Noise
 from zoscale.prefixes import Row, common_prefix, share_prefixes
 from zoscale.tasks import Example, Task, demonstrate
+
+T = TypeVar("T")
 
 SPLIT, ORDER, STRATA = 0, 1, 2  # second words of the draws in Domain.DATA; strata take all from theirs on
 
@@ -55,7 +58,7 @@ class Splits:
         return cls(*([demonstrate(example, shots) for example in split] for split in splits))
 
 
-def part(validation: Sequence[Example], count: int | None) -> list[Example]:
+def part(validation: Sequence[T], count: int | None) -> list[T]:
     """So many of the examples at random (None = all), the same in every run, in their order."""
     if count is not None and count > len(validation):
         raise ConfigError(f"data.num_validation up to {len(validation)}", str(count), "lower it")

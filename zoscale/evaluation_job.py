@@ -125,13 +125,16 @@ def _job(name: str, config: RunConfig, architecture: Any, split: str) -> Job:
         raise ConfigError("options that the task takes", str(error), "correct the configuration") from error
     encoder = encoder_of(config, architecture)
     if split == "validation" and config.data.num_demonstrations == 0:
-        examples = part(task.examples(split), config.data.num_validation)
+        everything = task.examples(split)
+        places = part(range(len(everything)), config.data.num_validation)
+        examples = [everything[place] for place in places]
     else:
         examples = getattr(Splits.of(task, config.data, config.seed), split)
+        places = list(range(len(examples)))
     if not examples:
         raise ConfigError(f"examples in split {split}", "none", "choose another --split, or raise data.num_dev")
     batches, order = numbered_batches(examples, encoder, config.train.eval_micro_batch_size)
-    return Job(name, task, encoder.tokenizer, [(number, examples[number]) for number in order], batches)
+    return Job(name, task, encoder.tokenizer, [(places[number], examples[number]) for number in order], batches)
 
 
 def _start(config: RunConfig, architecture: Any) -> ZeroOrderEngine:
