@@ -13,7 +13,10 @@ from zoscale.provenance import device_name
 from zoscale.stopwatch import Course, Method, time_step
 
 _TURNS = 2
-"""Micro-batches of a rank that are timed at most: the first one of a step may differ, later ones are alike."""
+"""Micro-batches of a rank that are timed at most: the first one of a step may differ, later ones are alike.
+
+Those beside it gather nothing in `fan_out`: with many of them and a slow link, what is said is an upper bound.
+"""
 
 
 def timed(
