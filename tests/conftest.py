@@ -7,12 +7,12 @@ from jobs import JobServer
 JOBS = (
     "test_recovery", "test_training", "test_zero3", "test_slurm", "test_launchers", "test_mesh", "test_replay",
     "test_release", "test_compare_command", "test_methods", "test_schemes", "test_recipes", "test_task_runs",
-    "test_doctor", "test_untrusted", "test_reproduction", "test_weight_lora",
+    "test_doctor", "test_untrusted", "test_reproduction", "test_weight_lora", "test_benchmark",
 )  # fmt: skip
-"""Files that start several processes and mostly wait for them, the longest first: two files run side by side."""
+"""Files that start several processes and mostly wait for them, the longest first: three files run side by side."""
 
 MEASURED = {
-    "test_benchmark", "test_faults", "test_meters", "test_noise", "test_phases", "test_plan", "test_shipped_files",
+    "test_faults", "test_meters", "test_noise", "test_phases", "test_plan", "test_shipped_files",
     "test_tracking", "test_watchdog",
 }  # fmt: skip
 """Files that compare times or memory: nothing runs beside them."""
