@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def order(item: pytest.Item) -> tuple[int, bool]:
-    """Long jobs first, so that both workers end together; else quick tests first."""
+    """Long jobs first, so that all workers end together; else quick tests first."""
     place = JOBS.index(item.path.stem) if item.path.stem in JOBS else len(JOBS)
     return place, item.get_closest_marker("slow") is not None
 
