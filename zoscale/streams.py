@@ -217,7 +217,7 @@ def _check(kernels: Any, device: torch.device) -> None:
         RuntimeError: if they differ.
     """
     for first in (2**33 + 77, 2**33):  # aligned, as most slices are, and not
-        _check_range(kernels, device, Range(7, first, first + 300))
+        _check_range(kernels, device, Range(7, first, first + 304))
 
 
 def _check_range(kernels: Any, device: torch.device, wanted: Range) -> None:
