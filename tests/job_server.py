@@ -15,9 +15,12 @@ import time
 import traceback
 from typing import Any
 
+import datasets  # noqa: F401 (imported for the forks, as what is below)
+import deepspeed  # noqa: F401
+import mlflow  # noqa: F401
 import torch
 
-from zoscale import assembly, cli, evaluation_job, ledger, run, trainer  # noqa: F401 (imported for the forks)
+from zoscale import assembly, cli, evaluation_job, ledger, run, trainer  # noqa: F401
 from zoscale.methods import TABLES  # noqa: F401
 
 LAUNCHER_PATIENCE = 10.0  # seconds; ranks whose process group is complete end sooner by themselves

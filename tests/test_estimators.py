@@ -299,7 +299,8 @@ def test_memory_of_a_perturbation_does_not_grow_with_the_tensor() -> None:
     """Pitfall 24: with a master, perturbing and restoring makes no copy of the weights and no whole z."""
 
     def peak(numel: int) -> int:
-        shards = shards_of([(numel,)])
+        weights = nn.Parameter(torch.zeros(numel, dtype=torch.bfloat16))
+        shards = [ShardedParam(weights, TensorSpec(0, "t0", (numel,)))]
         (direction,) = draw(Rademacher(), shards, 1)
 
         def cycle() -> None:

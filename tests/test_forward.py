@@ -185,11 +185,18 @@ def test_a_model_without_a_head_is_refused() -> None:
 
 PRECISIONS: list[tuple[torch.dtype, Master]] = [
     (torch.float32, "fp32"),
-    (torch.float32, "none"),
     (torch.bfloat16, "fp32"),
     (torch.bfloat16, "none"),
 ]
 every_precision = pytest.mark.parametrize(("dtype", "master"), PRECISIONS)
+
+
+def test_only_16_bit_weights_have_a_master() -> None:
+    """A second copy of fp32 weights would be the same bits."""
+    for dtype, has_master in ((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)):
+        shards = shard_parameters(tiny("opt", dtype))
+        assert {shard.has_master for shard in shards} == {has_master}
+        assert {shard.truth.dtype for shard in shards} == {torch.float32}
 
 
 def drifted(model: nn.Module, master: Master) -> list[ShardedParam]:
@@ -418,7 +425,7 @@ def test_weights_that_are_nan_are_shown() -> None:
 
 def test_parameters_change_once_per_engine_step() -> None:
     """Pitfall 13: one optimizer step per step, each truth slice written once."""
-    engine = engine_of(tiny("opt"))
+    engine = engine_of(tiny("opt", torch.bfloat16))
     calls: list[int] = []
     engine.optimizer.register_step_post_hook(lambda *args: calls.append(1))
     for step in range(3):

@@ -14,7 +14,7 @@ import test_optim
 import torch
 from jobs import SHORT, JobServer, run_dir_of
 from processes import ROOT
-from reference_methods import Method, oracle_probe
+from reference_methods import Method, oracle_probe, power_iteration
 from safetensors.torch import load_file
 from test_optim import SHAPES, fixed_estimate, quadratic, shards_of, start_values, take_step, values_of
 from test_probes import densified, slice_of
@@ -231,6 +231,22 @@ def test_power_iteration_makes_nothing_of_rounding() -> None:
     out = orthogonalize(one, iteration="power", power_rank=3)
     torch.testing.assert_close(out, one / torch.linalg.matrix_norm(one), atol=1e-5, rtol=0)
     assert not partially_orthogonalize(torch.zeros(4, 5), rank=2).any()
+
+
+def test_jaguar_muon_moves_by_the_dominant_directions_of_its_memory() -> None:
+    """The memory itself is compared with the oracle's in test_optim.py."""
+    shapes = {"wide": (5, 9), "tall": (8, 4)}
+    shards = shards_of(start_values(shapes))
+    optimizer = OPTIMIZERS["jaguar_muon"](shards, lr=0.03, iteration="power", power_rank=2)  # type: ignore[call-arg]
+    for step in range(3):
+        before = values_of(shards)
+        optimizer.step(fixed_estimate(shards, step, 2, PROBES["block"](rows=0.5, columns=0.5)))
+        for shard in shards:
+            name, shape = shard.spec.name, shard.spec.shape
+            memory = optimizer.state[shard.truth]["momentum"].view(shape).numpy()
+            moved = ((before[name] - values_of(shards)[name]) / 0.03).numpy()
+            np.testing.assert_allclose(moved, power_iteration(memory, 2), atol=1e-4)
+            assert np.linalg.matrix_rank(moved, tol=1e-2) == 2 < np.linalg.matrix_rank(memory)
 
 
 # --- Which probe and estimator a method takes. ---

@@ -191,17 +191,25 @@ def plan_of(ranks: int, gib: float, *, measure: Collection[Method] = (), **chang
 
 def test_the_smallest_shard_size_that_fits() -> None:
     """A divisor of the ranks; one more than needed is never taken."""
-    full = {"adapter": None, "optimizer": {"name": "jaguar_sign_sgd"}}
-    columns = [(gib, plan_of(6, gib, **full)["zero_order"]) for gib in (8, 0.16, 0.13, 0.1, 0.01)]
+    bf16 = {"config": SHAPES, "dtype": "bfloat16"}
+    full = {"adapter": None, "optimizer": {"name": "jaguar_sign_sgd"}, "model": bf16}
+    columns = [(gib, plan_of(6, gib, **full)["zero_order"]) for gib in (8, 0.13, 0.1, 0.08, 0.01)]
     assert [column["shard_size"] for _, column in columns] == [1, 2, 3, 6, 6]
     assert all(column["fits"] == (column["total"] <= gib * GIB) for gib, column in columns)
     assert [column["fits"] for _, column in columns] == [True, True, True, True, False]
     column = plan_of(6, 8, **full)["zero_order"]
     assert column["memory"]["gathered weights"] == 0 == column["work"]["received"], "replicas gather nothing"
     weights = sum(weight.numel for weight in shapes_of(None).weights) * 4
-    assert (
-        column["memory"]["weights"] == column["memory"]["fp32 master"] == column["memory"]["optimizer state"] == weights
-    )
+    kept = [column["memory"][name] for name in ("weights", "fp32 master", "optimizer state")]
+    assert kept == [weights / 2, weights, weights]
+
+
+def test_weights_in_fp32_are_their_own_master() -> None:
+    """One pass for all candidates draws them beside the weights; one pass each writes over the weights."""
+    weights = sum(weight.numel for weight in shapes_of(None).weights) * 4
+    for forward, restored in (("auto", 0), ("sequential", weights)):
+        memory = plan_of(1, 8, adapter=None, forward={"name": forward})["zero_order"]["memory"]
+        assert (memory["weights"], memory["fp32 master"], memory["weights to restore"]) == (weights, 0, restored)
 
 
 def test_work_of_a_step() -> None:
@@ -218,7 +226,8 @@ def test_work_of_a_step() -> None:
     assert full["zero_order"]["work"]["gathered"] == model
     assert one_by_one["zero_order"]["work"]["gathered"] == turns * 4 * model
     assert one_by_one["zero_order"]["work"]["flops"] == full["zero_order"]["work"]["flops"]
-    assert one_by_one["zero_order"]["total"] < full["zero_order"]["total"], "activations of one candidate only"
+    activations = [plan["zero_order"]["memory"]["activations"] for plan in (one_by_one, full)]
+    assert activations[0] < activations[1], "of one candidate only"
     assert full["first_order"]["work"]["gathered"] == turns * 2 * model
     assert full["first_order"]["memory"]["fp32 master and moments"] == full["parameters"] * 3 * 4 / 2
     cut = plan_of(2, 8, adapter=LORA, estimator=estimator, mesh={"shard_size": 2}, forward={"max_rows": 2})
@@ -226,7 +235,8 @@ def test_work_of_a_step() -> None:
     assert (cut["job"]["passes"], cut["job"]["rounds"]) == (8, 1), "side by side"
     assert cut["zero_order"]["work"]["gathered"] == lora["zero_order"]["work"]["gathered"]
     waits = [plan["zero_order"]["memory"]["passes side by side"] for plan in (lora, cut, one_by_one)]
-    assert waits == [3 * 4 * 16 * 256 * 4, 7 * 2 * 16 * 256 * 4, 0], "a hidden state for each that waits"
+    state = 16 * 256 * 4
+    assert waits == [4 * 3 * 4 * state, 4 * 7 * 2 * state, 0], "four hidden states for each that waits"
     assert cut["zero_order"]["work"]["flops"] == lora["zero_order"]["work"]["flops"]
     halves = plan_of(2, 8, adapter=LORA, estimator=estimator, mesh={"shard_size": 2, "candidates": 2})
     assert halves["job"]["turns"] == 8 and halves["job"]["together"] == 2, "twice as many passes of half the rows"
@@ -258,7 +268,7 @@ def test_the_update_of_adamw(tmp_path: Path) -> None:
 
 
 def test_only_what_is_trained_has_a_state() -> None:
-    plan = plan_of(1, 8, adapter=None, trainable="norm")
+    plan = plan_of(1, 8, adapter=None, trainable="norm", model={"config": SHAPES, "dtype": "bfloat16"})
     assert plan["trainable"] == (2 * 3 + 1) * 2 * 256
     assert plan["zero_order"]["memory"]["fp32 master"] == 4 * plan["trainable"]
 

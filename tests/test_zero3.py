@@ -134,6 +134,21 @@ WIDE: dict[str, Any] = {
     "config": tiny.ARCHITECTURES["opt"] | {"hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 1100},
 }  # fmt: skip
 """Large enough for DeepSpeed to put some matrices on NVMe, and adapters too if it were let."""
+SHAPE = {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_hidden_layers": 4, "vocab_size": 4000}
+PEAKS: dict[str, dict[str, Any]] = {
+    f"peak_{turns}": LORA
+    | SIGN
+    | BLOCK
+    | FOUR
+    | {
+        "config": tiny.ARCHITECTURES["opt"] | SHAPE,
+        "check": "peak",
+        "forward": "fan_out",
+        "turns": turns,
+    }
+    for turns in (1, 2)
+}
+"""Micro-batches of a rank: one, and two whose passes go side by side."""
 NVME: dict[str, Any] = json.loads((ROOT / "ds_configs/zero3_nvme.json").read_text())["zero_optimization"][
     "offload_param"
 ]
@@ -196,7 +211,7 @@ def job(
 ) -> Iterator[Any]:
     """All scenarios of one world size in one job."""
     world = request.param
-    scenarios = TRAJECTORIES | FAN_OUT | CHECKS
+    scenarios = TRAJECTORIES | FAN_OUT | CHECKS | PEAKS
     scenarios |= {name: s for name, s in FAMILIES.items() if world in families_at(s)}
     scenarios |= {
         n: TRAJECTORIES[base] | {"zero": zero} for n, (base, zero, worlds) in ZERO_VARIANTS.items() if world in worlds
@@ -469,6 +484,18 @@ def test_a_step_gathers_the_model_once(job: Any, name: str) -> None:
         assert num_bytes <= report["model_bytes"] if world > 1 else num_bytes == 0
         assert calls <= report["blocks"] + 6 if world > 1 else calls == 0
     assert world == 1 or report["steps"][-1][0] > 0.99 * report["model_bytes"], "the count sees the gathers"
+
+
+def test_a_step_takes_little_more_memory_than_the_bare_forward(job: Any) -> None:
+    """At most 15 % more than a shard, the largest block and what the bare forward of the same rows holds; a micro-batch
+    whose pass waits beside that adds four hidden states, as the plan says, and not what a block or the head makes."""
+    world, out = job
+    hidden = 9 * 4 * 32 * SHAPE["hidden_size"] * 4
+    for one, two in zip(*(outcome(out, f"peak_{turns}")[0]["ranks"] for turns in (1, 2)), strict=True):
+        shard, block, bare, step = one
+        assert bare > block * (world > 1), "the gathered block is among it"
+        assert shard + step <= 1.15 * (shard + bare)
+        assert hidden * (world > 1) <= two[3] - step <= 4.6 * hidden
 
 
 @pytest.mark.parametrize("name", [name for name, (s, _) in FIRST_ORDER.items() if s["check"] == "resumed"])

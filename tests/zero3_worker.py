@@ -15,6 +15,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from allocations import highest_point
 from deepspeed.runtime.swap_tensor import partitioned_param_swapper
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
@@ -38,7 +39,7 @@ from zoscale.optim import orthogonalize
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.optim.owners import CAPACITY, on_owners
 from zoscale.runtime import ZERO3, Runtime, start, stop
-from zoscale.shards import ShardedParam, local_bytes
+from zoscale.shards import ShardedParam, local_bytes, true_numel
 
 
 def model_config(scenario: dict[str, Any]) -> ModelConfig:
@@ -201,6 +202,29 @@ def traffic(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]
             steps.append(astuple(meter.take() + own))
     blocks = sum(is_block(engine.model, module) for module in engine.model.modules())
     return {"steps": steps, "model_bytes": local_bytes(engine.model) * engine.mesh.shard_size, "blocks": blocks}
+
+
+def peak(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of a shard, of the largest block, and the highest points of the bare forward and of a step beyond those."""
+    rows = {key: torch.ones(4, 32, dtype=torch.int64) for key in ("input_ids", "labels")}
+    batches = micro_batches([rows] * scenario["turns"] * engine.mesh.world_size)
+    copies = batches[0].repeat(engine.estimator.num_candidates)
+
+    @torch.no_grad()
+    def bare() -> None:
+        engine.answers.answer_logprobs(copies)
+
+    def step() -> None:
+        engine.step(batches)
+
+    step()
+    points = {}
+    for name, call in {"bare": bare, "step": step}.items():
+        call()  # ZeRO-3 learns the order of the modules anew
+        points[name] = highest_point(call)
+    blocks = [module for module in engine.model.modules() if is_block(engine.model, module)]
+    block = max(sum(true_numel(param) * 4 for param in module.parameters()) for module in blocks)
+    return {"ranks": engine.mesh.gather_objects([local_bytes(engine.model), block, points["bare"], points["step"]])}
 
 
 def beginning(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
@@ -371,6 +395,7 @@ CHECKS = {
     "non_finite": non_finite,
     "resident": resident,
     "traffic": traffic,
+    "peak": peak,
     "owners": owners,
     "offloaded": offloaded,
 }

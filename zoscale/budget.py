@@ -8,6 +8,7 @@ from zoscale.first_order import reduce_bucket
 from zoscale.footprint import FanName, Footprint, ModelShapes, Weight
 
 _FP32 = 4
+_WAITING = 4  # hidden states that a pass between two blocks holds: its embeddings, their sum and its own
 _ADAM = 3 * _FP32  # master, first and second moment
 _UPDATE = 3 * _FP32  # while AdamW steps: the gradient once more, flat, and two temporaries
 
@@ -28,7 +29,7 @@ class Job:
         waiting: most tokens of passes that go through the model side by side.
         hidden: bytes of a token between two blocks.
         state: fp32 values that the zero-order optimizer keeps per trainable element.
-        master: whether trainable slices have an fp32 master.
+        master: whether trainable slices have an fp32 master, which those in fp32 never have.
         prefetch: whether ZeRO-3 gathers the next block while one runs.
         copies: whether the gather itself needs its output once more (gloo does).
         bucket: gradients that AdamW's ranks reduce together, in elements; None = as `first_order` chooses.
@@ -180,8 +181,10 @@ def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activation
     adapters = sum(weight.numel * weight.width for weight in trainable) * job.own
     resident = _held(shapes.weights, trainable, job, shard_size) if job.offload == "none" else {}
     resident["candidates' adapters"] = adapters * (job.fan == "adapters")
+    is_undone = job.fan is None and not job.master  # a perturbation, by a copy of what it wrote over
+    resident["weights to restore"] = sum(_shard(weight, shard_size) for weight in trainable) * is_undone
     behind = (-(-job.passes // job.rounds) - 1) * (shard_size > 1 or job.offload != "none")
-    resident["passes side by side"] = behind * job.together * job.micro_batch * job.tokens * job.hidden
+    resident["passes side by side"] = behind * job.together * job.micro_batch * job.tokens * job.hidden * _WAITING
     phases = Gathers(_gathered(shapes, job), shard_size, job.offload).phases(job, activations)
     return _highest(resident, _passes(phases))
 
@@ -236,7 +239,8 @@ def zero_order_work(shapes: ModelShapes, job: Job, shard_size: int, footprint: F
     trainable = [weight for weight in shapes.weights if weight.trainable]
     whole = job.turns * job.own / job.together  # passes, the last one as full as it is
     slices = sum(weight.numel for weight in trainable) / shard_size
-    updates = slices * _FP32 * (2 * job.master + 2 * job.state)  # read and written
+    live = sum(w.numel * w.width for w in trainable) / shard_size
+    updates = slices * _FP32 * (2 * job.master + 2 * job.state) + live * (1 if job.master else 2)  # read and written
     perturbed = slices if job.fan is None else job.turns * slices * shard_size * (job.fan == "weights")
     perturbations = 3 * _FP32 * perturbed * job.own  # weights and noise read, weights written
     gathered = job.rounds * gathers.model

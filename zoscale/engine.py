@@ -77,7 +77,7 @@ class ZeroOrderEngine:
         estimator: which points are evaluated; likewise.
         objective: the loss of a micro-batch; one that is no `GeneratedLoss` may be replaced later.
         seed: of all directions.
-        master: keep the truth of trainable slices in fp32 (4 bytes per local element), or none.
+        master: keep the truth of 16-bit trainable slices in fp32 (4 bytes per local element), or none.
         noise: compile the generator: `auto` does from about a million trainable elements on.
         forward: `fan_out` takes all candidates in one pass; `sequential` takes one pass each; `auto` fans out where
             it can, which is wherever modules keep the rows of a batch in order.

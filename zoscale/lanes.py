@@ -1,8 +1,9 @@
 """`Lanes`: forward passes side by side, so that ZeRO-3 gathers each part of the model once for all of them.
 
-The first pass drives ZeRO-3's hooks as any forward does. When it has run a block, and holds its weights still, the
-others run that block too, one after the other, and wait behind it for the next one. Each pass keeps its own rows and
-shapes, so its results have the bits that it has alone; what is added is the hidden state of each pass between blocks.
+The first pass drives ZeRO-3's hooks as any forward does. When it holds the weights of a block, the others run that
+block before it does, one after the other, and wait where the next one begins; after the last one they run to their
+end. Each pass keeps its own rows and shapes, so its results have the bits that it has alone; what is added is the
+hidden state of each pass between blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -57,8 +58,7 @@ class Lanes:
             for follower in others:
                 stack.callback(follower.end)
             for station in self._stations:
-                handle = station.register_forward_hook(_turn(others), prepend=True)  # before ZeRO-3 lets go
-                stack.callback(handle.remove)
+                stack.callback(station.register_forward_pre_hook(_turn(others)).remove)  # after ZeRO-3's, which gathers
             stack.callback(_LANE.reset, _LANE.set(0))
             first = passes[0]()
             return [first, *(follower.finish() for follower in others)]
@@ -76,6 +76,7 @@ class _Follower(Generic[T]):
         self._number = number
         self._pass = run
         self._results: list[T] = []
+        self._waits_at: nn.Module | None = None
         self._greenlet = greenlet(self._run)
         self._greenlet.gr_context = copy_context()
 
@@ -84,14 +85,15 @@ class _Follower(Generic[T]):
         self._results.append(self._pass())
 
     def advance(self, station: nn.Module) -> None:
-        """Run to the end of the module at which the first pass is."""
-        if (reached := self._greenlet.switch()) is not station:
-            self._refuse(reached, station)
+        """Run the module whose weights the first pass holds, and on to the next one, or to the end."""
+        if not self._greenlet and not self._results:
+            self._waits_at = self._greenlet.switch()
+        self._check(station)
+        self._waits_at = self._greenlet.switch()
 
     def finish(self) -> T:
-        """Run to the end, once the first pass is there."""
-        if (reached := self._greenlet.switch()) is not None:
-            self._refuse(reached, None)
+        """The result, once the first pass is at its end."""
+        self._check(None)
         return self._results[0]
 
     def end(self) -> None:
@@ -99,26 +101,26 @@ class _Follower(Generic[T]):
         if self._greenlet:
             self._greenlet.throw()
 
-    @staticmethod
-    def _refuse(reached: object, station: object) -> None:
-        names = [type(module).__name__ if module is not None else "its end" for module in (station, reached)]
-        raise RuntimeError(
-            f"expected the passes of a step to enter the same modules in the same order, got one at {names[0]} and "
-            f"another at {names[1]}: set forward.name=sequential"
-        )
+    def _check(self, station: nn.Module | None) -> None:
+        if self._waits_at is not station:
+            names = ["its end" if m is None else type(m).__name__ for m in (station, self._waits_at)]
+            raise RuntimeError(
+                f"expected the passes of a step to enter the same modules in the same order, got one at {names[0]} and "
+                f"another at {names[1]}: set forward.name=sequential"
+            )
 
 
 def _turn(others: Sequence[_Follower[Any]]) -> Callable[..., None]:
-    """What follows a module's forward: the first pass lets the others run it, each of them waits."""
+    """What precedes a module's forward: the first pass lets the others run it, each of them waits for that."""
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def before(module: nn.Module, args: Any) -> None:
         if lane():
             cast(greenlet, getcurrent().parent).switch(module)
             return
         for follower in others:
             follower.advance(module)
 
-    return after
+    return before
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan, directory: 
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[config.model.dtype]
     resident = engine.mesh.gather_objects(local_bytes(engine.model))
     slices = engine.mesh.gather_objects(sum(len(shard) for shard in engine.shards))
-    masters = max(slices) * 4 if config.master == "fp32" else 0
+    masters = max(engine.mesh.gather_objects(sum(4 * len(shard) for shard in engine.shards if shard.has_master)))
     largest = max(size.largest_block, size.outside_blocks) * width
     log = say(engine.mesh)
     log(f"run directory: {directory.path}")

@@ -2,11 +2,13 @@
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -148,7 +150,7 @@ def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> A
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     obey(runtime.dtype)
-    _skip_shm_build()
+    _import_deepspeed()
     for name in ("all_gather_into", "reduce_scatter"):
         warnings.filterwarnings("ignore", message=f".*{name}_tensor.*deprecated", category=FutureWarning)
     launched = int(os.environ["WORLD_SIZE"])
@@ -206,9 +208,18 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _skip_shm_build() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives on a CPU: they are not used here."""
-    if not torch.cuda.is_available():
-        import deepspeed
+def _import_deepspeed() -> None:
+    """Import DeepSpeed without what is not used here.
 
+    Its autotuner would import MLflow: two seconds of processor time in every rank. On a CPU its first use would compile
+    shared-memory collectives.
+    """
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None: an import of it fails
+    is_hidden = modules.setdefault("mlflow", None) is None
+    try:
+        import deepspeed
+    finally:
+        if is_hidden:
+            del modules["mlflow"]
+    if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -62,14 +62,14 @@ class TensorSpec:
 class ShardedParam:
     """The local slice [offset, offset + len(self)) of one trainable tensor, without padding.
 
-    `truth` holds the weights: an fp32 master slice (`master="fp32"`), or the live slice itself (`"none"`). `live` is
-    the 1-D slice in the compute dtype that the next forward reads, derived from the truth.
+    `truth` holds the weights: an fp32 master slice, or the live slice itself (`master="none"`, or where that is fp32).
+    `live` is the 1-D slice in the compute dtype that the next forward reads, derived from the truth.
 
     Args:
         param: a parameter of a ZeRO-3 engine's model, or a plain contiguous one.
         spec: its place in the model.
-        master: keep a master slice in fp32, or none; or `stochastic`: none, and updates of 16-bit weights are rounded
-            stochastically.
+        master: keep a master slice in fp32 of 16-bit weights, or none; or `stochastic`: none, and updates of 16-bit
+            weights are rounded stochastically.
     """
 
     def __init__(self, param: nn.Parameter, spec: TensorSpec, *, master: Master = "fp32") -> None:
@@ -77,7 +77,7 @@ class ShardedParam:
         self.param = param
         self.offset, self.live = _local_slice(param, spec)
         self.is_rounded_stochastically = master == "stochastic" and self.live.dtype in (torch.bfloat16, torch.float16)
-        self.truth = self.live.float().clone() if master == "fp32" else self.live
+        self.truth = self.live.float() if master == "fp32" else self.live
         self._undo: list[tuple[slice | Tensor, Tensor]] = []
 
     @classmethod

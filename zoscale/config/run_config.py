@@ -65,8 +65,8 @@ class RunConfig:
             warmup_steps, expansions and expand_every. null trains the model's own weights.
         trainable: Regular expression, searched in names of the model's own weights: those that are trained if adapter
             is null; null is all of them.
-        master: Type of the master copy of the trainable weights, which updates go to; none keeps no copy; stochastic
-            keeps none either, and updates of 16-bit weights are rounded up or down at random, without bias.
+        master: Type of the master copy of trainable weights in 16 bits, which updates go to; none keeps no copy;
+            stochastic keeps none either, and updates of 16-bit weights are rounded up or down at random, without bias.
         objective: What is minimized: classification, the loss of the answer among the candidates; lm, that of its
             tokens; or 1 - a score of the chosen or generated text: accuracy, f1, exact_match, or module:function, any
             function (answer, accepted answers) -> number. Left out in files and on the command line, it is lm for tasks
