@@ -185,3 +185,11 @@ def test_stochastic_rounding_needs_drawn_directions() -> None:
     (shard,) = cut(torch.ones(4, 4, dtype=torch.bfloat16), [0, 16])
     with pytest.raises(ValueError, match="expected a direction that is drawn for stochastic rounding, got Ones"):
         ZOSGD([shard]).step(GradientEstimate((Ones(),), (1.0,), 0.0))
+
+
+def test_scalars_are_kept_by_their_bits() -> None:
+    zero, negative, again = (fused.scalars(value, 1e300)[0] for value in (0.0, -0.0, 0.0))
+    assert zero is again and math.copysign(1.0, zero.item()) == 1.0 == -math.copysign(1.0, negative.item())
+    tenth, infinite = fused.scalars(0.1, 1e300)
+    assert tenth.dtype == torch.float32 and tenth.dim() == 0 and tenth.item() == torch.tensor(0.1).item()
+    assert math.isinf(infinite.item())

@@ -5,6 +5,7 @@ the same bits: every operation is rounded on its own, as in eager mode. All slic
 """
 
 import functools
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -109,9 +110,15 @@ def scalars(*values: float) -> tuple[Tensor, ...]:
     """Numbers as float32 tensors: not constants of a graph, so that other values need no other graph.
 
     They have no dimension and lie on the CPU, which is how a number becomes an argument of a kernel on any device:
-    nothing is transferred and nobody waits.
+    nothing is transferred and nobody waits. They are shared by all calls with these values: not to be changed.
     """
-    return torch.tensor(values, dtype=torch.float32).unbind()
+    return _scalars(struct.pack(f"{len(values)}d", *values))
+
+
+@functools.lru_cache(256)
+def _scalars(content: bytes) -> tuple[Tensor, ...]:
+    """By their bits: 0.0 and -0.0 are two numbers."""
+    return torch.frombuffer(bytearray(content), dtype=torch.float64).float().unbind()
 
 
 def on_device(values: Tensor, device: torch.device | str) -> Tensor:

@@ -23,6 +23,8 @@ from zoscale.fused import compiled, on_device
 
 _BLOCK_MULTIPLE = 64  # blocks per call are a multiple of this: whole vectors only, so a value has one code path
 _KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements a call
+_KEPT_DRAW = 2**13  # blocks of several tensors whose counters are kept for the next step: 64 KiB
+_KEPT_DRAWS = 1024
 _BITS = 32
 
 Device = torch.device | str
@@ -165,7 +167,8 @@ class Noise:
             blocks, tensors = _first_blocks(sizes[0], device)
             shared = self._words(key, firsts[0], ranges[0].tensor)
         else:
-            blocks, tensors = _counters(ranges, firsts, sizes, device)
+            counters = _kept_counters if sum(sizes) <= _KEPT_DRAW else _counters
+            blocks, tensors = counters(tuple(own.tensor for own in ranges), tuple(firsts), tuple(sizes), device)
             shared = self._words(key)
         run = compiled(kernel) if self.compiled else kernel
         drawn = run(blocks, tensors, on_device(torch.tensor(shared, dtype=torch.int32), device))
@@ -207,18 +210,19 @@ def _first_blocks(count: int, device: Device) -> tuple[Tensor, Tensor]:
     return blocks[:padded], zeros[:padded]
 
 
-def _counters(
-    ranges: Sequence[Range], firsts: Sequence[int], sizes: Sequence[int], device: Device
-) -> tuple[Tensor, Tensor]:
+def _counters(ids: Sequence[int], firsts: Sequence[int], sizes: Sequence[int], device: Device) -> tuple[Tensor, Tensor]:
     """Counter words 0 (element block) and 1 (tensor id) of all blocks: int32, padded to whole vectors."""
     total = sum(sizes)
     padded = _padded(total)
     counts = torch.tensor([*sizes, padded - total])
     ends = counts.cumsum(0)
     shift = torch.tensor([*firsts, 0]) - (ends - counts)
-    tensors = torch.tensor([*(philox.signed(tensor) for tensor, _, _ in ranges), 0], dtype=torch.int32)
+    tensors = torch.tensor([*map(philox.signed, ids), 0], dtype=torch.int32)
     blocks = torch.arange(padded) + shift.repeat_interleave(counts)
     return on_device(blocks.to(torch.int32), device), on_device(tensors.repeat_interleave(counts), device)
+
+
+_kept_counters = functools.lru_cache(_KEPT_DRAWS)(_counters)
 
 
 def _ranks(words: Tensor) -> Tensor:
