@@ -244,16 +244,26 @@ def test_what_a_reader_must_know_is_noted() -> None:
     unjudged = run(
         "old", 0, (0.5, 0.6), metrics={name: {} for name in (name for axis in AXES for name in axis.metrics)}
     )
-    other = run("other", 0, (0.5,), tags={"git_commit": "def"}, status="FAILED")
+    other = run("other", 0, (0.5,), tags={"git_commit": "def"}, status="RUNNING")
     nothing = run("empty", 0, (math.nan,))
-    stopped = run("muon", 3, (0.5, 0.6), status="KILLED")
+    stopped = run("muon", 3, (0.5, 0.6), status="UNFINISHED")
     comparison = compare([*two(), unjudged, other, nothing, stopped], "all", None)
     notes = " ".join(comparison.notes)
     assert "The runs of muon have different lengths; its curves end at step 10." in notes
-    assert "FAILED: other-0." in notes and "KILLED: muon-3." in notes
+    assert "RUNNING: other-0." in notes and "UNFINISHED: muon-3." in notes
     assert "not judged: old, other." in notes
     assert "Left out, as they have no dev/accuracy: empty-0." in notes
     assert "different commits: abc, def." in notes
+
+
+def test_a_run_that_broke_off_does_not_end_the_comparison() -> None:
+    """Its folder may end before training: nothing could be said of the others at that cost."""
+    broken = [run("sgd", 3, (0.5,), status="FAILED"), run("muon", 3, (0.5, 0.6), status="KILLED")]
+    whole, with_broken = compare(two(), "x", None), compare([*two(), *broken], "x", None)
+    assert with_broken.verdicts == whole.verdicts and with_broken.groups == whole.groups
+    notes = " ".join(with_broken.notes)
+    assert "FAILED: sgd-3. Left out" in notes and "KILLED: muon-3. Left out" in notes
+    assert [len(group.runs) for group in compare(broken, "x", None).groups] == [1, 1], "unless all did"
 
 
 def test_differences_are_only_what_differs() -> None:

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import reference as ref
 import torch
+from processes import run
 
 from zoscale import fused, philox
 from zoscale.noise import Domain, Key, Noise, Range
@@ -340,3 +342,20 @@ def test_refused_ranges(wanted: tuple[int, int, int]) -> None:
 def test_refused_choices(n: int, k: int) -> None:
     with pytest.raises(ValueError, match="0 <= k <= n"):
         Noise(0).choices(Key(0), [(0, 5, 2), (1, n, k)])
+
+
+@pytest.mark.slow
+def test_noise_benchmark_meets_its_bound(tmp_path: Path) -> None:
+    """Compiled normals cost at most 1.25 x torch.randn per thread, best of three runs; every pass has a share."""
+    passes, probes = ("perturb", "zo_sgd", "jaguar_sign_sgd"), ("gaussian", "rademacher", "block 0.5 x 0.5")
+    ratios = []
+    for what in ([], ["generators"], ["generators"]):
+        command = ["launch/benchmark_noise.py", *what, "--json", str(tmp_path / "figures.json"), "--repeats", "15"]
+        run([sys.executable, *command])
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        if not what:
+            assert all(0 < figures[f"{name}, {probe}"] < 2 for name in passes for probe in probes)
+        ratios.append(figures["normal, compiled"])
+        if ratios[-1] <= 1.25:
+            return
+    raise AssertionError(f"normal, compiled: {ratios} x torch.randn")

@@ -40,6 +40,7 @@ def shapes_of(adapter: dict[str, Any] | None, **changes: Any) -> ModelShapes:
 IN_4_BITS = {**SHAPES, "vocab_size": 2000, "hidden_size": 512, "word_embed_proj_dim": 512, "ffn_dim": 8192}
 RUNS: dict[str, tuple[int, list[str]]] = {
     "zero_order": (2, ["--config", "shapes.yaml", "--rows", "32"]),
+    "zero_order_full": (2, ["--config", "shapes.yaml", "--rows", "32", "--full", "--dtype", "bfloat16"]),
     "first_order": (2, ["--config", "shapes.yaml", "--rows", "32", "--method", "first_order", "--full"]),
     "in_4_bits": (1, ["--model", "model", "--rows", "16", "--quantization", "nf4", "--shard-size", "1"]),
 }
@@ -68,19 +69,20 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return dict(zip(RUNS, pool.map(take, RUNS), strict=True))
 
 
-@pytest.mark.parametrize("name", ["zero_order", "in_4_bits"])
+@pytest.mark.parametrize("name", ["zero_order", "zero_order_full", "in_4_bits"])
 def test_shards_and_gathered_bytes_are_exact(measured: dict[str, Any], name: str) -> None:
     plan, ranks = measured[name]["planned"], measured[name]["ranks"]
     assert [rank["shard"] for rank in ranks] == [plan["memory"]["weights"]] * len(ranks)
     assert [rank["gathered_per_step"] for rank in ranks] == [plan["work"]["gathered"]] * len(ranks)
 
 
-def test_the_peak_of_a_step_is_within_a_tenth(measured: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "part"), [("zero_order", 40e6), ("zero_order_full", 20e6)])
+def test_the_peak_of_a_step_is_within_a_tenth(measured: dict[str, Any], name: str, part: float) -> None:
     """What a step takes beyond what lies there between steps: gathered weights, activations, candidates' adapters."""
-    parts = measured["zero_order"]["planned"]["memory"]
+    parts = measured[name]["planned"]["memory"]
     predicted = parts["gathered weights"] + parts["activations"] + parts["candidates' adapters"]
-    assert parts["gathered weights"] > 40e6 and parts["activations"] > 40e6, "the parts are large enough to be seen"
-    for rank in measured["zero_order"]["ranks"]:
+    assert parts["gathered weights"] > part and parts["activations"] > part, "the parts are large enough to be seen"
+    for rank in measured[name]["ranks"]:
         assert rank["step_extra"] == pytest.approx(predicted, rel=0.1)
 
 
@@ -379,6 +381,8 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(words) == 0
     text = capsys.readouterr().out
     assert "1,027,456 parameters" in text and "set mesh.shard_size=1: 8 replicas" in text and "bound by" in text
+    assert cli.main(["plan", "--config", str(ROOT / "launch/recipes/quickstart.yaml"), "--gpus", "2"]) == 0
+    assert "1,027,456 parameters" in capsys.readouterr().out
     (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
     shapes = ["plan", "--model", str(tmp_path / "shapes.yaml"), "--gpus", "2", "--reserve", "0", "adapter=null"]
     assert cli.main([*shapes, "--json", "--gpu-memory", "0.01"]) == 1

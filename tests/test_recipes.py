@@ -1,4 +1,4 @@
-"""The research recipes of launch/ and the checks for a GPU, run small."""
+"""The configurations of launch/recipes, the research recipes of launch/ and the checks for a GPU, run small."""
 
 import importlib.util
 import json
@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from jobs import JobServer
 from processes import ROOT, run
 
 from zoscale.tasks import Example
 
 PNG = b"\x89PNG"
+TASKS_FROM_THE_HUB = {path.name for path in (ROOT / "tests/samples").iterdir()}
 
 
 def recipe(name: str) -> ModuleType:
@@ -41,6 +44,35 @@ def comparison() -> ModuleType:
 @pytest.fixture(scope="module")
 def repeated() -> ModuleType:
     return recipe("repeated_learning")
+
+
+FEW = [
+    "model.id=launch/tiny_opt/model", "model.allow_pickle=false", "data.batch_size=2", "data.micro_batch_size=1",
+    "data.num_train=2", "data.num_dev=1", "data.num_validation=2", "data.max_length=120", "train.steps=2",
+    "train.eval_every=1", "train.log_every=1", "tracking.mlflow=false",
+]  # fmt: skip
+"""What is changed in a recipe so that it runs here."""
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_trains(file: Path, server: JobServer, tmp_path: Path) -> None:
+    """Its own task on a few records, method, adapter and sharding, with the bundled model on two ranks."""
+    tree = yaml.safe_load(file.read_text())
+    few = [*FEW, f"output_dir={tmp_path / 'runs'}"]
+    if tree["task"]["name"] in TASKS_FROM_THE_HUB:
+        few.append(f"task.path=tests/samples/{tree['task']['name']}")
+    if file.stem == "own-jsonl":
+        rows = [{"text": f"number {n}", "label": ("spam", "ham")[n % 2]} for n in range(8)]
+        for split in ("train", "validation"):
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        few.append(f"task.path={tmp_path}")
+    if tree.get("mesh", {}).get("shard_size") == 8:
+        few.append("mesh.shard_size=2")
+    if tree.get("adapter") and "keep" in tree["adapter"]:
+        few += ["adapter.keep=4", "adapter.warmup_steps=1", "adapter.expand_every=1", "train.steps=3"]
+    text = server.run(2, "--config", str(file.relative_to(ROOT)), *few)
+    (summary,) = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
+    assert summary["steps"] >= 2 and f"method: {tree['optimizer']['name']}, " in text
 
 
 def test_blackbox_compares(comparison: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

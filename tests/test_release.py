@@ -26,7 +26,12 @@ TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 KINDS = {
     "lora": [*SIGN, "optimizer.lr=1e-2", "train.steps=9", "train.eval_every=3", "data.num_dev=8", "checkpoint.every=4"],
     "full": [*FULL, "train.steps=3"],
+    "pickles": [*SIGN, "train.steps=2", "model.allow_pickle=true"],
 }
+TASK = [
+    "classification", "task.path=launch/tiny_opt/data", "task.template={sentence} It was",
+    'task.candidates=[" terrible", " great"]', "data.num_validation=11", "model.dtype=float32",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +115,7 @@ def test_readme_command_gives_the_same_predictions_on_two_ranks(
 @torch.no_grad()
 def test_scores_are_what_transformers_gives(server: JobServer, tmp_path: Path) -> None:
     """A Hugging Face model without a run; the options have one token each."""
-    task = ["classification", "task.path=launch/tiny_opt/data", "task.template={sentence} It was"]
-    task += ['task.candidates=[" terrible", " great"]', "data.num_validation=11"]
-    options = (f"--model={MODEL}", *task, "model.dtype=float32")
-    rows = evaluate(server, 1, tmp_path / "out", *options)["rows"]
+    rows = evaluate(server, 1, tmp_path / "out", f"--model={MODEL}", *TASK)["rows"]
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     for row in rows:
@@ -121,6 +123,17 @@ def test_scores_are_what_transformers_gives(server: JobServer, tmp_path: Path) -
         for option, score in zip(row["options"], row["scores"], strict=True):
             (token,) = tokenizer(option, add_special_tokens=False).input_ids
             assert score == pytest.approx(float(logprobs[token]), abs=1e-5)
+
+
+def test_predictions_with_demonstrations_have_the_numbers_of_their_lines(server: JobServer, tmp_path: Path) -> None:
+    """Those of dev, which is cut from the training split, the order in which they were drawn."""
+    lines = (ROOT / "launch/tiny_opt/data/validation.jsonl").read_text().splitlines()
+    options = (f"--model={MODEL}", *TASK, "data.num_demonstrations=2", "data.num_dev=3")
+    rows = evaluate(server, 1, tmp_path / "validation", *options)["rows"]
+    assert [row["index"] for row in rows] == part(range(len(lines)), 11)
+    assert all(row["prompt"].endswith(f"{json.loads(lines[row['index']])['sentence']} It was") for row in rows)
+    rows = evaluate(server, 1, tmp_path / "dev", *options, "--split=dev")["rows"]
+    assert [row["index"] for row in rows] == [0, 1, 2]
 
 
 def test_checkpoints_of_a_run(
@@ -155,12 +168,53 @@ def test_mistakes_of_an_evaluation(
     )
 
 
+def test_a_run_of_pickles_loads_only_the_model_that_the_user_names(
+    server: JobServer, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = str(runs["pickles"])
+    for words in (["evaluate", "--run", run_dir], ["export", run_dir, "--merge"], ["replay", run_dir]):
+        assert "name a model that you trust with --base" in refused(*words, capsys=capsys)
+    named = ("--base", str(MODEL))
+    assert evaluate(server, 1, tmp_path / "scores", "--run", run_dir, *named)["step"] == 2
+    assert cli.main(["export", run_dir, "--merge", "--out", str(tmp_path / "merged"), *named]) == 0
+    assert cli.main(["replay", run_dir, *named]) == 0
+
+
+def test_an_adapter_is_exported_without_its_base_model(runs: dict[str, Path], tmp_path: Path) -> None:
+    """The run says that the base is of pickles, and names one that is nowhere."""
+    copy = Path(shutil.copytree(runs["pickles"], tmp_path / "run"))
+    config = (copy / "config.yaml").read_text()
+    assert "allow_pickle: true" in config and "id: launch/tiny_opt/model" in config
+    (copy / "config.yaml").write_text(config.replace("id: launch/tiny_opt/model", "id: someone/pickles"))
+    assert cli.main(["export", str(copy), "--adapter", "--out", str(tmp_path / "out")]) == 0
+    options = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert options["base_model_name_or_path"] == "someone/pickles"
+
+
+def test_a_full_disk_is_told_from_a_mistake(
+    server: JobServer, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 74, and nothing half written is left of an export."""
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores/classification.jsonl.tmp").symlink_to("/dev/full")
+    text = server.run(1, "evaluate", f"--model={MODEL}", *TASK, f"--out={tmp_path / 'scores'}", expect=74)
+    assert "No space left on device: make room on the disk or mend it, and run the same command again" in text
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))"
+    out = tmp_path / "exports/merged"
+    text = server.run(1, "export", str(runs["lora"]), "--merge", f"--out={out}", expect=74, plant=small)
+    assert f"{out} could not be written: " in text and "make room on the disk" in text
+    assert not list(out.parent.iterdir())
+    text = refused("export", str(runs["lora"]), "--adapter", "--out", "/dev/null/x", capsys=capsys)
+    assert "File exists: '/dev/null'" in text and text.endswith(": check the path\n")
+
+
 # --- export
 
 
 @torch.no_grad()
 def test_merged_model_is_base_and_adapter(at_nine: Path, tmp_path: Path) -> None:
     out = tmp_path / "sentiment"
+    (tmp_path / "sentiment.tmp").mkdir()
     assert cli.main(["export", str(at_nine), "--merge", "--out", str(out)]) == 0
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -169,7 +223,7 @@ def test_merged_model_is_base_and_adapter(at_nine: Path, tmp_path: Path) -> None
     assert (adapted - plain).abs().max() > 1e-3, "the adapter does something"
     torch.testing.assert_close(merged(TOKENS).logits, adapted, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(out)("the film").input_ids
-    assert not list(tmp_path.glob("*.tmp"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sentiment", "sentiment.tmp"], "one is the user's"
 
 
 @torch.no_grad()
@@ -242,6 +296,7 @@ def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: py
         ([str(tmp_path), "--merge"], "the folder of a run"),
         ([lora, "--merge", "--out", str(tmp_path)], "a new folder, or one of an earlier export"),
         ([lora, "--adapter", "--out", str(runs["lora"] / "adapter")], "a new folder, or one of an earlier export"),
+        ([lora, "--adapter", "--out", "."], "got ., the working directory or one around it"),
         ([lora, "--adapter", "--push", "me/tiny"], "a base model on the hub"),
         ([lora, "--adapter", "--push", "me/tiny/x"], "me/tiny/x"),
         ([lora, "--merge", "--push", "me/tiny"], "offline mode"),

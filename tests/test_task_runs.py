@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jobs import JobServer, largest_difference, run_dir_of
 from peft import PeftModel
 from processes import ROOT
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoscale.config import ConfigError
 from zoscale.journal import Journal
@@ -46,6 +47,46 @@ def test_an_objective_of_generated_text_from_training_to_replay(server: JobServe
     records = Journal.read(run_dir / "journal.bin").records
     assert any(len(set(record.losses)) > 1 for record in records), "generation saw the perturbations"
     assert replay_command([str(run_dir)]) == 0, "without the function"
+
+
+def samples(name: str) -> list[str]:
+    """Both splits of a task's samples."""
+    folder = ROOT / "tests/samples" / name
+    return [line for split in ("validation", "train") for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+
+
+@torch.no_grad()
+def test_an_evaluation_of_two_tasks_writes_the_same_on_one_rank_and_on_two(server: JobServer) -> None:
+    """One is generated; both lie where their ids on the hub say, and the ranks have unlike numbers of examples."""
+    home, model = server.folder / "home", ROOT / "launch/tiny_opt/model"
+    for name, place in (("squad", "rajpurkar/squad"), ("copa", "aps/super_glue")):
+        (home / place).mkdir(parents=True)
+        (home / place / "validation.jsonl").write_text("\n".join(samples(name)))
+    options = [f"--model={model}", "squad", "copa", "model.dtype=float32", "train.eval_micro_batch_size=1"]
+    for ranks in (1, 2):
+        plant = f"import os; os.chdir({str(home)!r})"
+        text = server.run(ranks, "evaluate", *options, f"--out={home / str(ranks)}", plant=plant)
+        assert "squad validation: f1 " in text and "copa validation: accuracy " in text
+    for name in ("squad.jsonl", "copa.jsonl"):
+        assert (home / "1" / name).read_bytes() == (home / "2" / name).read_bytes()
+    results = [json.loads((home / ranks / "results.json").read_text())["results"] for ranks in ("1", "2")]
+    assert results[0] == results[1] and set(results[0]) == {"squad", "copa"}
+    written = lines(home / "2/squad.jsonl")
+    assert [row["index"] for row in written] == list(range(len(samples("squad"))))
+    assert [row["answer"] for row in written] == [greedy(model, row["prompt"]) for row in written]
+    assert any(row["answer"] for row in written) and results[0]["squad"]["count"] == len(written)
+    chosen = lines(home / "2/copa.jsonl")
+    assert len(chosen) == len(samples("copa"))
+    assert all(row["options"][row["prediction"]].endswith(row["answer"]) for row in chosen)
+
+
+def greedy(place: Path, prompt: str) -> str:
+    """The answer of at most 50 tokens that transformers gives."""
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids
+    row = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=50, do_sample=False)[0]
+    return str(tokenizer.decode(row[tokens.shape[1] :], skip_special_tokens=True)).split("\n")[0].strip()
 
 
 def test_no_steps_is_an_evaluation_with_demonstrations(server: JobServer) -> None:

@@ -1,5 +1,6 @@
 """The main job as a user runs it: real launchers, real ZeRO-3, the bundled model and data, MLflow in SQLite."""
 
+import argparse
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from jobs import JobServer
 from mlflow import MlflowClient
 from peft import PeftModel
@@ -253,16 +255,43 @@ def test_help_is_quick_and_complete() -> None:
         assert word in result.stdout
 
 
+def words_of(example: str) -> list[str]:
+    """A line of the help, without what is said beside it."""
+    return re.split(" {3,}", example.strip())[0].split()
+
+
+def parsed(command: str, words: list[str]) -> argparse.Namespace:
+    """What a command's own parser makes of its words; the command is not run."""
+    found: list[argparse.Namespace] = []
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def only_parse(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+        found.append(parse_args(parser, argv))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+        cli.main([command, *words])
+    return found[0]
+
+
 def test_help_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     """It names every command, and its own examples are right."""
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     for command in cli.COMMANDS:
         assert f"\n  {command} " in text
-    examples = re.findall(r"^  zoscale (\w+)(.*)$", text, re.MULTILINE)
-    assert {name for name, _ in examples} == {"doctor", "plan", "train", "compare", "export"}
-    config = parse(dict(examples)["train"].split(), TABLES, DEFAULTS)
+    section = text[text.index("from nothing to a result:") : text.index("\nA run is a folder")]
+    examples = {words[1]: words[2:] for words in map(words_of, section.splitlines()[1:])}
+    assert set(examples) == {"doctor", "plan", "train", "launch", "compare", "evaluate", "export"}
+    config = parse(examples.pop("train"), TABLES, DEFAULTS)
     assert config.task.name == "sst2" and config.train.steps == 2000
+    launch = launch_command_parser().parse_args(examples.pop("launch"))
+    assert launch.module and [launch.training_script, *launch.training_script_args] == ["zoscale", "train", "..."]
+    given = {name: parsed(name, words) for name, words in examples.items()}
+    assert given["plan"].model == given["evaluate"].base == config.model.id
+    assert given["evaluate"].run == given["export"].run and given["export"].adapter
+    assert config.model.allow_pickle, "so evaluate needs --base, and export --adapter does not"
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith(f"zoscale {zoscale.__version__}, commit ")
     assert cli.main(["trian"]) == 2

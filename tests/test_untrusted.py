@@ -31,6 +31,7 @@ from zoscale.config import ConfigError, RunConfig, load_yaml, parse
 from zoscale.config.merging import Given, Schema
 from zoscale.journal import Journal, JournalWriter
 from zoscale.methods import DEFAULTS, TABLES
+from zoscale.run_record import with_base
 from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
 from zoscale.tasks.sources import Source
 
@@ -506,3 +507,14 @@ def test_a_data_file_whose_name_is_a_pattern_is_read_and_no_other(folder: Path) 
 )
 def test_the_spellings_of_json_are_read(folder: Path, text: str) -> None:
     assert read_rows(folder, ".json", text.encode()) == [{"a": [1, None], "b": {"c": None}}]
+
+
+def test_a_run_does_not_choose_what_of_a_trusted_model_is_loaded() -> None:
+    """The user has named a repository; another version of it, and a tokenizer from elsewhere, may hold other code."""
+    for permission in ("trust_remote_code", "allow_pickle"):
+        tree = {"model": {"id": "a/b", "revision": "refs/pr/1", "tokenizer": "evil/c", permission: True}}
+        model = with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), "a/b").model
+        assert (model.id, model.revision, model.tokenizer) == ("a/b", None, None)
+    tree = {"model": {"id": "a/b", "revision": "v1", "tokenizer": "c/d"}}
+    model = with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), "moved").model
+    assert (model.id, model.revision, model.tokenizer) == ("moved", "v1", "c/d")

@@ -1,5 +1,6 @@
 """The command line: `zoscale COMMAND ...`, one function per command."""
 
+import errno
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from difflib import get_close_matches
 from zoscale.config import ConfigError, exit_with, parse_or_exit
 
 EX_IOERR = 74
+_DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}  # it is full, or fails
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # which the `deepspeed` launcher adds to every command
 _USAGE = """usage: zoscale COMMAND ...          zoscale COMMAND --help: every option of a command
        zoscale --version
@@ -31,6 +33,7 @@ from nothing to a result:
   zoscale train model.id=facebook/opt-1.3b model.allow_pickle=true task.name=sst2 train.steps=2000
   accelerate launch --use_deepspeed --num_processes 2 -m zoscale train ...    the same on two GPUs, sharded by ZeRO-3
   zoscale compare runs/run-*
+  zoscale evaluate --run runs/run-HASH --base facebook/opt-1.3b    --base: you trust the pickles of that model
   zoscale export runs/run-HASH --adapter
 
 A run is a folder runs/NAME-HASH; the same command again continues it. MLflow is in runs/mlflow.db, or where
@@ -172,5 +175,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[name](rest)
     except ConfigError as error:
         exit_with(error, f"zoscale {name}")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        remedy, status = _remedy(error)
+        return _end(f"zoscale {name}: error", f"{error}{remedy}", status)
+    except ValueError as error:
         return _end(f"zoscale {name}: error", error, 2)
+
+
+def _remedy(error: OSError) -> tuple[str, int]:
+    """What to do about an error, and the exit status: that of the disk, or of a mistake."""
+    from safetensors import SafetensorError
+
+    if error.errno in _DISK or isinstance(error.__cause__, SafetensorError):  # a full disk, without its number
+        return ": make room on the disk or mend it, and run the same command again", EX_IOERR
+    return (": check the path" if error.filename is not None else ""), 2

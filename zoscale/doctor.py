@@ -186,15 +186,24 @@ def check_compiler(setup: Setup) -> Finding:
 
 
 def check_zero3(setup: Setup) -> Finding:
-    """A few steps under ZeRO-3 on two CPU processes, or on all GPUs of this machine."""
-    ranks = torch.cuda.device_count() or 2
+    """A few steps under ZeRO-3 on all GPUs of this machine, and on two CPU processes where there are fewer than two."""
+    gpus = torch.cuda.device_count()
+    found = [_smoke(gpus)] if gpus else []
+    if gpus < 2:
+        found.append(_smoke(2, CUDA_VISIBLE_DEVICES=""))
+    wrong = [finding for finding in found if finding.remedy is not None]
+    return wrong[0] if wrong else Finding("; ".join(finding.text for finding in found))
+
+
+def _smoke(ranks: int, **environment: str) -> Finding:
     try:
-        done = run_here(ranks, "zoscale.smoke", timeout=_PATIENCE)
+        done = run_here(ranks, "zoscale.smoke", timeout=_PATIENCE, **environment)
     except subprocess.TimeoutExpired:
         remedy = "look for a firewall between processes; NCCL_DEBUG=INFO or TORCH_DISTRIBUTED_DEBUG=DETAIL say more"
         return Finding(f"{ranks} processes did not end within {_PATIENCE:.0f} s", remedy)
     if done.returncode != 0:
-        by_hand = " ".join(command_of(ranks, "zoscale.smoke")[1:])
+        settings = [f"{name}={value}" for name, value in environment.items()]
+        by_hand = " ".join([*settings, "python", *command_of(ranks, "zoscale.smoke")[1:]])
         return Finding(f"{ranks} processes failed: {cause_of(done)}", f"run it by hand: {by_hand}")
     report = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     return Finding(f"{len(report['losses'])} steps on {ranks} {report['device']} ranks in {report['seconds']} s")
@@ -227,7 +236,10 @@ def doctor_command(argv: Sequence[str]) -> int:
         try:
             finding = CHECKS[name](setup)
         except Exception as error:  # a check that breaks is a finding too
-            finding = Finding(f"{type(error).__name__}: {error}", "mend what the message names")
+            finding = Finding(
+                f"{type(error).__name__}: {error}",
+                "mend what the message names, or leave the check out with --only and report it",
+            )
         wrong += finding.remedy is not None
         print(f"{'ok   ' if finding.remedy is None else 'WRONG'}  {name:<9} {finding.text}", flush=True)
         if finding.remedy is not None:

@@ -24,7 +24,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import count_parameters, read_model_config
 from zoscale.recovery import check_replay, check_start, go_to, restore
 from zoscale.run_directory import write_json
-from zoscale.run_record import RunRecord
+from zoscale.run_record import RunRecord, check_trusted
 from zoscale.run_report import say
 from zoscale.scoring import RecordingGenerator, score, write_predictions
 from zoscale.tasks import TASKS, Example, Task
@@ -54,9 +54,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
         OSError: if the results cannot be written.
     """
     arguments = _parser().parse_args(argv)
-    record = RunRecord.read(arguments.run, arguments.base) if arguments.run else None
-    if record is None and (arguments.checkpoint or arguments.base):
-        raise ConfigError("--run with --checkpoint and --base", f"--model {arguments.model}", "leave them out")
+    record = _record(arguments)
     which = _checkpoint(arguments.checkpoint or "best", record)
     configs = _configurations(arguments, record)
     config = next(iter(configs.values()))
@@ -86,6 +84,17 @@ def evaluate_command(argv: Sequence[str]) -> int:
         log(f"results: {arguments.out}")
     runtime.stop()
     return 0
+
+
+def _record(arguments: argparse.Namespace) -> RunRecord | None:
+    """The run to evaluate, whose base model may be loaded; None for a model without a run."""
+    if arguments.run:
+        record = RunRecord.read(arguments.run, arguments.base)
+        check_trusted(record.config, arguments.base)
+        return record
+    if arguments.checkpoint or arguments.base:
+        raise ConfigError("--run with --checkpoint and --base", f"--model {arguments.model}", "leave them out")
+    return None
 
 
 def _configurations(arguments: argparse.Namespace, record: RunRecord | None) -> dict[str, RunConfig]:
@@ -124,17 +133,23 @@ def _job(name: str, config: RunConfig, architecture: Any, split: str) -> Job:
     except ValueError as error:
         raise ConfigError("options that the task takes", str(error), "correct the configuration") from error
     encoder = encoder_of(config, architecture)
-    if split == "validation" and config.data.num_demonstrations == 0:
-        everything = task.examples(split)
-        places = part(range(len(everything)), config.data.num_validation)
-        examples = [everything[place] for place in places]
-    else:
-        examples = getattr(Splits.of(task, config.data, config.seed), split)
-        places = list(range(len(examples)))
-    if not examples:
+    numbered = _examples(task, config, split)
+    if not numbered:
         raise ConfigError(f"examples in split {split}", "none", "choose another --split, or raise data.num_dev")
+    examples = [example for _, example in numbered]
     batches, order = numbered_batches(examples, encoder, config.train.eval_micro_batch_size)
-    return Job(name, task, encoder.tokenizer, [(places[number], examples[number]) for number in order], batches)
+    return Job(name, task, encoder.tokenizer, [numbered[place] for place in order], batches)
+
+
+def _examples(task: Task, config: RunConfig, split: str) -> list[tuple[int, Example]]:
+    """The examples to score with their numbers, which `Prediction` explains."""
+    if split != "validation":
+        return list(enumerate(getattr(Splits.of(task, config.data, config.seed), split)))
+    everything = task.examples(split)
+    places = part(range(len(everything)), config.data.num_validation)
+    if config.data.num_demonstrations == 0:
+        return [(place, everything[place]) for place in places]
+    return list(zip(places, Splits.of(task, config.data, config.seed).validation, strict=True))
 
 
 def _start(config: RunConfig, architecture: Any) -> ZeroOrderEngine:
@@ -206,7 +221,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of the run: the weights that were best on dev (default), those of the last step in the journal, or those "
         "of a checkpoint by its path or name",
     )
-    parser.add_argument("--base", metavar="MODEL", help="id or folder of the run's base model, if it has moved")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="id or folder of the run's base model: if it has moved, or if it needs pickles or code of its own, to say "
+        "that you trust it",
+    )
     parser.add_argument(
         "--split",
         default="validation",

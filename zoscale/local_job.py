@@ -23,15 +23,19 @@ def command_of(ranks: int, module: str, *words: str) -> list[str]:
     return [*launcher, "-m", module, *words]
 
 
-def run_here(ranks: int, module: str, *words: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the module on so many ranks, as if no launcher had started this process.
+def run_here(
+    ranks: int, module: str, *words: str, timeout: float | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the module on so many ranks, as if no launcher had started this process; `environment` is laid over its own.
 
     Raises:
         subprocess.TimeoutExpired: after `timeout` seconds.
     """
     alone = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
     command = command_of(ranks, module, *words)
-    return subprocess.run(command, env=alone, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        command, env=alone | environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 def cause_of(done: subprocess.CompletedProcess[str]) -> str:

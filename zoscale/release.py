@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from zoscale.export import ORIGIN, read_origin
 from zoscale.model_card import hub_id, model_card
 from zoscale.models import load_model, load_tokenizer, read_model_config
 from zoscale.run_directory import write_json, write_text
-from zoscale.run_record import RunRecord
+from zoscale.run_record import RunRecord, check_trusted
 
 _BASE_KEY = "base_model_name_or_path"
 
@@ -35,10 +36,13 @@ def export_command(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     record = RunRecord.read(arguments.run, arguments.base)
     kind = "adapter" if arguments.adapter else "merged"
+    if kind == "merged":  # an adapter is written without its base model
+        check_trusted(record.config, arguments.base)
     _check(record, kind, arguments.push)
     summary = record.summary()
-    upload = _repository(arguments.push, private=arguments.private) if arguments.push else None
     out = Path(arguments.out) if arguments.out else record.directory.path / "export" / kind
+    _check_folder(out)
+    upload = _repository(arguments.push, private=arguments.private) if arguments.push else None
     name = arguments.push or out.resolve().name
     dtype = arguments.dtype or record.config.model.dtype
     card = model_card(record, summary, kind=kind, name=name, dtype=dtype)
@@ -63,23 +67,30 @@ def write_export(record: RunRecord, out: Path, *, kind: str, dtype: str, card: s
         ConfigError: if something else is there.
         OSError: if it cannot be written.
     """
+    _check_folder(out)
+    note = {"step": read_origin(record.directory.adapter), "config_hash": record.summary()["config_hash"]}
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent) as beside:
+        aside = Path(beside) / out.name
+        aside.mkdir()
+        try:
+            _WRITERS[kind](record, aside, dtype)
+            write_text(aside / "README.md", card)
+            write_json(aside / ORIGIN, {**note, "export": kind})
+        except SafetensorError as error:  # a full disk comes as this
+            raise OSError(f"{out} could not be written: {error}") from error
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse to replace what is no export, and the working directory."""
+    if Path.cwd().is_relative_to(out.resolve()):
+        got = f"{out}, the working directory or one around it"
+        raise ConfigError("a folder that can be replaced", got, "name a new one within it: --out NAME")
     if out.exists() and _kind_of(out) is None and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("a new folder, or one of an earlier export", str(out), "name another one with --out")
-    note = {"step": read_origin(record.directory.adapter), "config_hash": record.summary()["config_hash"]}
-    aside = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        _WRITERS[kind](record, aside, dtype)
-        write_text(aside / "README.md", card)
-        write_json(aside / ORIGIN, {**note, "export": kind})
-    except SafetensorError as error:  # a full disk comes as this
-        raise OSError(f"{aside} could not be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
 
 
 def _write_adapter(record: RunRecord, folder: Path, dtype: str) -> None:
@@ -161,7 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", metavar="DIR", help="folder to write (default: RUN/export/adapter or RUN/export/merged)"
     )
-    parser.add_argument("--base", metavar="MODEL", help="id or folder of the base model, if it has moved")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="id or folder of the base model: if it has moved, or, with --merge, if it needs pickles or code of its "
+        "own, to say that you trust it",
+    )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],

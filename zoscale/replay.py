@@ -21,7 +21,7 @@ from zoscale.journal_format import Header
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import read_model_config
 from zoscale.recovery import check_replay, check_start, replay
-from zoscale.run_record import trusted
+from zoscale.run_record import check_trusted, with_base
 
 _ROUNDING = 1e-5  # methods that multiply matrices (Muon) depend on the machine's matrix product
 
@@ -63,9 +63,11 @@ def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
         base: id or folder of the base model, if it has moved.
 
     Raises:
-        ConfigError: if the configuration is malformed, or the model is not the one that was trained.
+        ConfigError: if the configuration is malformed or not to be trusted, or the model is not the one that was
+            trained.
     """
-    config = trusted(RunConfig.from_dict(header.config, TABLES, DEFAULTS), base)
+    config = with_base(RunConfig.from_dict(header.config, TABLES, DEFAULTS), base)
+    check_trusted(config, base)
     if base is None and config.hash != header.config_hash:
         raise ConfigError(
             f"a header of configuration {header.config_hash}", config.hash, "use the version that wrote it"
@@ -85,7 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", help="run directory, or a journal")
     parser.add_argument("--until", type=int, metavar="STEP", help="steps to take (default: those of the saved weights)")
     parser.add_argument("--out", metavar="DIR", help="write the weights there, as PEFT or transformers reads them")
-    parser.add_argument("--base", metavar="MODEL", help="id or folder of the base model, if it has moved")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="id or folder of the base model: if it has moved, or if it needs pickles or code of its own, to say "
+        "that you trust it",
+    )
     return parser
 
 

@@ -25,13 +25,13 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: Path | str, base: str | None = None) -> "RunRecord":
-        """The record in a folder.
+        """The record in a folder; whoever loads its base model calls `check_trusted` first.
 
         Args:
             base: id or folder of the base model, if it has moved.
 
         Raises:
-            ConfigError: if it is not a run's, or `trusted` refuses it.
+            ConfigError: if it is not a run's.
         """
         directory = RunDirectory(Path(path))
         try:
@@ -40,7 +40,7 @@ class RunRecord:
             raise ConfigError("the folder of a run, with config.yaml", str(path), "check the path") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"a configuration in {directory.config}", repr(tree)[:80], "restore it from a copy")
-        return cls(directory, trusted(RunConfig.from_dict(tree, TABLES, DEFAULTS), base))
+        return cls(directory, with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), base))
 
     def summary(self) -> dict[str, Any]:
         """The summary of the finished run.
@@ -70,12 +70,25 @@ class RunRecord:
             raise ConfigError(f"evaluations in {path}", repr(error), "restore the file from a copy") from error
 
 
-def trusted(config: RunConfig, base: str | None) -> RunConfig:
-    """A configuration that came with a run, fit to load its model.
+def with_base(config: RunConfig, base: str | None) -> RunConfig:
+    """A run's configuration with the base model that the user named, if one was named.
+
+    Where that may run code, the run says no more which of its versions it is, nor where the tokenizer comes from.
+    """
+    if base is None:
+        return config
+    model = dataclasses.replace(config.model, id=base)
+    if model.trust_remote_code or model.allow_pickle:
+        model = dataclasses.replace(model, revision=None, tokenizer=None)
+    return dataclasses.replace(config, model=model)
+
+
+def check_trusted(config: RunConfig, base: str | None) -> None:
+    """Refuse to load the model of a configuration that came with a run, if that could run code.
 
     Args:
         config: as it was read.
-        base: id or folder of the base model, if it has moved, or if the user trusts it to run code.
+        base: id or folder of the base model, if the user has named it: then it is trusted.
 
     Raises:
         ConfigError: if the configuration asks to run code that comes with the model, and the user has not named one.
@@ -83,6 +96,3 @@ def trusted(config: RunConfig, base: str | None) -> RunConfig:
     if (config.model.trust_remote_code or config.model.allow_pickle) and base is None:
         got = "one that runs the model's code or loads pickles"
         raise ConfigError("a run of a model of safetensors only", got, "name a model that you trust with --base")
-    if base is None:
-        return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, id=base))

@@ -10,6 +10,8 @@ from zoscale.comparison.runs import Run
 from zoscale.comparison.verdict import Goal, Verdict, judge
 from zoscale.config import ConfigError
 
+_BROKEN = ("FAILED", "KILLED")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -70,7 +72,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run], title: str, metric: str | None) -> Comparison:
-    """Group the runs and judge them.
+    """Group the runs and judge them. Runs that broke off are left out, unless all did.
 
     Args:
         runs: at least one.
@@ -82,13 +84,13 @@ def compare(runs: Sequence[Run], title: str, metric: str | None) -> Comparison:
         ConfigError: if no run has logged the metric, or the runs do not agree on one.
     """
     goal = Goal(_full_name(runs, metric if metric is not None else _selection(runs)))
-    kept = [run for run in runs if evaluations(run, goal.metric)]
-    left_out = [run for run in runs if run not in kept]
+    measured = [run for run in runs if evaluations(run, goal.metric)]
+    kept = [run for run in measured if run.status not in _BROKEN] or measured
     groups = group_runs(kept)
     verdicts = [verdict for axis in AXES if (verdict := judge(groups, axis, goal)) is not None]
     split = goal.metric.rpartition("/")[0]
     names = {name for run in kept for name in _evaluated(run) if name.rpartition("/")[0] == split} | {goal.metric}
-    notes = tuple(_notes(groups, verdicts, left_out, goal))
+    notes = (*_notes(groups, verdicts, goal), *_left_out([run for run in runs if run not in kept], goal))
     return Comparison(title, goal, tuple(sorted(names)), tuple(groups), tuple(verdicts), notes)
 
 
@@ -126,7 +128,7 @@ def _chosen(run: Run, metric: str) -> float | None:
     return None
 
 
-def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], left_out: Sequence[Run], goal: Goal) -> Iterable[str]:
+def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> Iterable[str]:
     for group in groups:
         if len(group.seeds) == 1:
             yield f"{group.label} has one seed: nothing is known of its noise."
@@ -134,22 +136,31 @@ def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], left_out: Seque
             yield f"{group.label} has {len(group.runs)} runs and {len(group.seeds)} different seeds; every run counts."
         if len(ends := {max(evaluations(run, goal.metric)) for run in group.runs}) > 1:
             yield f"The runs of {group.label} have different lengths; its curves end at step {min(ends)}."
-    for status, names in _unfinished(groups).items():
+    for status, names in _by_status(run for group in groups for run in group.runs).items():
         yield f"{status}: {', '.join(names)}."
     judged = {standing.group.label for verdict in verdicts for standing in verdict.standings}
     if missing := [group.label for group in groups if group.label not in judged]:
         yield f"Without running totals of their cost, so not judged: {', '.join(missing)}."
-    if left_out:
-        yield f"Left out, as they have no {goal.metric}: {', '.join(run.name for run in left_out)}."
     commits = sorted({run.tags["git_commit"] for group in groups for run in group.runs if "git_commit" in run.tags})
     if len(commits) > 1:
         yield f"The runs are of different commits: {', '.join(commits)}."
 
 
-def _unfinished(groups: Sequence[Group]) -> dict[str, list[str]]:
+def _left_out(runs: Sequence[Run], goal: Goal) -> Iterable[str]:
+    """Notes on runs that are in no group."""
+    broken = [run for run in runs if evaluations(run, goal.metric)]
+    for status, names in _by_status(broken).items():
+        yield f"{status}: {', '.join(names)}. Left out, as a comparison goes as far as its shortest run."
+    if empty := [run.name for run in runs if run not in broken]:
+        yield f"Left out, as they have no {goal.metric}: {', '.join(empty)}."
+
+
+def _by_status(runs: Iterable[Run]) -> dict[str, list[str]]:
+    """Names of the runs that have not finished."""
     found: dict[str, list[str]] = {}
-    for run in (run for group in groups for run in group.runs if run.status != "FINISHED"):
-        found.setdefault(run.status, []).append(run.name)
+    for run in runs:
+        if run.status != "FINISHED":
+            found.setdefault(run.status, []).append(run.name)
     return found
 
 
