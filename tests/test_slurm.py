@@ -29,14 +29,16 @@ RUN = [
     "estimator.num_directions=1", "optimizer.name=jaguar_sign_sgd", "optimizer.lr=1e-3", "runtime.stall_seconds=10",
 ]  # fmt: skip
 LONG = [f"train.steps={STEPS}", "tracking.mlflow=false"]
+BOTH = "ranks: 2, 2 per copy; slices: [8192, 8192]"
 TWO_NODES = ["--nodes", "2", "--warn-seconds", "15"]
+PROGRAMS = os.environ["PATH"] + ":/usr/sbin:/sbin"
 COMMAND = [sys.executable, "-c", "import sys; from zoscale.cli import main; sys.exit(main())", "submit"]
 
 
 def missing() -> str:
     """Why there is no cluster here; empty if there can be one."""
-    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    absent = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name, path=path) is None]
+    needed = ("slurmctld", "slurmd", "sbatch", "munged")
+    absent = [name for name in needed if shutil.which(name, path=PROGRAMS) is None]
     if absent:
         return f"no {', '.join(absent)}: apt-get install slurm-wlm munge"
     return "" if os.geteuid() == 0 else "the cluster of launch/slurm/mini_cluster.sh is started as root"
@@ -66,6 +68,30 @@ class Cluster:
 
     def stop(self) -> None:
         self._control("stop")
+
+    def kill(self, node: str, job: str) -> None:
+        """All processes of a job on a node at once, SLURM's own among them."""
+        for process in self._processes(node, job):
+            process.kill()
+
+    def _processes(self, node: str, job: str) -> list[psutil.Process]:
+        """SLURM's own first."""
+        wanted = {**self.variables, "SLURMD_NODENAME": node, "SLURM_JOB_ID": job}
+        found: set[psutil.Process | None] = set()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if wanted.items() <= process.environ().items():
+                    found |= {process, process.parent()}
+        return sorted((process for process in found if process is not None), key=lambda process: process.pid)
+
+    def kill_slurmd(self, node: str) -> None:
+        psutil.Process(int((self.folder / f"{node}.pid").read_text())).kill()
+
+    def start_slurmd(self, node: str) -> None:
+        """Again, after it was killed."""
+        with (self.folder.parent / "slurmd.log").open("w") as file:
+            variables = {**os.environ, **self.variables, "PATH": PROGRAMS}
+            subprocess.run(["slurmd", "-N", node], env=variables, stdout=file, stderr=file, timeout=30, check=True)
 
     def ask(self, *command: str) -> str:
         return run(list(command), timeout=30, **self.variables).stdout
@@ -140,7 +166,7 @@ def test_two_nodes_train_one_model(whole: Path, installed: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["steps"] == STEPS
     text = logs(whole)
-    assert "ranks: 2, 2 per copy; slices: [8192, 8192]" in text, "ZeRO-3 over both nodes"
+    assert BOTH in text, "ZeRO-3 over both nodes"
     for node in (0, 1):
         assert f"node {node} of 2: node{node + 1}" in text
         assert (run_dir / f"slurm/1/logs/1_attempt1_node{node}.log").is_file()
@@ -153,15 +179,15 @@ def test_two_nodes_train_one_model(whole: Path, installed: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_is_told_to_stop_goes_on_by_itself(cluster: Cluster, whole: Path, out: Path) -> None:
-    """By a signal, then, while it starts, by a job of a higher partition: the bytes of the uninterrupted run."""
+    """By a job of a higher partition, then by a signal in the second attempt: the bytes of the uninterrupted run."""
     job = cluster.submit(*RUN, *LONG, *TWO_NODES, f"output_dir={out}")
     wait_until(lambda: steps_done(out) >= 10, 120, lambda: logs(out))
-    cluster.ask("scancel", "--signal=USR1", job)
+    cluster.ask("sbatch", "--partition=urgent", "--nodes=2", f"--output={out}/urgent", "--wrap", "true")
     wait_until(lambda: "back into the queue" in logs(out), 60, lambda: logs(out))
     stopped_at = steps_done(out)
     assert 10 <= stopped_at < STEPS
-    wait_until(lambda: "attempt 2 on" in logs(out), 60, lambda: logs(out))
-    cluster.ask("sbatch", "--partition=urgent", "--nodes=2", f"--output={out}/urgent", "--wrap", "true")
+    wait_until(lambda: logs(out).count(BOTH) == 2, 120, lambda: logs(out))
+    cluster.ask("scancel", "--signal=USR1", job)
     cluster.wait(job, out)
     text = logs(out)
     assert text.count("told to stop; back into the queue") == 2
@@ -201,12 +227,11 @@ LOST = ("Cannot communicate with node 1", "node2: task 1: Killed", "Timed out wa
 
 
 @pytest.mark.slow
-def test_a_node_that_dies_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:
-    """All processes of a node at once; the job says what it lost and does not go back into the queue."""
+def test_a_node_whose_processes_die_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """To SLURM the node is up; the job says what it lost and does not go back into the queue."""
     job = cluster.submit(*RUN, "train.steps=100000", "tracking.mlflow=false", *TWO_NODES, f"output_dir={tmp_path}")
     wait_until(lambda: steps_done(tmp_path) >= 3, 120, lambda: logs(tmp_path))
-    for process in processes_of("node2", job):
-        process.kill()
+    cluster.kill("node2", job)
     cluster.wait(job, tmp_path, "FAILED")
     text = logs(tmp_path)
     assert "failed with status" in text
@@ -217,15 +242,49 @@ def test_a_node_that_dies_fails_the_job(cluster: Cluster, tmp_path: Path) -> Non
     assert run_dir is not None and not (run_dir / "told_to_stop").exists()
 
 
-def processes_of(node: str, job: str) -> list[psutil.Process]:
-    """A job's processes on a node, SLURM's own first."""
-    found: set[psutil.Process | None] = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            variables = process.environ()
-            if variables.get("SLURMD_NODENAME") == node and variables.get("SLURM_JOB_ID") == job:
-                found |= {process, process.parent()}
-    return sorted((process for process in found if process is not None), key=lambda process: process.pid)
+@pytest.mark.slow
+def test_a_node_that_slurm_finds_down_sends_the_job_back(cluster: Cluster, whole: Path, tmp_path: Path) -> None:
+    """While the other node still waits for it; the job goes on when the node is back, to the same result."""
+    job = cluster.submit(*RUN, *LONG, "--nodes=2", "--warn-seconds=60", f"output_dir={tmp_path}")
+    wait_until(lambda: steps_done(tmp_path) >= 3, 120, lambda: logs(tmp_path))
+    cluster.kill_slurmd("node2")
+    try:
+        cluster.kill("node2", job)
+        wait_until(lambda: "ended by SLURM" in logs(tmp_path), 90, lambda: logs(tmp_path))
+    finally:
+        cluster.start_slurmd("node2")
+    cluster.wait(job, tmp_path)
+    text = job_log(tmp_path, job)
+    assert "DUE TO NODE FAILURE" in text
+    assert "attempt 2 on" in text
+    assert "failed with status" not in text
+    assert result_bytes(tmp_path) == result_bytes(whole)
+
+
+@pytest.mark.slow
+def test_two_ranks_per_node_and_a_cancelled_job(cluster: Cluster, tmp_path: Path) -> None:
+    """On nodes with two GPUs each, in name only, of the partition that `--sbatch` says; it does not come back."""
+    job = cluster.submit(
+        *RUN, "train.steps=100000", "tracking.mlflow=false", "data.micro_batch_size=1", f"output_dir={tmp_path}",
+        "--nodes=2", "--gpus-per-node=2", "--sbatch=--partition=urgent",
+    )  # fmt: skip
+    wait_until(lambda: steps_done(tmp_path) >= 3, 120, lambda: logs(tmp_path))
+    told = cluster.ask("scontrol", "show", "job", job)
+    assert "Partition=urgent" in told and "TresPerNode=gres:gpu:2" in told
+    assert "ranks: 4, 4 per copy" in logs(tmp_path)
+    cluster.ask("scancel", job)
+    cluster.wait(job, tmp_path, "CANCELLED")
+    assert "back into the queue" not in job_log(tmp_path, job)
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_refuses_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    options = ["--sbatch=--partition=absent", "--sweep=seed=0,1", f"output_dir={tmp_path}/some/out"]
+    refused = run([*COMMAND, *RUN, *options], check=False, **cluster.variables)
+    assert refused.returncode == 2
+    assert "invalid partition specified: absent" in refused.stdout
+    assert "correct the options of zoscale submit" in refused.stdout
+    assert not list(tmp_path.iterdir())
 
 
 class Script:
@@ -235,9 +294,9 @@ class Script:
         self.run = folder / "run"
         run_dir = self.run
         programs = {
-            "srun": f'[ -z "$MARK" ] || touch {run_dir}/told_to_stop\n'
+            "srun": f'echo "srun $*" >>{folder}/told\n[ -z "$MARK" ] || touch {run_dir}/told_to_stop\n'
             f'[ -z "$STEP" ] || echo step >>{run_dir}/journal.bin\n[ -z "$SAID" ] || echo "$SAID" >$LOGS\nexit $STATUS',
-            "scontrol": f"echo NodeAddr=10.0.0.1 PreemptTime=$PREEMPTED; echo $* >>{folder}/told",
+            "scontrol": f"echo NodeAddr=10.0.0.1 JobState=$STATE PreemptTime=$PREEMPTED; echo $* >>{folder}/told",
         }
         for name in ("bin", "run", "logs"):
             (folder / name).mkdir(parents=True)
@@ -253,18 +312,24 @@ class Script:
         self.folder = folder
 
     def attempt(
-        self, *, status: int = 1, mark: bool = False, step: bool = False, said: str = "", preempted: str = "None"
-    ) -> tuple[str, bool]:
-        """What it prints, and whether it asks SLURM to start again."""
+        self, *, status: int = 1, mark: bool = False, step: bool = False, said: str = "", preempted: str = "None",
+        state: str = "RUNNING Reason=None", task: int | None = None,
+    ) -> tuple[str, bool]:  # fmt: skip
+        """What it prints, and whether it asks SLURM to start again; `task` makes it one of an array."""
+        array = {} if task is None else {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task)}
         (self.folder / "told").unlink(missing_ok=True)
         done = run(
-            ["bash", str(self.folder / "job.sbatch")], check=False, timeout=30, SLURM_JOB_ID="7",
+            ["bash", str(self.folder / "job.sbatch")], check=False, timeout=30, SLURM_JOB_ID="9" if array else "7",
             SLURM_JOB_NODELIST="node1", PATH=f"{self.folder}/bin:{os.environ['PATH']}", STATUS=str(status),
             MARK="x" * mark, STEP="x" * step, SAID=said, PREEMPTED=preempted,
-            LOGS=str(self.folder / "logs/7_attempt1_node0.log"),
+            STATE=state, LOGS=str(self.folder / "logs/7_attempt1_node0.log"), **array,
         )  # fmt: skip
         assert done.returncode == status
-        return done.stdout, "requeue 7" in (self.folder / "told").read_text()
+        return done.stdout, f"requeue 7{'' if task is None else f'_{task}'}\n" in self.told()
+
+    def told(self) -> str:
+        """What the last attempt told SLURM."""
+        return (self.folder / "told").read_text()
 
 
 class TestBatchScript:
@@ -292,6 +357,26 @@ class TestBatchScript:
         told = [script.attempt(mark=True, step=step)[1] for step in (False, False, True, False, False)]
         assert told == [True] * 5
         text, again = script.attempt(mark=True)
+        assert not again and "give it more --time" in text
+
+    @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING"])
+    def test_a_job_that_slurm_ends_is_left_to_it(self, state: str, tmp_path: Path) -> None:
+        """A cancelled one is COMPLETING while its processes end, and SLURM would take it back even then."""
+        text, again = Script(tmp_path).attempt(mark=True, step=True, state=f"{state} Reason=None")
+        assert not again and "ended by SLURM" in text
+
+    def test_but_not_one_that_its_time_limit_ends(self, tmp_path: Path) -> None:
+        assert Script(tmp_path).attempt(mark=True, step=True, state="COMPLETING Reason=TimeLimit")[1]
+
+    def test_a_task_of_an_array_goes_back_alone(self, tmp_path: Path) -> None:
+        script = Script(tmp_path)
+        (tmp_path / "runs").write_text(f"/nowhere/0\n/nowhere/1\n{script.run}\n")
+        for _ in range(2):
+            text, again = script.attempt(mark=True, task=2)
+            assert again and f"job 7_2: attempt 1 on node1: {script.run}\n" in text
+            assert f"{tmp_path}/configs/2.yaml 10.0.0.1 20009\n" in script.told()
+        assert (tmp_path / "idle_2").read_text() == "7_2\n" * 2
+        text, again = script.attempt(mark=True, task=2)
         assert not again and "give it more --time" in text
 
     def test_no_requeue(self, tmp_path: Path) -> None:
@@ -344,7 +429,7 @@ def test_mistakes_are_refused_and_leave_nothing(
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=re.escape(message)):
         submit_command([*RUN, "output_dir=out", *options])
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_are_checked(capsys: pytest.CaptureFixture[str]) -> None:

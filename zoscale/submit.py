@@ -4,6 +4,7 @@ import argparse
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,11 +49,12 @@ def submit_command(argv: Sequence[str]) -> int:
     if options.dry_run:
         print("nothing was done (--dry-run)")
         return 0
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     _freeze(folder, runs, scripts, options.setup)
     try:
         number = slurm.sbatch(folder / "job.sbatch")
     except ConfigError:
-        shutil.rmtree(folder)
+        _remove(made)
         raise
     print(f"job {number}: {len(runs)} run{'s' * (len(runs) > 1)}; logs in {folder / 'logs'}")
     return 0
@@ -64,9 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         usage="zoscale submit [--config FILE]... [key=value]... [options]",
         description="Train on a SLURM cluster. --config and key=value are those of `zoscale train`.",
         epilog="The configuration and the code are copied into RUN/slurm/N (a sweep: OUTPUT_DIR/sweep-NAME/N) before "
-        "the job is queued; later changes do not reach it. Logs are in its folder `logs`, one file for the job and one "
-        "per node. A job that is preempted or comes near its time limit finishes the step, writes a checkpoint and "
-        "goes back into the queue; one that fails stays where it is.",
+        "the job is queued; later changes do not reach it, except those of files that the configuration names, such as "
+        "runtime.deepspeed. Logs are in its folder `logs`, one file for the job and one per node. A job that is "
+        "preempted or comes near its time limit finishes the step, writes a checkpoint and goes back into the queue, "
+        "as does one of which SLURM finds a node down before the other nodes give up; one that fails or is cancelled "
+        "stays out.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -145,3 +149,11 @@ def _freeze(folder: Path, runs: Sequence[RunConfig], scripts: dict[str, str], se
         shutil.copyfile(setup, folder / "setup.sh")
     for name, text in scripts.items():
         write_text(folder / name, text)
+
+
+def _remove(made: Sequence[Path]) -> None:
+    """Remove a folder and those above it that were made for it, as far as nobody else uses them by now."""
+    shutil.rmtree(made[0])
+    for path in made[1:]:
+        with suppress(OSError):
+            path.rmdir()

@@ -8,14 +8,28 @@ PATH="$PATH:/usr/sbin:/sbin"
 action=${1:-} dir=$(realpath -m "${2:?the folder of the cluster}")
 conf=$dir/slurm.conf
 
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+# Below the range from which the kernel gives connections theirs, and above the ports that the first 1,000 jobs take.
+free_ports() {
+  python3 - "$1" <<'PYTHON'
+import random, socket, sys
+sockets = []
+while len(sockets) < int(sys.argv[1]):
+    sockets.append(socket.socket())
+    try:
+        sockets[-1].bind(("127.0.0.1", random.randrange(21_000, 32_000)))
+    except OSError:
+        sockets.pop()
+print(*(one.getsockname()[1] for one in sockets))
+PYTHON
+}
 
 write_conf() {
-  local host=$(hostname -s) user=$(id -un)
+  local host=$(hostname -s) user=$(id -un) control first second
+  read -r control first second < <(free_ports 3)
   cat >"$conf" <<CONF
 ClusterName=mini
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=$(free_port)
+SlurmctldPort=$control
 SlurmUser=$user
 SlurmdUser=$user
 AuthInfo=socket=$dir/munge.socket,cred_expire=5
@@ -27,20 +41,22 @@ SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-SelectType=select/linear
+SelectType=select/cons_tres
+GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
 MinJobAge=600
-NodeName=node1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc)
-NodeName=node2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$(free_port) CPUs=$(nproc)
+NodeName=node1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$first CPUs=$(nproc) Gres=gpu:2
+NodeName=node2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$second CPUs=$(nproc) Gres=gpu:2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-PartitionName=mini Nodes=node1,node2 Default=YES State=UP PriorityTier=1 GraceTime=30
-PartitionName=urgent Nodes=node1,node2 State=UP PriorityTier=2 PreemptMode=OFF
+PartitionName=mini Nodes=node1,node2 Default=YES State=UP PriorityTier=1 GraceTime=30 OverSubscribe=EXCLUSIVE
+PartitionName=urgent Nodes=node1,node2 State=UP PriorityTier=2 PreemptMode=OFF OverSubscribe=EXCLUSIVE
 CONF
+  touch "$dir"/gpu{0,1} && echo "Name=gpu File=$dir/gpu[0-1]" >"$dir/gres.conf" # in name only
 }
 
 start() {
