@@ -9,7 +9,6 @@ The ranks are real processes with a real process group; only the imports are sha
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -19,17 +18,12 @@ import datasets  # noqa: F401 (imported for the forks, as what is below)
 import deepspeed  # noqa: F401
 import mlflow  # noqa: F401
 import torch
+from processes import free_port
 
 from zoscale import assembly, cli, evaluation_job, ledger, run, trainer  # noqa: F401
 from zoscale.methods import TABLES  # noqa: F401
 
 LAUNCHER_PATIENCE = 10.0  # seconds; ranks whose process group is complete end sooner by themselves
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start_rank(job: dict[str, Any], rank: int, port: int) -> int:

@@ -2,12 +2,15 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,6 +21,12 @@ def free_port() -> int:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port := random.SystemRandom().randrange(20_000, 32_000)))
             return port
+
+
+def needs_compiler() -> None:
+    """Skip a test where torch.compile has none for the CPU."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        pytest.skip("no C++ compiler for torch.compile: apt-get install g++")
 
 
 def environment(**extra: str) -> dict[str, str]:

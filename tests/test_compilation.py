@@ -1,7 +1,5 @@
 """Transformer blocks under torch.compile: the losses of eager ones, few graphs, and none after the rehearsal."""
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from processes import ROOT
+from processes import ROOT, needs_compiler
 from test_weight_fan import model_of
 from torch import nn
 from torch._dynamo.utils import counters
@@ -63,8 +61,7 @@ def batches(step: int) -> list[MicroBatch]:
 @pytest.mark.usefixtures("fresh")
 def test_losses_are_those_of_eager_blocks() -> None:
     """With inductor's code, for adapters by batched products; evaluation stays eager."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        pytest.skip("no C++ compiler (g++ or clang++) for torch.compile")
+    needs_compiler()
     one = batches(0)[:1]
     for number, arch in enumerate(("opt", "llama"), start=1):
         compiled, plain = engine_of(arch, "blocks"), engine_of(arch, "off")

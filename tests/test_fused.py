@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from processes import needs_compiler
 from test_weight_fan import model_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -57,8 +56,7 @@ def everything(x: Tensor, half: Tensor, memory: Tensor, z: Tensor, words: Tensor
 @pytest.mark.usefixtures("fresh_compiled")
 def test_compiled_equals_eager() -> None:
     """Signs and every kind of update: no contracted product and sum, whole vectors and their rest alike."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        pytest.skip("no C++ compiler (g++ or clang++) for torch.compile")
+    needs_compiler()
     generator = torch.Generator().manual_seed(0)
     x, memory = torch.randn(2, 1111, generator=generator)
     z = torch.randint(-1, 2, (1111,), generator=generator).float()

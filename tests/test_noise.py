@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import warnings
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from processes import run
+from processes import needs_compiler, run
 
 from zoscale import fused, philox
 from zoscale.noise import Domain, Key, Noise, Range
@@ -290,8 +289,7 @@ def test_without_a_compiler_noise_is_eager_with_one_warning(
 @pytest.mark.usefixtures("fresh_compiled")
 def test_compiled_equals_eager() -> None:
     """Pitfall 4 for the fused kernels: integers as in eager mode, and slices of them the bits of the whole."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        pytest.skip("no C++ compiler (g++ or clang++) for torch.compile")
+    needs_compiler()
     compiled, eager = Noise(SEED, compiled=True), Noise(SEED)
     whole = Range(6, 0, 1111)
     with warnings.catch_warnings():

@@ -27,11 +27,11 @@ from hypothesis import strategies as st
 from processes import ROOT
 from test_journal import HEADER, NUM_STEPS, RECORDS, SIZE, START, record, same, write
 
-from zoscale.config import ConfigError, RunConfig, load_yaml, parse
+from zoscale.config import ConfigError, ModelConfig, RunConfig, load_yaml, parse
 from zoscale.config.merging import Given, Schema
 from zoscale.journal import Journal, JournalWriter
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.run_record import with_base
+from zoscale.run_record import check_trusted, with_base
 from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
 from zoscale.tasks.sources import Source
 
@@ -509,12 +509,21 @@ def test_the_spellings_of_json_are_read(folder: Path, text: str) -> None:
     assert read_rows(folder, ".json", text.encode()) == [{"a": [1, None], "b": {"c": None}}]
 
 
-def test_a_run_does_not_choose_what_of_a_trusted_model_is_loaded() -> None:
+def test_a_run_does_not_choose_what_of_a_trusted_model_is_loaded(tmp_path: Path) -> None:
     """The user has named a repository; another version of it, and a tokenizer from elsewhere, may hold other code."""
-    for permission in ("trust_remote_code", "allow_pickle"):
-        tree = {"model": {"id": "a/b", "revision": "refs/pr/1", "tokenizer": "evil/c", permission: True}}
-        model = with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), "a/b").model
-        assert (model.id, model.revision, model.tokenizer) == ("a/b", None, None)
-    tree = {"model": {"id": "a/b", "revision": "v1", "tokenizer": "c/d"}}
-    model = with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), "moved").model
-    assert (model.id, model.revision, model.tokenizer) == ("moved", "v1", "c/d")
+
+    def model_of(base: str, **options: object) -> ModelConfig:
+        config = with_base(RunConfig.from_dict({"model": {"id": "a/b", **options}}, TABLES, DEFAULTS), base)
+        check_trusted(config, base)
+        return config.model
+
+    version, elsewhere = {"revision": "refs/pr/1"}, {"tokenizer": "evil/c"}
+    for options in ({"allow_pickle": True, **version}, {"trust_remote_code": True, **elsewhere}):
+        with pytest.raises(ConfigError, match=r"got (refs/pr/1|evil/c): download what you trust into one folder"):
+            model_of("a/b", **options)
+    for permission in ("allow_pickle", "trust_remote_code"):
+        model = model_of(str(tmp_path), **{permission: True}, **version, **elsewhere)
+        assert (model.id, model.revision) == (str(tmp_path), None)
+        assert model.tokenizer == (None if permission == "trust_remote_code" else "evil/c"), "of pickles it has none"
+    model = model_of("moved", **version, **elsewhere)
+    assert (model.id, model.revision, model.tokenizer) == ("moved", "refs/pr/1", "evil/c"), "neither can run code"

@@ -8,7 +8,7 @@ from zoscale.first_order import reduce_bucket
 from zoscale.footprint import FanName, Footprint, ModelShapes, Weight
 
 _FP32 = 4
-_WAITING = 4  # hidden states that a pass between two blocks holds: its embeddings, their sum and its own
+_STATES = 4  # hidden states that a pass between two blocks holds: its embeddings, their sum and its own
 _ADAM = 3 * _FP32  # master, first and second moment
 _UPDATE = 3 * _FP32  # while AdamW steps: the gradient once more, flat, and two temporaries
 
@@ -184,7 +184,7 @@ def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activation
     is_undone = job.fan is None and not job.master  # a perturbation, by a copy of what it wrote over
     resident["weights to restore"] = sum(_shard(weight, shard_size) for weight in trainable) * is_undone
     behind = (-(-job.passes // job.rounds) - 1) * (shard_size > 1 or job.offload != "none")
-    resident["passes side by side"] = behind * job.together * job.micro_batch * job.tokens * job.hidden * _WAITING
+    resident["passes side by side"] = behind * job.together * job.micro_batch * job.tokens * job.hidden * _STATES
     phases = Gathers(_gathered(shapes, job), shard_size, job.offload).phases(job, activations)
     return _highest(resident, _passes(phases))
 

@@ -23,7 +23,8 @@ from zoscale.fused import compiled, on_device
 
 _BLOCK_MULTIPLE = 64  # blocks per call are a multiple of this: whole vectors only, so a value has one code path
 _KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements a call
-_KEPT_DRAW = 2**13  # blocks of several tensors whose counters are kept for the next step: 64 KiB
+_KEPT_DRAW = 2**13  # blocks of several ranges whose counters are kept for the next step: 64 KiB
+_KEPT_RANGES = 128  # more are those of a lookup, which no other step has
 _KEPT_DRAWS = 1024
 _BITS = 32
 
@@ -167,7 +168,8 @@ class Noise:
             blocks, tensors = _first_blocks(sizes[0], device)
             shared = self._words(key, firsts[0], ranges[0].tensor)
         else:
-            counters = _kept_counters if sum(sizes) <= _KEPT_DRAW else _counters
+            is_kept = sum(sizes) <= _KEPT_DRAW and len(ranges) <= _KEPT_RANGES
+            counters = _kept_counters if is_kept else _counters
             blocks, tensors = counters(tuple(own.tensor for own in ranges), tuple(firsts), tuple(sizes), device)
             shared = self._words(key)
         run = compiled(kernel) if self.compiled else kernel

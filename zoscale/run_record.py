@@ -73,13 +73,15 @@ class RunRecord:
 def with_base(config: RunConfig, base: str | None) -> RunConfig:
     """A run's configuration with the base model that the user named, if one was named.
 
-    Where that may run code, the run says no more which of its versions it is, nor where the tokenizer comes from.
+    A folder is all of it: its version, and the tokenizer where that may run code of its own.
     """
     if base is None:
         return config
     model = dataclasses.replace(config.model, id=base)
-    if model.trust_remote_code or model.allow_pickle:
-        model = dataclasses.replace(model, revision=None, tokenizer=None)
+    if Path(base).is_dir():
+        model = dataclasses.replace(
+            model, revision=None, tokenizer=None if model.trust_remote_code else model.tokenizer
+        )
     return dataclasses.replace(config, model=model)
 
 
@@ -87,12 +89,23 @@ def check_trusted(config: RunConfig, base: str | None) -> None:
     """Refuse to load the model of a configuration that came with a run, if that could run code.
 
     Args:
-        config: as it was read.
+        config: from `with_base`.
         base: id or folder of the base model, if the user has named it: then it is trusted.
 
     Raises:
-        ConfigError: if the configuration asks to run code that comes with the model, and the user has not named one.
+        ConfigError: if the configuration asks to run code that comes with the model, and the user has not named one, or
+            the run says which version of it, or whose tokenizer, is loaded.
     """
-    if (config.model.trust_remote_code or config.model.allow_pickle) and base is None:
+    model = config.model
+    if not (model.trust_remote_code or model.allow_pickle):
+        return
+    if base is None:
         got = "one that runs the model's code or loads pickles"
         raise ConfigError("a run of a model of safetensors only", got, "name a model that you trust with --base")
+    chosen = [model.revision, model.tokenizer if model.trust_remote_code else None]
+    if any(chosen):
+        got = " and ".join(filter(None, chosen))
+        remedy = "download what you trust into one folder and name that with --base"
+        raise ConfigError(
+            "a run that chooses neither the version of a model that may run code nor its tokenizer", got, remedy
+        )
