@@ -14,7 +14,7 @@ from test_weight_fan import model_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from zoscale import fused, philox, rehearsal
+from zoscale import fused, noise, philox, rehearsal
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import GradientEstimate, TwoPoint
 from zoscale.noise import Noise
@@ -75,7 +75,7 @@ def test_compiled_equals_eager() -> None:
 
 @pytest.mark.usefixtures("fresh_compiled")
 @pytest.mark.parametrize("forward", ["fan_out", "sequential"])
-@pytest.mark.parametrize("probe", [Rademacher(), Gaussian(), Block(rows=0.2, columns=0.2)])
+@pytest.mark.parametrize("probe", [Rademacher(), Gaussian(), Block(rows=0.5, columns=0.5)])
 def test_no_step_compiles_after_the_rehearsal(monkeypatch: pytest.MonkeyPatch, forward: Any, probe: Probe) -> None:
     """Other steps, learning rates, projected gradients and sizes need no other graph; numbers are those of eager."""
     compile_: Callable[..., Any] = torch.compile
@@ -85,13 +85,14 @@ def test_no_step_compiles_after_the_rehearsal(monkeypatch: pytest.MonkeyPatch, f
 
     monkeypatch.setattr(torch, "compile", traced)
     monkeypatch.setattr(fused, "_WORTH", 2)
+    monkeypatch.setattr(noise, "_LONG", 32)
     q = 2 if isinstance(probe, Block) else 1
     engines = [
         ZeroOrderEngine(
-            model_of("opt", torch.bfloat16), optimizer=JaguarSignSGD, probe=probe, forward=forward, noise=noise,
+            model_of("opt", torch.bfloat16), optimizer=JaguarSignSGD, probe=probe, forward=forward, noise=backend,
             estimator=TwoPoint(tau=0.05, num_directions=q),
         )
-        for noise in ("compiled", "eager")
+        for backend in ("compiled", "eager")
     ]  # fmt: skip
     before = engines[0]._rehearsal
     assert before is not None

@@ -6,9 +6,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
+    {"philox"},
     {
         "config",
-        "philox",
         "fused",
         "phases",
         "passes",

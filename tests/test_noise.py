@@ -20,7 +20,7 @@ import torch
 from processes import needs_compiler, run
 
 from zoscale import fused, philox
-from zoscale.noise import Domain, Key, Noise, Range
+from zoscale.noise import Domain, Key, Noise, Range, signs_at
 
 torch.set_num_threads(1)
 
@@ -152,8 +152,9 @@ def test_signs_at_some_positions() -> None:
         torch.tensor([[4, 0], [2, 2]]),
         torch.tensor([], dtype=torch.int64),
     ]
-    signs = noise.rademacher_at(KEY, ranges, indices)
-    for sign, index, whole in zip(signs, indices, noise.rademacher(KEY, ranges), strict=True):
+    words = noise.sign_words(KEY, ranges)
+    for wanted, own, index, whole in zip(ranges, words, indices, noise.rademacher(KEY, ranges), strict=True):
+        sign = signs_at(own, wanted, index)
         assert sign.shape == index.shape and torch.equal(sign, whole[index])
 
 
@@ -221,7 +222,7 @@ def test_no_collisions_over_a_grid_of_small_integers() -> None:
 
 FRESH = """
 import json, torch
-from zoscale.noise import Domain, Key, Noise, Range
+from zoscale.noise import Domain, Key, Noise, Range, signs_at
 from zoscale.shards import trainable_specs
 noise, key = Noise(0x0123456789ABCDEF), Key(11, 3, Domain.SUPPORT_COLUMNS)
 wanted = [Range(5, 3, 40)]

@@ -12,6 +12,7 @@ import torch
 from reference_methods import oracle_probe
 from torch import nn
 
+from zoscale import fused, noise
 from zoscale.noise import Noise
 from zoscale.probes import (
     PROBES,
@@ -23,6 +24,7 @@ from zoscale.probes import (
     Layers,
     Orthogonal,
     Probe,
+    Rademacher,
     Row,
     Signs,
     Subspace,
@@ -95,6 +97,47 @@ def variants(name: str) -> list[tuple[Probe, Any]]:
     options = [{}, *OPTIONS.get(name, []), *([{"signs": "ones"}] if name in SUPPORTED else [])]
     names = [name_of(i) for i in range(len(SHAPES))]
     return [(PROBES[name](**given), oracle_probe(name, names, **given)) for given in options]
+
+
+BITS = [
+    Rademacher(), Block(rows=0.5, columns=0.3), Block(rows=1.0, columns=0.3, signs="ones"), Tensors(share=1.0),
+    Layers(share=1.0, inner={"name": "block", "rows": 0.5, "columns": 0.5}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("probe", BITS, ids=lambda probe: type(probe).__name__)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_signs_as_bits_are_those_in_memory(probe: Probe, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is done with them, on slices that begin and end anywhere; short ones and odd rows stay in memory."""
+    monkeypatch.setattr(noise, "_LONG", 64)
+    monkeypatch.setattr(fused, "compiled", lambda function, *_: function)
+    monkeypatch.setattr(noise, "compiled", lambda function: function)
+    specs = specs_of([(40, 96), (64, 33), (128,), (3, 32), (7, 5)])
+    shards = [slice_of(spec, rank, world_size) for spec in specs for rank in range(world_size)]
+    packed, plain = (probe.draw(Noise(SEED, compiled=is_compiled), specs, 3, 1) for is_compiled in (True, False))
+    sources = set()
+    for group in pieces(shards, 960):
+        for piece, one, other in zip(group, packed.segments(group), plain.segments(group), strict=True):
+            assert (one is None) <= (other is None or not other.value.any())
+            if one is not None:
+                sources.add(one.source.dtype if isinstance(one.source, torch.Tensor) else None)
+                size = piece.stop - piece.start
+                for first, second in zip(uses(one, size), uses(other, size), strict=True):
+                    assert torch.equal(first, second)
+    assert sources >= {torch.int32, torch.float32}
+
+
+def uses(segment: Segment | None, size: int) -> list[torch.Tensor]:
+    """What every way to use a segment leaves in slices of this size."""
+    start = torch.linspace(-1, 1, size)
+    total, visited, visits, memory = (start.clone() for _ in range(4))
+    live = torch.cat([start, start]).bfloat16()
+    if segment is not None:
+        segment.add_to(total, 0.3)
+        segment.visit(visited, visits, -0.7)
+        segment.remember(memory, 1.7, 0.9)
+        segment.write(live, live.clone(), size, 1e-2)
+    return [total, visited, visits, memory, live]
 
 
 @pytest.mark.parametrize("name", PROBES)

@@ -1,7 +1,9 @@
 """Arithmetic on slices of weights that touches each value once: plain tensor functions, and `compiled` to fuse them.
 
 In eager mode they are the definition. Compiled, they are one pass each (vector C++ on the CPU, Triton on the GPU) with
-the same bits: every operation is rounded on its own, as in eager mode. All slices are 1-D and of one length n.
+the same bits: every operation is rounded on its own, as in eager mode. All slices are 1-D and of one length n, as
+the direction z on them (float32). Or they are [n / 32, 32], and z is signs as bits: int32 [1, n / 32], or [2, n / 32]
+with a mask, see `philox.signs`.
 """
 
 import functools
@@ -12,6 +14,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from zoscale import philox
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,25 +34,27 @@ def perturb(out: Tensor, base: Tensor, z: Tensor, radius: Tensor) -> None:
 
     Args:
         out, base: of any floating type.
-        z: float32.
+        z: a direction.
         radius: from `scalars`.
     """
-    out.copy_(base.float() + z * radius)
+    out.copy_(base.float() + _values(z) * radius)
 
 
 def accumulate(total: Tensor, z: Tensor, rho: Tensor) -> None:
     """total += rho * z, in float32."""
-    total.add_(z * rho)
+    total.add_(_values(z) * rho)
 
 
 def visit(total: Tensor, visits: Tensor, z: Tensor, rho: Tensor) -> None:
     """`accumulate`, and visits += 1 where z is not zero."""
+    z = _values(z)
     total.add_(z * rho)
     visits.add_(z != 0)
 
 
 def remember(memory: Tensor, z: Tensor, rho: Tensor, beta: Tensor, rest: Tensor) -> None:
     """memory = beta memory + (1 - beta) rho z where z is not zero, in float32; `rest` is 1 - beta."""
+    z = _values(z)
     memory.copy_(torch.where(z != 0, memory * beta + z * rho * rest, memory))
 
 
@@ -81,6 +87,10 @@ def descend_sign(
 ) -> None:
     """`descend` along the sign of a memory (float32); sign(0) = 0."""
     descend(truth, live, memory.sign(), lr, weight_decay, words)
+
+
+def _values(z: Tensor) -> Tensor:
+    return philox.signs(*z.unbind()) if z.dtype == torch.int32 else z
 
 
 def stochastically_rounded(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,7 +142,7 @@ def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
     """The function under torch.compile (one graph for all sizes), or itself, with one warning, where that fails.
 
     Args:
-        function: of tensors; those that it changes in place do not overlap.
+        function: of tensors; those that it changes in place do not overlap, but one may be given twice.
         smallest: elements of the first from which the graph is called.
     """
     found: list[Callable[..., Any]] = []
@@ -143,8 +153,9 @@ def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
             return function(*inputs)
         if not found:
             found.append(_compile(function, inputs))
+        bare = {id(value): value.data for value in inputs if isinstance(value, Tensor)}
         try:  # not as views: a graph would be bound to the shape of what they are views of
-            return found[0](*(value.data if isinstance(value, Tensor) else value for value in inputs))
+            return found[0](*(bare.get(id(value), value) for value in inputs))
         except RuntimeError as error:
             if type(error).__name__ != "FailOnRecompileLimitHit":  # more combinations of types than one run has
                 raise

@@ -26,7 +26,7 @@ _KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements 
 _KEPT_DRAW = 2**13  # blocks of several ranges whose counters are kept for the next step: 64 KiB
 _KEPT_RANGES = 128  # more are those of a lookup, which no other step has
 _KEPT_DRAWS = 1024
-_BITS = 32
+_LONG = 2**14  # elements from which signs stay bits
 
 Device = torch.device | str
 
@@ -98,32 +98,19 @@ class Noise:
 
         Element i is bit i % 32 of word i // 32.
         """
-        words = self._sign_words(key, ranges, device)
-        if not words:
-            return []
-        signs = philox.signs(torch.cat(words) if len(words) > 1 else words[0])
-        parts = torch.split(signs, [_BITS * len(own) for own in words])
-        return [
-            own[wanted.start % _BITS :][: wanted.stop - wanted.start] for own, wanted in zip(parts, ranges, strict=True)
-        ]
+        return _unpacked(self.sign_words(key, ranges, device), ranges)
 
-    def rademacher_at(
-        self, key: Key, ranges: Sequence[Range], indices: Sequence[Tensor], device: Device = "cpu"
-    ) -> list[Tensor]:
-        """Signs of some elements of each range: `rademacher(...)[r][indices[r]]`, at one word per 32 elements.
+    def sign_bits(self, key: Key, ranges: Sequence[Range], device: Device = "cpu") -> list[Tensor]:
+        """`rademacher`, but where `stays_bits` says so as int32 [1, (stop - start) / 32], see `philox.signs`."""
+        found = self.sign_words(key, ranges, device)
+        rest = [(own, wanted) for own, wanted in zip(found, ranges, strict=True) if not stays_bits(wanted)]
+        values = iter(_unpacked([own for own, _ in rest], [wanted for _, wanted in rest]))
+        return [own[None] if stays_bits(wanted) else next(values) for own, wanted in zip(found, ranges, strict=True)]
 
-        Args:
-            key, ranges: as for `rademacher`.
-            indices: per range int64 on the device, relative to its start.
-
-        Returns:
-            Per range float32 of the shape of its indices.
-        """
-        signs = []
-        for wanted, words, index in zip(ranges, self._sign_words(key, ranges, device), indices, strict=True):
-            position = index + wanted.start % _BITS
-            signs.append(philox.sign((words[position // _BITS] >> (position % _BITS).to(torch.int32)) & 1))
-        return signs
+    def sign_words(self, key: Key, ranges: Sequence[Range], device: Device = "cpu") -> list[Tensor]:
+        """The words whose bits are the signs of each range, the first and the last one whole: int32 per range."""
+        words = [Range(t, start // philox.BITS, -(-stop // philox.BITS)) for t, start, stop in ranges]
+        return self.words(key, words, device)
 
     def integers(self, key: Key, limits: Sequence[tuple[int, int]]) -> list[int]:
         """For each (tensor id, n), n < 2**63: an integer uniform on [0, n), from 64 bits (bias below n / 2**64)."""
@@ -149,9 +136,6 @@ class Noise:
         """A random order of [0, n), uniform: int64 [n] on the CPU."""
         (words,) = self.words(key, [Range(0, 0, n)])
         return torch.argsort(_ranks(words))
-
-    def _sign_words(self, key: Key, ranges: Sequence[Range], device: Device) -> list[Tensor]:
-        return self.words(key, [Range(t, start // _BITS, -(-stop // _BITS)) for t, start, stop in ranges], device)
 
     def _draw(self, kernel: philox.Kernel, key: Key, ranges: Sequence[Range], device: Device) -> list[Tensor]:
         """Run a kernel over the blocks that cover the ranges, and cut the ranges out."""
@@ -187,6 +171,37 @@ class Noise:
                 raise ValueError(f"expected 0 <= {name} < {limit}, got {value}")
         counters = (first, tensor, key.step, key.direction | key.domain << 24)
         return philox.shared_words(counters, self.seed)
+
+
+def signs_at(words: Tensor, wanted: Range, index: Tensor) -> Tensor:
+    """Signs of some elements of a range, as `Noise.rademacher` has them.
+
+    Args:
+        words: of the range, from `Noise.sign_words`.
+        wanted: the range.
+        index: int64 on the device of the words, relative to its start.
+
+    Returns:
+        float32 of the shape of `index`.
+    """
+    position = index + wanted.start % philox.BITS
+    return philox.sign((words[position // philox.BITS] >> (position % philox.BITS).to(torch.int32)) & 1)
+
+
+def stays_bits(wanted: Range) -> bool:
+    """Whether a range is of whole words, and so long that unpacking them where they are used is faster."""
+    _, start, stop = wanted
+    return start % philox.BITS == 0 and stop % philox.BITS == 0 and stop - start >= _LONG
+
+
+def _unpacked(words: Sequence[Tensor], ranges: Sequence[Range]) -> list[Tensor]:
+    """The signs of ranges in float32, from words that cover each."""
+    if not words:
+        return []
+    signs = philox.signs(torch.cat(list(words)) if len(words) > 1 else words[0]).view(-1)
+    parts = torch.split(signs, [philox.BITS * len(own) for own in words])
+    skips = [start % philox.BITS for _, start, _ in ranges]
+    return [own[skip:][: stop - start] for own, skip, (_, start, stop) in zip(parts, skips, ranges, strict=True)]
 
 
 def _padded(blocks: int) -> int:

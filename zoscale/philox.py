@@ -17,6 +17,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _MASK = 0xFFFFFFFF
+BITS = 32  # signs in a word
 _ONE, _SIGN = 0x3F800000, -(2**31)  # float32 1 as a bit pattern, and its sign bit
 _UNIT = 2.0**-24  # a word's top 24 bits are exact in float32
 SQRT_HALF_BITS = 0x3F3504F3  # of float32 sqrt(1/2)
@@ -107,11 +108,24 @@ def words(blocks: Tensor, tensors: Tensor, shared: Tensor) -> Tensor:
     return _interleave(_run(blocks, tensors, shared))
 
 
-def signs(words: Tensor) -> Tensor:
-    """float32 [32 W]: +1 where a bit of int32 [W] is clear and -1 where it is set, lowest bits first."""
-    shifts = torch.arange(31, -1, -1, dtype=torch.int32, device=words.device)
+def signs(words: Tensor, mask: Tensor | None = None) -> Tensor:
+    """float32 [W, BITS]: +1 where a bit of int32 [W] is clear and -1 where it is set, lowest bits first.
+
+    Args:
+        words: int32 [W].
+        mask: int32 [W]; the result is 0 where its bit is clear. None = nowhere.
+    """
+    shifts = torch.arange(BITS - 1, -1, -1, dtype=torch.int32, device=words.device)
     bits = (words[:, None] << shifts).bitwise_and_(_SIGN).bitwise_or_(_ONE)  # in place: one temporary
-    return bits.view(torch.float32).view(-1)
+    if mask is not None:
+        bits.bitwise_and_((mask[:, None] << shifts) >> (BITS - 1))
+    return bits.view(torch.float32)
+
+
+def packed(marks: Tensor) -> Tensor:
+    """Bits in words, lowest first: int32 [n / BITS] from 0 and 1 (integers [n])."""
+    shifts = torch.arange(BITS, device=marks.device)
+    return (marks.view(-1, BITS).to(torch.int64) << shifts).sum(-1).to(torch.int32)
 
 
 def sign(bits: Tensor) -> Tensor:

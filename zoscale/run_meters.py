@@ -141,7 +141,7 @@ def _spans(engine: ZeroOrderEngine, timer: PhaseTimer) -> list[AbstractContextMa
         timed(timer, "noise", engine, "directions"),
         *([timed(timer, "forward", type(engine.forward), "backward")] if first_order else []),
         timed(timer, "other" if first_order else "noise", type(engine.forward), "losses"),
-        timed(timer, "noise", engine.noise, "words", "uniform", "normal", "rademacher", "rademacher_at"),
+        timed(timer, "noise", engine.noise, "words", "uniform", "normal", "rademacher"),
         timed(timer, "forward", engine, "objective"),
         timed(timer, "forward", engine.answers, "answer_logprobs"),
         timed(timer, "gather", PartitionedParameterCoordinator, "fetch_sub_module"),

@@ -1,11 +1,13 @@
 """`Segment`: a direction z on a part of a tensor, and what is done with it there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from zoscale.fused import accumulate, chosen, perturb, scalars, visit
+from zoscale import philox
+from zoscale.fused import accumulate, chosen, perturb, remember, scalars, visit
 from zoscale.streams import Stream, drawn
 
 
@@ -14,7 +16,8 @@ class Segment:
     """A direction z on elements [start, start + n) of a tensor.
 
     Args:
-        source: z: float32 [n] (dense), or float32 [s] at `index` (zero elsewhere); or the stream to make it of (dense).
+        source: z: float32 [n] (dense), or float32 [s] at `index` (zero elsewhere); signs as bits (dense), see
+            `fused.py`; or the stream to make it of (dense).
         index: int64 [s], positions relative to start, distinct; None = every element.
         is_compiled: whether its arithmetic is fused by a compiler, like the noise it is made of.
     """
@@ -25,12 +28,16 @@ class Segment:
 
     @property
     def value(self) -> Tensor:
-        """z in memory; a stream is drawn anew each time."""
+        """z in float32; a stream is drawn anew each time."""
         return values([self])[0]
 
     def place(self, start: int) -> slice | Tensor:
         """Where it acts in a tensor of which its own element 0 is element `start`."""
-        return slice(start, start + len(self.source)) if self.index is None else self.index + start
+        if self.index is not None:
+            return self.index + start
+        if isinstance(self.source, Tensor) and _is_bits(self.source):
+            return slice(start, start + philox.BITS * self.source.shape[1])
+        return slice(start, start + len(self.source))
 
     def write(self, live: Tensor, truth: Tensor, start: int, radius: float) -> None:
         """live = truth + radius * z from `start` on, rounded once from fp32 to the type of `live`.
@@ -41,31 +48,57 @@ class Segment:
             radius: signed smoothing radius.
         """
         where = self.place(start)
-        if isinstance(self.source, Stream):
-            self.source.perturb(live[where], truth[where], radius)
-        elif self.index is None:
-            chosen(perturb, self.is_compiled)(live[where], truth[where], self.source, *scalars(radius))
+        if self.index is None:
+            out = live[where]
+            base = out if live is truth else truth[where]
+            if isinstance(self.source, Stream):
+                self.source.perturb(out, base, radius)
+            else:
+                self._run(perturb, (out, base), radius)
         else:
-            live[where] = (truth[where].float() + self.source * radius).to(live.dtype)
+            live[where] = (truth[where].float() + self.value * radius).to(live.dtype)
 
     def add_to(self, total: Tensor, scale: float) -> None:
         """total += scale * z, as one float32 multiplication and one addition per element."""
         if self.index is None:
-            chosen(accumulate, self.is_compiled)(total, self.value, *scalars(scale))
+            self._run(accumulate, (total,), scale)
         else:
             total[self.index] = total[self.index] + self.value * scale
 
     def visit(self, total: Tensor, visits: Tensor, scale: float) -> None:
         """`add_to`, and one more visit where z is not zero."""
         if self.index is None:
-            chosen(visit, self.is_compiled)(total, visits, self.value, *scalars(scale))
+            self._run(visit, (total, visits), scale)
         else:
             self.add_to(total, scale)
             visits[self.index] += 1
 
+    def remember(self, memory: Tensor, rho: float, beta: float) -> None:
+        """memory = beta memory + (1 - beta) rho z where z is not zero; only that is read and written."""
+        if self.index is None:
+            self._run(remember, (memory,), rho, beta, 1 - beta)
+        else:
+            memory[self.index] = memory[self.index] * beta + self.value * rho * (1 - beta)
+
+    def _run(self, function: Callable[..., None], slices: Sequence[Tensor], *numbers: float) -> None:
+        """A function of `fused.py` on slices of this length, z and numbers."""
+        z = self.value if isinstance(self.source, Stream) else self.source
+        if _is_bits(z):  # a slice that is given twice stays one
+            views = {id(part): part.view(-1, philox.BITS) for part in slices}
+            slices = [views[id(part)] for part in slices]
+        chosen(function, self.is_compiled)(*slices, z, *scalars(*numbers))
+
 
 def values(segments: Sequence[Segment]) -> list[Tensor]:
-    """z of each in memory; the streams are of one direction, and drawn in one pass."""
+    """z of each in float32; the streams are of one direction, and drawn in one pass."""
     streams = [segment.source for segment in segments if isinstance(segment.source, Stream)]
     made = iter(drawn(streams))
-    return [next(made) if isinstance(segment.source, Stream) else segment.source for segment in segments]
+    return [next(made) if isinstance(segment.source, Stream) else _floats(segment.source) for segment in segments]
+
+
+def _is_bits(z: Tensor) -> bool:
+    return z.dtype == torch.int32
+
+
+def _floats(z: Tensor) -> Tensor:
+    return philox.signs(*z).view(-1) if _is_bits(z) else z

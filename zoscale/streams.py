@@ -42,6 +42,20 @@ class Mask:
         marks = self.marks.bool()
         return marks[place // self.columns] & marks[place % self.columns + self.rows]
 
+    def bits(self, wanted: Range) -> Tensor:
+        """`on` as words: int32 [n / 32]. The range is of whole words, and so are the tensor's rows."""
+        rows, columns = self._words
+        first, last = wanted.start // philox.BITS, wanted.stop // philox.BITS
+        low, high = first // len(columns), -(-last // len(columns))
+        words = (rows[low:high, None] & columns).view(-1)
+        return words[first - low * len(columns) : last - low * len(columns)]
+
+    @functools.cached_property
+    def _words(self) -> tuple[Tensor, Tensor]:
+        """All bits or none, by row; and those of a row."""
+        rows, columns = self.marks[: self.rows], self.marks[self.rows :]
+        return -rows.to(torch.int32), philox.packed(columns)
+
 
 @dataclass(frozen=True)
 class Stream:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
-from zoscale.fused import chosen, remember, remember_mean, scalars
+from zoscale.fused import chosen, remember_mean, scalars
 from zoscale.mesh import Mesh
 from zoscale.optim.base import Company, ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta, check_choice
@@ -175,12 +175,8 @@ def _mix_one(memories: Sequence[Tensor], batch: Sequence[Piece], estimate: Gradi
     """Of one direction: only what it visits is read and written."""
     (direction,), (rho,) = estimate.directions, estimate.projected_grads
     for memory, segment in zip(memories, direction.segments(batch), strict=True):
-        if segment is None:
-            continue
-        if segment.index is None:
-            chosen(remember, segment.is_compiled)(memory, segment.value, *scalars(rho, beta, 1 - beta))
-        else:
-            memory[segment.index] = memory[segment.index] * beta + segment.value * rho * (1 - beta)
+        if segment is not None:
+            segment.remember(memory, rho, beta)
 
 
 def _mix_mean(memories: Sequence[Tensor], batch: Sequence[Piece], estimate: GradientEstimate, beta: float) -> None:

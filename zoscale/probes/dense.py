@@ -18,7 +18,8 @@ class _Dense(DrawnDirection):
         streams = [stream for piece in group if (stream := self.stream(piece)) is not None]
         if len(streams) == len(group):
             return [Segment(stream, is_compiled=True) for stream in streams]
-        draw = self.noise.normal if self.distribution == "normal" else self.noise.rademacher
+        signs = self.noise.sign_bits if self.is_compiled else self.noise.rademacher
+        draw = self.noise.normal if self.distribution == "normal" else signs
         values = draw(self.key, [piece.range for piece in group], group[0].shard.truth.device)
         return [Segment(value, is_compiled=self.is_compiled) for value in values]
 

@@ -1,16 +1,18 @@
 """JAGUAR's probes: signs on a random support: one coordinate, an entry, a row, a block, whole tensors."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import cached_property, partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from zoscale import philox
 from zoscale.fused import on_device
-from zoscale.noise import Domain, Key, Noise
+from zoscale.noise import Domain, Key, Noise, signs_at, stays_bits
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
 from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
@@ -54,21 +56,41 @@ class _Support:
         if self.is_whole:
             return None
         width = spec.columns
-        low, high = first // width, -(-last // width)
-        rows = torch.arange(low, high) if self.rows is None else self.rows
-        rows = rows[torch.searchsorted(rows, low) : torch.searchsorted(rows, high)]
-        columns = torch.arange(width) if self.columns is None else self.columns
+        rows = self.rows_of(spec, first, last)
+        columns = range(width) if self.columns is None else self._column_numbers
         begin, end = (_count_before(position, rows, columns, width) for position in (first, last))
-        flat = (on_device(rows, device)[:, None] * width + on_device(columns, device)).view(-1)
-        return flat[begin:end] - first
+        of_rows = on_device(torch.tensor(rows, dtype=torch.int64), device)
+        of_columns = torch.arange(width, device=device) if self.columns is None else on_device(self.columns, device)
+        return (of_rows[:, None] * width + of_columns).view(-1)[begin:end] - first
+
+    def rows_of(self, spec: TensorSpec, first: int, last: int) -> Sequence[int]:
+        """Its rows that have elements of [first, last), ascending."""
+        low, high = first // spec.columns, -(-last // spec.columns)
+        if self.rows is None:
+            return range(low, high)
+        return self._row_numbers[bisect_left(self._row_numbers, low) : bisect_left(self._row_numbers, high)]
+
+    def has_words(self, spec: TensorSpec) -> bool:
+        """Whether its marks are words of bits, and so many that a pass over the tensor is faster than an index."""
+        return self.is_whole or (spec.columns % philox.BITS == 0 and self.share(spec) > _DENSE_ABOVE)
+
+    @cached_property
+    def _row_numbers(self) -> list[int]:
+        numbers: list[int] = cast(Tensor, self.rows).tolist()
+        return numbers
+
+    @cached_property
+    def _column_numbers(self) -> list[int]:
+        numbers: list[int] = cast(Tensor, self.columns).tolist()
+        return numbers
 
 
-def _count_before(position: int, rows: Tensor, columns: Tensor, width: int) -> int:
+def _count_before(position: int, rows: Sequence[int], columns: Sequence[int], width: int) -> int:
     """How many of rows x columns lie before a flat position."""
     row, column = divmod(position, width)
-    above = int(torch.searchsorted(rows, row))
-    is_within = above < len(rows) and int(rows[above]) == row
-    return above * len(columns) + (int(torch.searchsorted(columns, column)) if is_within else 0)
+    above = bisect_left(rows, row)
+    is_within = above < len(rows) and rows[above] == row
+    return above * len(columns) + (bisect_left(columns, column) if is_within else 0)
 
 
 class JaguarDirection(DrawnDirection):
@@ -97,17 +119,11 @@ class JaguarDirection(DrawnDirection):
 
     def segments(self, group: Sequence[Piece]) -> list[Segment | None]:
         device = group[0].shard.truth.device
-        found: dict[Piece, Tensor | None] = {}
         streams = {piece: stream for piece in group if (stream := self.stream(piece)) is not None}
-        for piece in group:
-            support = self.supports.get(piece.shard.spec.id)
-            if support is not None and piece not in streams:
-                index = support.positions(piece.shard.spec, piece.range.start, piece.range.stop, device)
-                if index is None or index.numel():
-                    found[piece] = index
-        signs = dict(zip(found, self._signs(found, device), strict=True))
-        made = {piece: self._segment(piece, index, signs[piece]) for piece, index in found.items()}
-        made |= {piece: Segment(stream, is_compiled=True) for piece, stream in streams.items()}
+        made: dict[Piece, Segment | None] = {p: Segment(stream, is_compiled=True) for p, stream in streams.items()}
+        drawn = [piece for piece in group if piece not in made and self._reaches(piece)]
+        words = self.noise.sign_words(self.key, [piece.range for piece in drawn], device)
+        made |= {piece: self._segment(piece, own, device) for piece, own in zip(drawn, words, strict=True)}
         return [made.get(piece) for piece in group]
 
     def stream(self, piece: Piece) -> Stream | None:
@@ -132,19 +148,27 @@ class JaguarDirection(DrawnDirection):
     def touches(self, spec: TensorSpec) -> bool:
         return spec.id in self.supports
 
-    def _signs(self, found: Mapping[Piece, Tensor | None], device: torch.device) -> list[Tensor]:
-        every = [torch.arange(p.stop - p.start, device=device) if i is None else i for p, i in found.items()]
-        if self.signs == "ones":
-            return [torch.ones(index.numel(), device=device) for index in every]
-        return self.noise.rademacher_at(self.key, [piece.range for piece in found], every, device)
+    def _reaches(self, piece: Piece) -> bool:
+        """Whether its support has rows of a piece; known without a number of the device."""
+        spec, (_, start, stop) = piece.shard.spec, piece.range
+        return spec.id in self.supports and bool(self.supports[spec.id].rows_of(spec, start, stop))
 
-    def _segment(self, piece: Piece, index: Tensor | None, signs: Tensor) -> Segment:
+    def _segment(self, piece: Piece, words: Tensor, device: torch.device) -> Segment | None:
+        """z on a piece, of the words of its signs."""
+        spec, wanted = piece.shard.spec, piece.range
+        support = self.supports[spec.id]
+        words = words if self.signs == "rademacher" else torch.zeros_like(words)
+        if self.is_compiled and stays_bits(wanted) and support.has_words(spec):
+            mask = self._mask(spec, device)
+            return Segment(words[None] if mask is None else torch.stack([words, mask.bits(wanted)]), is_compiled=True)
+        index = support.positions(spec, wanted.start, wanted.stop, device)
         if index is None:
-            return Segment(signs, is_compiled=self.is_compiled)
-        size = piece.stop - piece.start
-        if index.numel() <= _DENSE_ABOVE * size:
-            return Segment(signs, index)
-        value = torch.zeros(size, device=signs.device)
+            every = torch.arange(wanted.stop - wanted.start, device=device)
+            return Segment(signs_at(words, wanted, every), is_compiled=self.is_compiled)
+        signs = signs_at(words, wanted, index)
+        if index.numel() <= _DENSE_ABOVE * (wanted.stop - wanted.start):
+            return Segment(signs, index) if index.numel() else None
+        value = torch.zeros(wanted.stop - wanted.start, device=device)
         value[index] = signs
         return Segment(value, is_compiled=self.is_compiled)
 
