@@ -5,11 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import pytest
+import tiny
 import torch
+from peft import LoraConfig, get_peft_model
+from test_weight_fan import model_of
 
+from zoscale.engine import ZeroOrderEngine
+from zoscale.estimators import Estimator, ForwardGrad, OneSided
+from zoscale.forward_choice import ForwardName
 from zoscale.phases import PHASES, HostMark, PhaseTimer, timed
+from zoscale.run_meters import RunMeters
 
 
 class Clock:
@@ -172,3 +180,21 @@ def test_a_gpu_s_work_counts_where_it_runs() -> None:
     assert queued < 0.5 * total
     assert 0.5 * total < taken["forward"] <= total
     assert taken["update"] < 0.1 * taken["forward"]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "forward", "compile"),
+    [(OneSided(), "sequential", "off"), (OneSided(), "fan_out", "blocks"), (ForwardGrad(), "auto", "off")],
+)
+def test_the_model_runs_in_the_phase_forward(
+    estimator: Estimator, forward: ForwardName, compile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever calls it: its own answers, compiled ones, or those of a model with tangents."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = get_peft_model(model_of("opt"), LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
+    engine = ZeroOrderEngine(model, estimator=estimator, forward=forward, compile=compile)
+    meters, seen = RunMeters(engine), []
+    with meters.training():
+        model.register_forward_pre_hook(lambda *_: seen.append(meters.phases._open[-1]))
+        engine.step(tiny.batch(0))
+    assert set(seen) == {"forward"}

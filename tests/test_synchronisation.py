@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import ROOT, torchrun
 from test_weight_fan import model_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -98,6 +99,14 @@ def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             engine.step(tiny.options(merged=merged))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gathers_wait_for_writes_on_gpus() -> None:
+    """Pitfall: DeepSpeed gathers on a stream of its own, which waits for no update of the shards."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: a rank alone gathers nothing")
+    torchrun(2, str(ROOT / "tests" / "race_worker.py"), timeout=300)
 
 
 class _Masks(TorchFunctionMode):

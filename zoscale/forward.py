@@ -76,13 +76,14 @@ class SequentialForward:
         self.shards = shards
         self.mesh = mesh
         self.num_parts = num_parts
-        self.answer = answer or model.answer_logprobs
+        self.answer = answer
 
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
         """See `Forward`."""
         division = Division(self.mesh, len(batches), len(candidates), self.num_parts, together=True)
         items = division.items()
+        answer = self.answer or self.model.answer_logprobs
         local = {item.batch: batches[item.batch].to(self.mesh.device) for item in items}
         table = division.new_table(items)
         for _, run in groupby(enumerate(items), key=lambda turn: turn[1].candidates):
@@ -91,7 +92,7 @@ class SequentialForward:
                 with perturbed(self.shards, candidate):
                     for turn, item in turns:
                         batch = local[item.batch]
-                        table[row, turn], table[-1, turn] = objective(self.answer(batch), batch)
+                        table[row, turn], table[-1, turn] = objective(answer(batch), batch)
         return reduce_losses(division.gather(table), items, batches)
 
 

@@ -59,7 +59,9 @@ def choose_forward(
     if isinstance(objective, GeneratedLoss):
         if generator is None or name == "fan_out":
             raise ValueError("expected a tokenizer and the forward sequential or auto for an objective that generates")
-        return SequentialForward(answers, shards, mesh, num_parts=num_parts, answer=generator.texts)
+        return SequentialForward(
+            answers, shards, mesh, num_parts=num_parts, answer=lambda batch: generator.texts(batch)
+        )  # looked up late, as the others: meters replace it
     if fan is not None:
         return FanOutForward(answers, mesh, fan, max_rows=max_rows, num_parts=num_parts)
     if name == "fan_out":

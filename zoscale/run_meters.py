@@ -5,7 +5,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from zoscale.engine import StepResult, ZeroOrderEngine
+from zoscale.generation import Generator
 from zoscale.meters import CommMeter, Counts, MemoryMeter, ThroughputMeter, Traffic, count_allgathers
+from zoscale.models import AnswerModel
 from zoscale.phases import PHASES, PhaseTimer, timed
 
 
@@ -143,7 +145,8 @@ def _spans(engine: ZeroOrderEngine, timer: PhaseTimer) -> list[AbstractContextMa
         timed(timer, "other" if first_order else "noise", type(engine.forward), "losses"),
         timed(timer, "noise", engine.noise, "words", "uniform", "normal", "rademacher"),
         timed(timer, "forward", engine, "objective"),
-        timed(timer, "forward", engine.answers, "answer_logprobs"),
+        timed(timer, "forward", AnswerModel, "answer_logprobs"),
+        timed(timer, "forward", Generator, "texts"),
         timed(timer, "gather", PartitionedParameterCoordinator, "fetch_sub_module"),
         timed(timer, "gather", engine.mesh, "gather_flats"),
         timed(timer, "exchange", engine.mesh, "gather_items"),
