@@ -298,6 +298,24 @@ def test_help_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert "got 'trian': did you mean train? see zoscale --help" in capsys.readouterr().err
 
 
+def test_a_rank_whose_work_is_done_is_not_aborted() -> None:
+    """By a thread within torch that wants Python's lock while Python goes down; what was to be done at exit is."""
+    code = """if True:
+        import atexit, threading, torch
+        from zoscale.cli import leave
+        def work(ones=torch.ones(100)):
+            while True:
+                ones + ones
+        for _ in range(4):
+            threading.Thread(target=work, daemon=True).start()
+        atexit.register(print, "tidied up")
+        print("done")
+        leave(75)
+    """
+    ended = run([sys.executable, "-c", code], check=False, WORLD_SIZE="2")
+    assert (ended.returncode, ended.stdout) == (75, "done\ntidied up\n")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_quickstart_learns_over_three_seeds(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """`python -m zoscale`, and under a launcher: `accelerate launch -m zoscale evaluate ...`."""
 
-import sys
-
-from zoscale.cli import main
+from zoscale.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

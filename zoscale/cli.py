@@ -1,5 +1,6 @@
 """The command line: `zoscale COMMAND ...`, one function per command."""
 
+import atexit
 import errno
 import os
 import re
@@ -7,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from typing import NoReturn
 
 from zoscale.config import ConfigError, exit_with, parse_or_exit
 
@@ -72,6 +74,20 @@ def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") 
         traceback.print_exc()
         return _end(command, f"{type(error).__name__}: {error}", 1)
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End the process as `sys.exit` does; a rank of a job does so without Python's finalization.
+
+    Meanwhile threads of torch's process groups may ask for Python's lock and abort a rank whose work is done
+    (pytorch/pytorch issues 38228 and 190489).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _end(command: str, what: object, status: int) -> int:

@@ -13,7 +13,7 @@ from zoscale.config import ConfigError, RunConfig, parse
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.run_directory import RunDirectory, write_json, write_text
 
-_TRAIN = "import sys\n\nfrom zoscale.cli import train\n\nsys.exit(train())\n"
+_TRAIN = "from zoscale.cli import leave, train\n\nleave(train())\n"
 """A script that trains with the package beside it, whatever else is installed."""
 
 
