@@ -77,12 +77,12 @@ def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") 
 
 
 def leave(status: int) -> NoReturn:
-    """End the process as `sys.exit` does; a rank of a job does so without Python's finalization.
+    """End the process as `sys.exit` does; a rank of a job, of one rank too, does so without Python's finalization.
 
     Meanwhile threads of torch's process groups may ask for Python's lock and abort a rank whose work is done
     (pytorch/pytorch issues 38228 and 190489).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ:
         sys.exit(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zoscale import philox
 from zoscale.fused import on_device
-from zoscale.noise import Domain, Key, Noise, signs_at, stays_bits
+from zoscale.noise import Domain, Key, Noise, Range, signs_at, stays_bits
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
 from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
@@ -122,7 +122,7 @@ class JaguarDirection(DrawnDirection):
         streams = {piece: stream for piece in group if (stream := self.stream(piece)) is not None}
         made: dict[Piece, Segment | None] = {p: Segment(stream, is_compiled=True) for p, stream in streams.items()}
         drawn = [piece for piece in group if piece not in made and self._reaches(piece)]
-        words = self.noise.sign_words(self.key, [piece.range for piece in drawn], device)
+        words = self._words([piece.range for piece in drawn], device)
         made |= {piece: self._segment(piece, own, device) for piece, own in zip(drawn, words, strict=True)}
         return [made.get(piece) for piece in group]
 
@@ -153,11 +153,17 @@ class JaguarDirection(DrawnDirection):
         spec, (_, start, stop) = piece.shard.spec, piece.range
         return spec.id in self.supports and bool(self.supports[spec.id].rows_of(spec, start, stop))
 
+    def _words(self, ranges: Sequence[Range], device: torch.device) -> list[Tensor]:
+        """See `Noise.sign_words`; without a set bit where all signs are +1, which draws nothing."""
+        if self.signs == "rademacher":
+            return self.noise.sign_words(self.key, ranges, device)
+        spans = [(start // philox.BITS, -(-stop // philox.BITS)) for _, start, stop in ranges]
+        return [torch.zeros(last - first, dtype=torch.int32, device=device) for first, last in spans]
+
     def _segment(self, piece: Piece, words: Tensor, device: torch.device) -> Segment | None:
         """z on a piece, of the words of its signs."""
         spec, wanted = piece.shard.spec, piece.range
         support = self.supports[spec.id]
-        words = words if self.signs == "rademacher" else torch.zeros_like(words)
         if self.is_compiled and stays_bits(wanted) and support.has_words(spec):
             mask = self._mask(spec, device)
             return Segment(words[None] if mask is None else torch.stack([words, mask.bits(wanted)]), is_compiled=True)
