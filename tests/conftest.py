@@ -10,14 +10,13 @@ from jobs import JobServer
 JOBS = (
     "test_recovery", "test_training", "test_zero3", "test_slurm", "test_launchers", "test_mesh", "test_replay",
     "test_release", "test_compare_command", "test_methods", "test_schemes", "test_recipes", "test_task_runs",
-    "test_doctor", "test_untrusted", "test_reproduction", "test_weight_lora", "test_benchmark", "test_shipped_files",
+    "test_doctor", "test_untrusted", "test_reproduction", "test_plan", "test_weight_lora", "test_benchmark",
+    "test_shipped_files",
 )  # fmt: skip
 """Files that start several processes and mostly wait for them, the longest first: three files run side by side."""
 
-MEASURED = {
-    "test_faults", "test_meters", "test_noise", "test_phases", "test_plan", "test_tracking", "test_watchdog",
-}  # fmt: skip
-"""Files that compare times or memory: nothing runs beside them."""
+DEADLINES = {"test_faults", "test_tracking", "test_watchdog"}
+"""Files whose jobs must end within so many seconds, and mostly sleep: nothing that keeps the cores busy beside them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,10 +31,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     items.sort(key=order)
     for item in items:
-        if item.path.stem in JOBS:
-            item.add_marker("jobs")
-        elif item.path.stem in MEASURED:
-            item.add_marker("measured")
+        if not item.get_closest_marker("measured"):
+            item.add_marker(stage(item))
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -48,6 +45,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if os.environ.get("ZOSCALE_TEST_ALL") == "1" and report.skipped and "apt-get install" in str(report.longrepr):
         report.outcome, report.longrepr = "failed", str(report.longrepr)
     return report
+
+
+def stage(item: pytest.Item) -> str:
+    """In which call of pytest a test runs in `tests/run.sh`, unless it is one of those that run alone."""
+    if item.path.stem in JOBS:
+        return "jobs"
+    return "deadlines" if item.path.stem in DEADLINES else "quick"
 
 
 def order(item: pytest.Item) -> tuple[int, bool]:

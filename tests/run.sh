@@ -14,7 +14,8 @@ if [ "$#" -gt 0 ]; then
 fi
 failed=0
 slowest=(--durations 12 --durations-min 10)
-python -m pytest -m "not jobs and not measured" --numprocesses 2 --dist loadfile "${slowest[@]}" || failed=1
+python -m pytest -m quick --numprocesses 2 --dist loadfile "${slowest[@]}" || failed=1
 python -m pytest -m jobs --numprocesses 3 --dist loadfile --no-loadscope-reorder "${slowest[@]}" || failed=1
+python -m pytest -m deadlines --numprocesses 2 --dist loadfile "${slowest[@]}" || failed=1
 python -m pytest -m measured "${slowest[@]}" || failed=1
 exit "$failed"

@@ -49,6 +49,9 @@ def everything(x: Tensor, half: Tensor, memory: Tensor, z: Tensor, words: Tensor
         fused.descend(truth, live, z, *rest, drawn)
         fused.descend_sign(truth, live, memory, *rest, drawn)
         ends += [truth] if live is None else [truth, live]
+        kept = memory.clone()
+        fused.remember_and_descend_sign(kept, truth, live, drawn, z, *settings, *rest)
+        ends += [kept.clone(), truth.clone()] + ([] if live is None else [live.clone()])
     return ends
 
 

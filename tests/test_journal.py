@@ -8,15 +8,18 @@ import json
 import math
 import os
 import signal
+import statistics
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from jobs import JobServer, run_dir_of
 from processes import ROOT, environment, run
 
 import zoscale.journal
@@ -465,3 +468,23 @@ def test_a_killed_process_leaves_every_acknowledged_record(path: Path, sync_ever
     journal = Journal.read(path)
     assert acknowledged <= len(journal.records) <= acknowledged + 1
     assert same(journal.records, [record(step) for step in range(len(journal.records))])
+
+
+@pytest.mark.measured
+def test_a_record_costs_less_than_a_hundredth_of_a_step(server: JobServer) -> None:
+    """At the quickstart's size, each record on the disk before the next step."""
+    options = ["train.steps=10", "train.eval_every=0", "data.num_validation=8", "tracking.mlflow=false"]
+    server.run(2, "--config", "launch/recipes/quickstart.yaml", *options, f"output_dir={server.folder}")
+    run_dir = run_dir_of(server.folder)
+    assert run_dir is not None
+    step_seconds = 1 / json.loads((run_dir / "summary.json").read_text())["steps_per_second"]
+    journal = Journal.read(run_dir / "journal.bin")
+    assert len(journal.records) == 10
+    writer = JournalWriter.create(run_dir / "copy.bin", journal.header)
+    times = []
+    for own in journal.records * 10:
+        started = time.perf_counter()
+        writer.append(own)
+        times.append(time.perf_counter() - started)
+    writer.close()
+    assert statistics.median(times) < 0.01 * step_seconds

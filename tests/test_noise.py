@@ -343,6 +343,7 @@ def test_refused_choices(n: int, k: int) -> None:
         Noise(0).choices(Key(0), [(0, 5, 2), (1, n, k)])
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 def test_noise_benchmark_meets_its_bound(tmp_path: Path) -> None:
     """Compiled normals cost at most 1.25 x torch.randn per thread, best of three runs; every pass has a share."""

@@ -153,6 +153,7 @@ def seconds(phase: Callable[[str], AbstractContextManager[None]], settle: Callab
     return time.perf_counter() - started
 
 
+@pytest.mark.measured
 def test_a_phase_costs_as_little_as_entering_and_leaving_something() -> None:
     """Less than six contexts that do nothing, in the best of ten rounds of each."""
     timer = PhaseTimer("cpu")

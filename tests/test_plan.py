@@ -106,6 +106,7 @@ def test_so_are_adamw_s_step_and_its_whole_memory(measured: dict[str, Any]) -> N
         assert rank["training_peak"] == pytest.approx(plan["total"], rel=0.1)
 
 
+@pytest.mark.measured
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "method"), [(1, "first_order"), (2, "zero_order")])
 def test_so_are_the_seconds_that_are_timed_here(tmp_path: Path, ranks: int, method: str) -> None:

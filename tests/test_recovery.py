@@ -36,7 +36,7 @@ from zoscale.journal import Journal
 
 STEPS = 24
 LENGTH = [f"train.steps={STEPS}", "checkpoint.every=5"]
-LONG = ["train.steps=150", "checkpoint.every=20"]  # orphans may take steps until they notice
+LONG = ["train.steps=100", "checkpoint.every=20"]  # orphans may take steps until they notice
 MUON = ["optimizer.name=jaguar_muon", "optimizer.lr=1e-2"]
 CHOSEN = [*SIGN, "optimizer.lr=2e-2", "seed=2", "train.eval_every=6", "data.num_dev=8", "schedule.name=linear"]
 KINDS: dict[str, list[str]] = {"sign_lora": SIGN, "sign_full": FULL, "muon_lora": MUON, "chosen": CHOSEN}
@@ -163,7 +163,7 @@ def test_killed_launcher(server: JobServer) -> None:
     """SIGKILL of torchrun leaves no rank behind, and the next start goes on."""
     reference, out = server.folder / "launched", server.folder / "launcher"
     server.run(2, *command("sign_lora", reference, *LONG))
-    for number in range(3):
+    for number in range(2):
         launched = launch(out, server.folder / f"launcher_{number}.log")
         deadline = time.monotonic() + 120
         while steps_done(out) < 5 + 40 * number:

@@ -393,6 +393,7 @@ def test_an_error_of_the_watchdog_ends_the_watch_only(
     assert capfd.readouterr().err.count("the watchdog failed and ends its watch: ZeroDivisionError") == 1
 
 
+@pytest.mark.measured
 def test_a_beat_is_cheap() -> None:
     dog = Watchdog(rank=0, world_size=1)
     fastest = min(timed(dog) for _ in range(5))

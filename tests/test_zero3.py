@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from zoscale.optim.owners import CAPACITY
 
 WORKER = str(Path(__file__).parent / "zero3_worker.py")
-STEPS = 5
+STEPS = 3
 BLOCK = {"probe": "block", "probe_args": {"rows": 0.3, "columns": 0.4}}
 SIGN = {"optimizer": "jaguar_sign_sgd", "optimizer_args": {"lr": 1e-3, "beta": 0.9, "weight_decay": 0.01}}
 MUON = {"optimizer": "jaguar_muon", "optimizer_args": {"lr": 1e-2, "beta": 0.9, "sign_lr_scale": 0.1}}
@@ -58,6 +58,7 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
     "sign_full_q4": FULL | SIGN | BLOCK | FOUR,
     "sign_lora_one_sided": LORA | SIGN | BLOCK | ONE_SIDED,
     "sign_full_rows": FULL | SIGN | {"probe": "row"} | TWO,
+    "sign_full_corners": FULL | SIGN | {"probe": "block", "probe_args": {"rows": 0.2, "columns": 0.2}} | TWO,
     "sign_full_ones": FULL | SIGN | {"probe": "block", "probe_args": {"signs": "ones"}} | TWO,
     "sign_full_rademacher": FULL | SIGN | {"probe": "rademacher"} | TWO,
     "sign_full_tensors": FULL | SIGN | {"probe": "tensors", "probe_args": {"share": 0.3}} | TWO,
@@ -79,7 +80,14 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FAN_OUT = {
     f"fan_{name}": TRAJECTORIES[name] | {"forward": "fan_out"}
-    for name in ("sgd_lora_q4", "sign_llama", "muon_lora_q4", "conservative_lora", "orthogonal_lora")
+    for name in (
+        "sgd_lora_q4",
+        "sign_llama",
+        "muon_lora_q4",
+        "conservative_lora",
+        "orthogonal_lora",
+        "sign_full_corners",
+    )
 }
 ZERO_VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "sign_full_640": ("sign_full", {"stage3_param_persistence_threshold": 640}, (2, 3)),
@@ -104,7 +112,7 @@ PLAN = {"keep": 2, "warmup_steps": 2, "expansions": 1, "expand_every": 2}
 """WeightLoRA+: two adapters of four stay after step 2, one of twice the rank after step 4."""
 ADAPTER = {"peft_type": "weight_lora", "target_modules": ["v_proj", "fc1"], **PLAN}
 CHECKS: dict[str, dict[str, Any]] = {
-    "chosen": LORA | SIGN | BLOCK | TWO | {"adapter": ADAPTER, "blocks": False},
+    "chosen": LORA | SIGN | BLOCK | TWO | {"adapter": ADAPTER, "blocks": False, "steps": 5},
     "exactness_fp32": FULL | SIGN | BLOCK | TWO | {"check": "exactness"},
     "exactness_bf16": FULL | SIGN | {"probe": "gaussian"} | TWO | {"check": "exactness", "dtype": "bfloat16"},
     "exactness_bf16_none": FULL | SIGN | BLOCK | TWO | {"check": "exactness", "dtype": "bfloat16", "master": "none"},
@@ -167,12 +175,14 @@ ADAMW: dict[str, Any] = {
         "groups": [{"pattern": "embed", "lr_scale": 0.1}],
     },
     "check": "resumed",
+    "steps": 5,
     "starts": [3],
 }
 MOMENTUM: dict[str, Any] = {
     "optimizer": "fo_sgd",
     "optimizer_args": {"lr": 5e-2, "momentum": 0.9, "weight_decay": 0.1, "max_grad_norm": 0.5},
     "check": "resumed",
+    "steps": 5,
     "starts": [3],
 }
 

@@ -89,6 +89,15 @@ def descend_sign(
     descend(truth, live, memory.sign(), lr, weight_decay, words)
 
 
+def remember_and_descend_sign(
+    memory: Tensor, truth: Tensor, live: Tensor | None, words: Tensor | None, z: Tensor, rho: Tensor, beta: Tensor,
+    rest: Tensor, lr: Tensor, weight_decay: Tensor,
+) -> None:  # fmt: skip
+    """`remember`, then `descend_sign` along the memory."""
+    remember(memory, z, rho, beta, rest)
+    descend_sign(truth, live, memory, lr, weight_decay, words)
+
+
 def _values(z: Tensor) -> Tensor:
     return philox.signs(*z.unbind()) if z.dtype == torch.int32 else z
 

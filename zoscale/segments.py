@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zoscale import philox
-from zoscale.fused import accumulate, chosen, perturb, remember, scalars, visit
+from zoscale.fused import accumulate, chosen, perturb, remember, remember_and_descend_sign, scalars, visit
 from zoscale.streams import Stream, drawn
 
 
@@ -80,13 +80,38 @@ class Segment:
         else:
             memory[self.index] = memory[self.index] * beta + self.value * rho * (1 - beta)
 
-    def _run(self, function: Callable[..., None], slices: Sequence[Tensor], *numbers: float) -> None:
+    def remember_and_descend_sign(
+        self, memory: Tensor, rho: float, beta: float, truth: Tensor, live: Tensor | None, words: Tensor | None,
+        lr: float, weight_decay: float,
+    ) -> None:  # fmt: skip
+        """`remember`, then `fused.descend_sign` along the memory, in one pass; z is dense."""
+        slices = (memory, truth, live, words)
+        self._run(remember_and_descend_sign, slices, rho, beta, 1 - beta, lr, weight_decay)
+
+    def _run(self, function: Callable[..., None], slices: Sequence[Tensor | None], *numbers: float) -> None:
         """A function of `fused.py` on slices of this length, z and numbers."""
         z = self.value if isinstance(self.source, Stream) else self.source
         if _is_bits(z):  # a slice that is given twice stays one
-            views = {id(part): part.view(-1, philox.BITS) for part in slices}
+            views = {id(part): None if part is None else part.view(-1, philox.BITS) for part in slices}
             slices = [views[id(part)] for part in slices]
         chosen(function, self.is_compiled)(*slices, z, *scalars(*numbers))
+
+
+@dataclass(frozen=True)
+class Term:
+    """rho z on a part of a tensor, for a memory to take up.
+
+    Args:
+        segment: z, dense.
+        rho: projected gradient.
+    """
+
+    segment: Segment
+    rho: float
+
+    def remember(self, memory: Tensor, beta: float) -> None:
+        """See `Segment.remember`."""
+        self.segment.remember(memory, self.rho, beta)
 
 
 def values(segments: Sequence[Segment]) -> list[Tensor]:

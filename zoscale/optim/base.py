@@ -15,6 +15,7 @@ from zoscale.fused import chosen, descend, descend_sign, scalars
 from zoscale.mesh import Mesh
 from zoscale.probes import PROBES, Layers, Piece, Probe
 from zoscale.probes.gradient import Gradient
+from zoscale.segments import Term
 from zoscale.shards import ShardedParam, TensorSpec
 from zoscale.streams import Sum
 
@@ -186,17 +187,26 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self._write(descend_sign, piece, memory, group)
 
     def remember_and_descend_sign(
-        self, piece: Piece, memory: Tensor, update: Sum, beta: float, group: Mapping[str, Any]
+        self, piece: Piece, memory: Tensor, update: Sum | Term, beta: float, group: Mapping[str, Any]
     ) -> None:
         """`descend_sign` along a memory that takes an update up first, in one pass."""
-        rounded = piece.shard.is_rounded_stochastically
-        update.remember_and_descend_sign(memory, beta, *_slices(piece), *_settings(group), rounded=rounded)
+        slices, settings = _slices(piece), _settings(group)
+        if isinstance(update, Sum):
+            rounded = piece.shard.is_rounded_stochastically
+            update.remember_and_descend_sign(memory, beta, *slices, *settings, rounded=rounded)
+        else:
+            words = self._rounding_words(piece)
+            update.segment.remember_and_descend_sign(memory, update.rho, beta, *slices, words, *settings)
 
     def _write(self, function: Write, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
-        is_rounded = piece.shard.is_rounded_stochastically
-        words = self._current.directions[0].rounding_words(piece) if is_rounded else None
         lr, weight_decay = scalars(*_settings(group))
+        words = self._rounding_words(piece)
         chosen(function, self._current.is_compiled)(*_slices(piece), update, lr, weight_decay, words)
+
+    def _rounding_words(self, piece: Piece) -> Tensor | None:
+        """To round its truth with, if that is done stochastically."""
+        is_rounded = piece.shard.is_rounded_stochastically
+        return self._current.directions[0].rounding_words(piece) if is_rounded else None
 
     def buffer(self, shard: ShardedParam, name: str = "momentum") -> Tensor:
         """State of a shard, zero at first: float32 of its local length."""

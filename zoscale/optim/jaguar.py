@@ -16,6 +16,7 @@ from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_
 from zoscale.optim.owners import on_owners
 from zoscale.optim.spectral import SpectralOptimizer
 from zoscale.probes import Piece, pieces
+from zoscale.segments import Term
 from zoscale.shards import ShardedParam
 from zoscale.streams import Sum
 
@@ -155,32 +156,40 @@ def _momentum(states: State, shard: ShardedParam) -> Tensor:
 
 def _visit(
     states: State, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
-) -> Iterator[tuple[Piece, Tensor, Sum | None]]:
+) -> Iterator[tuple[Piece, Tensor, Sum | Term | None]]:
     """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates.
 
     Yields:
-        Each piece with its memory, and what a kernel is still to make g of and to take up; None = it is up to date.
+        Each piece with its memory, and what the memory is still to take up; None = it is up to date.
     """
-    mix = _mix_one if len(estimate.directions) == 1 else _mix_mean
     for batch in pieces(shards):
         memories = [_momentum(states, piece.shard)[piece.start : piece.stop] for piece in batch]
-        pending = [estimate.stream(piece) for piece in batch]
+        pending: list[Sum | Term | None] = [estimate.stream(piece) for piece in batch]
         drawn = [number for number, found in enumerate(pending) if found is None]
         if drawn:
-            mix([memories[number] for number in drawn], [batch[number] for number in drawn], estimate, beta)
+            mix = _mix_one if len(estimate.directions) == 1 else _mix_mean
+            terms = mix([memories[number] for number in drawn], [batch[number] for number in drawn], estimate, beta)
+            for number, term in zip(drawn, terms, strict=True):
+                pending[number] = term
         yield from zip(batch, memories, pending, strict=True)
 
 
-def _mix_one(memories: Sequence[Tensor], batch: Sequence[Piece], estimate: GradientEstimate, beta: float) -> None:
-    """Of one direction: only what it visits is read and written."""
+def _mix_one(
+    memories: Sequence[Tensor], batch: Sequence[Piece], estimate: GradientEstimate, beta: float
+) -> Iterator[Term | None]:
+    """Of one direction: only what it visits is read and written; where that is all, by whoever reads the memory."""
     (direction,), (rho,) = estimate.directions, estimate.projected_grads
     for memory, segment in zip(memories, direction.segments(batch), strict=True):
-        if segment is not None:
+        if segment is not None and segment.index is not None:
             segment.remember(memory, rho, beta)
+        yield Term(segment, rho) if segment is not None and segment.index is None else None
 
 
-def _mix_mean(memories: Sequence[Tensor], batch: Sequence[Piece], estimate: GradientEstimate, beta: float) -> None:
+def _mix_mean(
+    memories: Sequence[Tensor], batch: Sequence[Piece], estimate: GradientEstimate, beta: float
+) -> Iterator[None]:
     """Of several: a coordinate takes the mean over the directions that visit it."""
     run = chosen(remember_mean, estimate.is_compiled)
     for memory, (total, visits) in zip(memories, estimate.totals(batch), strict=True):
         run(memory, total, visits, *scalars(beta, 1 - beta))
+        yield None
