@@ -389,32 +389,3 @@ def test_layers_takes_whole_layers_and_everything_outside() -> None:
 def test_refused_options(probe: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         probe(**options)
-
-
-@pytest.mark.parametrize("name", SUPPORTED)
-def test_corners_are_the_rows_and_columns_that_are_not_zero(name: str) -> None:
-    """Of matrices of which they are a small part, of every vector; an inner probe's too."""
-    specs = specs_of([(64, 33), (7,), (40, 50), (3, 4, 5)])
-    inner = Layers(share=1.0, inner={"name": name})
-    seen = set()
-    for step in range(5):
-        for probe in (PROBES[name](), inner):
-            direction = probe.draw(Noise(SEED), specs, step, 0)
-            for spec in specs:
-                if not direction.touches(spec):
-                    continue
-                corner, (segment,) = direction.corner(spec), direction.segments([next(iter(pieces([whole(spec)])))[0]])
-                assert segment is not None
-                dense = torch.zeros(spec.numel)
-                segment.add_to(dense, 1.0)
-                dense = dense.view(spec.rows, spec.columns)
-                few = not spec.is_matrix or 16 * int((dense != 0).sum()) <= spec.numel
-                assert (corner is not None) == few
-                seen.add(few)
-                if corner is not None:
-                    rows = torch.arange(spec.rows) if corner.rows is None else corner.rows
-                    columns = torch.arange(spec.columns) if corner.columns is None else corner.columns
-                    found = torch.zeros_like(dense)
-                    found[rows[:, None], columns] = corner.values(torch.device("cpu"))
-                    assert torch.equal(found, dense)
-    assert True in seen

@@ -16,11 +16,10 @@ from zoscale.engine import ZeroOrderEngine, micro_batches
 from zoscale.estimators import Estimator, OneSided, TwoPoint
 from zoscale.fan import Rows
 from zoscale.fan_out import FanOutForward
-from zoscale.fan_units import CornerUnit, LinearUnit, LookupUnit, Unit
 from zoscale.forward import Losses, SequentialForward
-from zoscale.probes import Block, Coordinate, Entry, Gaussian, Layers, Probe, Rademacher, Row, Tensors, pieces
+from zoscale.probes import Block, Coordinate, Gaussian, Probe, Rademacher, Tensors, pieces
 from zoscale.shards import CHUNK, TensorSpec
-from zoscale.weight_fan import find_units
+from zoscale.weight_fan import LinearUnit, LookupUnit, Unit, find_units
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -89,36 +88,6 @@ def test_parts_of_the_weights(scheme: Callable[[nn.Module], nn.Module]) -> None:
     fan, one = (losses(model, forward, estimator, Rademacher()) for forward in ("fan_out", "sequential"))
     assert fan.values == pytest.approx(one.values, abs=2e-6)
     assert len(set(one.values)) == 4
-
-
-@pytest.mark.parametrize(
-    "probe",
-    [
-        Block(rows=0.2, columns=0.2), Block(rows=0.2, columns=0.2, signs="ones"), Row(), Entry(), Coordinate(),
-        Layers(share=0.5, inner={"name": "block"}),
-    ],
-)  # fmt: skip
-def test_a_few_rows_and_columns_are_one_product_more(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layer's own product is taken once for all candidates, of several directions and of none, biases included."""
-    model = model_of("opt", tie_word_embeddings=False)
-    calls: list[type[Unit]] = []
-    for kind in (LinearUnit, CornerUnit):
-        run = kind.forward
-
-        def counted(self: Unit, *args: Any, run: Any = run) -> Any:
-            calls.append(type(self))
-            return run(self, *args)
-
-        monkeypatch.setattr(kind, "forward", counted)
-    for estimator in (TwoPoint(tau=0.05, num_directions=1), OneSided(tau=0.05, num_directions=3)):
-        fan, one = (losses(model, f, estimator, probe) for f in ("fan_out", "sequential"))
-        assert fan.values == pytest.approx(one.values, abs=1e-6)
-        assert isinstance(probe, Coordinate) or len(set(one.values)) == len(one.values), "the candidates differ"
-    assert set(calls) <= {CornerUnit} and (calls or isinstance(probe, Coordinate))
-    calls.clear()
-    losses(model, "fan_out", TwoPoint(tau=0.05, num_directions=1), Block(rows=0.5, columns=0.5))
-    losses(model.bfloat16(), "fan_out", TwoPoint(tau=0.05, num_directions=1), probe)
-    assert set(calls) == {LinearUnit}
 
 
 def test_large_weights_are_run_slab_by_slab(monkeypatch: pytest.MonkeyPatch) -> None:

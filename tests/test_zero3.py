@@ -58,7 +58,6 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
     "sign_full_q4": FULL | SIGN | BLOCK | FOUR,
     "sign_lora_one_sided": LORA | SIGN | BLOCK | ONE_SIDED,
     "sign_full_rows": FULL | SIGN | {"probe": "row"} | TWO,
-    "sign_full_corners": FULL | SIGN | {"probe": "block", "probe_args": {"rows": 0.2, "columns": 0.2}} | TWO,
     "sign_full_ones": FULL | SIGN | {"probe": "block", "probe_args": {"signs": "ones"}} | TWO,
     "sign_full_rademacher": FULL | SIGN | {"probe": "rademacher"} | TWO,
     "sign_full_tensors": FULL | SIGN | {"probe": "tensors", "probe_args": {"share": 0.3}} | TWO,
@@ -80,14 +79,7 @@ TRAJECTORIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FAN_OUT = {
     f"fan_{name}": TRAJECTORIES[name] | {"forward": "fan_out"}
-    for name in (
-        "sgd_lora_q4",
-        "sign_llama",
-        "muon_lora_q4",
-        "conservative_lora",
-        "orthogonal_lora",
-        "sign_full_corners",
-    )
+    for name in ("sgd_lora_q4", "sign_llama", "muon_lora_q4", "conservative_lora", "orthogonal_lora")
 }
 ZERO_VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "sign_full_640": ("sign_full", {"stage3_param_persistence_threshold": 640}, (2, 3)),
@@ -302,7 +294,7 @@ def backpropagated(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[A
     limit = scenario["optimizer_args"].get("max_grad_norm", math.inf)
     optimizer = torch_optimizer(scenario, masters)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(scenario["steps"]):
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(masters[name])

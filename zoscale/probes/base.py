@@ -1,11 +1,9 @@
 """`Direction` and `Probe`: z of one (step, k) on any slice of any tensor, without ever holding z whole."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from zoscale.noise import Domain, Key, Noise, Range
@@ -48,20 +46,6 @@ def pieces(shards: Iterable[ShardedParam], limit: int | None = None) -> Iterator
         yield group
 
 
-@dataclass(frozen=True)
-class Corner:
-    """z on a tensor where it is zero outside a few rows and columns.
-
-    Args:
-        rows, columns: sorted int64 on the CPU; None = all of them.
-        values: draws z there: float32 [rows, columns] on a device.
-    """
-
-    rows: Tensor | None
-    columns: Tensor | None
-    values: Callable[[torch.device], Tensor]
-
-
 class Direction(ABC):
     """z of one (step, k): made piece by piece, wherever it is asked for."""
 
@@ -76,10 +60,6 @@ class Direction(ABC):
     def touches(self, spec: TensorSpec) -> bool:
         """Whether z may be other than zero on a tensor; known without drawing it."""
         return True
-
-    def corner(self, spec: TensorSpec) -> Corner | None:
-        """z on a tensor that it touches; None where it may be anything but zero all over it."""
-        return None
 
     @property
     def is_compiled(self) -> bool:

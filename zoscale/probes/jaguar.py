@@ -1,9 +1,11 @@
 """JAGUAR's probes: signs on a random support: one coordinate, an entry, a row, a block, whole tensors."""
 
 from abc import abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -11,15 +13,84 @@ from torch import Tensor
 from zoscale import philox
 from zoscale.fused import on_device
 from zoscale.noise import Domain, Key, Noise, Range, signs_at, stays_bits
-from zoscale.probes.base import Corner, Direction, DrawnDirection, Piece, Probe
-from zoscale.probes.support import DENSE_ABOVE, Support
+from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
 from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
 from zoscale.streams import Mask, Stream, stream_of
 
 Signs = Literal["rademacher", "ones"]
 
+_DENSE_ABOVE = 1 / 16  # a support with a larger share is cheaper as a dense segment than as an index
 _STREAM_ABOVE = 1 / 256  # and where kernels make z in registers, as one pass over the tensor
+
+
+@dataclass(frozen=True)
+class _Support:
+    """Rows x columns of one tensor, sorted int64 on the CPU; None = all of them."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is every element."""
+        return self.rows is None and self.columns is None
+
+    def share(self, spec: TensorSpec) -> float:
+        """Of the elements of the tensor."""
+        rows = 1.0 if self.rows is None else len(self.rows) / spec.rows
+        return rows if self.columns is None else rows * len(self.columns) / spec.columns
+
+    def marks(self, spec: TensorSpec) -> Tensor:
+        """See `Mask`; on the CPU."""
+        marks = torch.zeros(spec.rows + spec.columns, dtype=torch.uint8)
+        marks[slice(0, spec.rows) if self.rows is None else self.rows] = 1
+        marks[slice(spec.rows, None) if self.columns is None else self.columns + spec.rows] = 1
+        return marks
+
+    def positions(self, spec: TensorSpec, first: int, last: int, device: torch.device) -> Tensor | None:
+        """Flat positions of the support in [first, last) of the tensor, relative to first; None = all of them.
+
+        Made on the device, of the few rows and columns, and counted on the CPU: nobody waits.
+        """
+        if self.is_whole:
+            return None
+        width = spec.columns
+        rows = self.rows_of(spec, first, last)
+        columns = range(width) if self.columns is None else self._column_numbers
+        begin, end = (_count_before(position, rows, columns, width) for position in (first, last))
+        of_rows = on_device(torch.tensor(rows, dtype=torch.int64), device)
+        of_columns = torch.arange(width, device=device) if self.columns is None else on_device(self.columns, device)
+        return (of_rows[:, None] * width + of_columns).view(-1)[begin:end] - first
+
+    def rows_of(self, spec: TensorSpec, first: int, last: int) -> Sequence[int]:
+        """Its rows that have elements of [first, last), ascending."""
+        low, high = first // spec.columns, -(-last // spec.columns)
+        if self.rows is None:
+            return range(low, high)
+        return self._row_numbers[bisect_left(self._row_numbers, low) : bisect_left(self._row_numbers, high)]
+
+    def has_words(self, spec: TensorSpec) -> bool:
+        """Whether its marks are words of bits, and so many that a pass over the tensor is faster than an index."""
+        return self.is_whole or (spec.columns % philox.BITS == 0 and self.share(spec) > _DENSE_ABOVE)
+
+    @cached_property
+    def _row_numbers(self) -> list[int]:
+        numbers: list[int] = cast(Tensor, self.rows).tolist()
+        return numbers
+
+    @cached_property
+    def _column_numbers(self) -> list[int]:
+        numbers: list[int] = cast(Tensor, self.columns).tolist()
+        return numbers
+
+
+def _count_before(position: int, rows: Sequence[int], columns: Sequence[int], width: int) -> int:
+    """How many of rows x columns lie before a flat position."""
+    row, column = divmod(position, width)
+    above = bisect_left(rows, row)
+    is_within = above < len(rows) and rows[above] == row
+    return above * len(columns) + (bisect_left(columns, column) if is_within else 0)
 
 
 class JaguarDirection(DrawnDirection):
@@ -37,7 +108,7 @@ class JaguarDirection(DrawnDirection):
         step: int,
         k: int,
         specs: Sequence[TensorSpec],
-        supports: dict[int, Support],
+        supports: dict[int, _Support],
         signs: Signs,
     ) -> None:
         super().__init__(noise, step, k)
@@ -77,20 +148,6 @@ class JaguarDirection(DrawnDirection):
     def touches(self, spec: TensorSpec) -> bool:
         return spec.id in self.supports
 
-    def corner(self, spec: TensorSpec) -> Corner | None:
-        support = self.supports[spec.id]
-        if spec.is_matrix and support.share(spec) > DENSE_ABOVE:
-            return None
-        return Corner(support.rows, support.columns, partial(self._values_in, spec))
-
-    def _values_in(self, spec: TensorSpec, device: torch.device) -> Tensor:
-        """z on the support of a tensor: float32 [rows, columns]."""
-        support, whole = self.supports[spec.id], Range(spec.id, 0, spec.numel)
-        (words,) = self._words([whole], device)
-        index = support.positions(spec, 0, spec.numel, device)
-        signs = signs_at(words, whole, torch.arange(spec.numel, device=device) if index is None else index)
-        return signs.view(spec.rows if support.rows is None else len(support.rows), -1)
-
     def _reaches(self, piece: Piece) -> bool:
         """Whether its support has rows of a piece; known without a number of the device."""
         spec, (_, start, stop) = piece.shard.spec, piece.range
@@ -115,7 +172,7 @@ class JaguarDirection(DrawnDirection):
             every = torch.arange(wanted.stop - wanted.start, device=device)
             return Segment(signs_at(words, wanted, every), is_compiled=self.is_compiled)
         signs = signs_at(words, wanted, index)
-        if index.numel() <= DENSE_ABOVE * (wanted.stop - wanted.start):
+        if index.numel() <= _DENSE_ABOVE * (wanted.stop - wanted.start):
             return Segment(signs, index) if index.numel() else None
         value = torch.zeros(wanted.stop - wanted.start, device=device)
         value[index] = signs
@@ -137,13 +194,13 @@ class JaguarProbe(Probe):
         return JaguarDirection(noise, step, k, specs, self.supports(noise, specs, step, k), self.signs)
 
     @abstractmethod
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
         """The support of each perturbed tensor, by id."""
 
 
-def _one_entry(spec: TensorSpec, position: int) -> Support:
+def _one_entry(spec: TensorSpec, position: int) -> _Support:
     row, column = divmod(position, spec.columns)
-    return Support(torch.tensor([row]), torch.tensor([column]))
+    return _Support(torch.tensor([row]), torch.tensor([column]))
 
 
 class Coordinate(JaguarProbe):
@@ -153,7 +210,7 @@ class Coordinate(JaguarProbe):
         signs: `rademacher` or `ones`.
     """
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
         (position,) = noise.integers(Key(step, k, Domain.SUPPORT), [(0, sum(spec.numel for spec in specs))])
         for spec in specs:
             if position < spec.numel:
@@ -169,7 +226,7 @@ class Entry(JaguarProbe):
         signs: `rademacher` or `ones`.
     """
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
         positions = noise.integers(Key(step, k, Domain.SUPPORT), [(spec.id, spec.numel) for spec in specs])
         return {spec.id: _one_entry(spec, position) for spec, position in zip(specs, positions, strict=True)}
 
@@ -181,11 +238,11 @@ class Row(JaguarProbe):
         signs: `rademacher` or `ones`.
     """
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
         wanted = [(spec.id, spec.rows if spec.is_matrix else spec.columns, 1) for spec in specs]
         drawn = noise.choices(Key(step, k, Domain.SUPPORT), wanted)
         return {
-            spec.id: Support(chosen, None) if spec.is_matrix else Support(None, chosen)
+            spec.id: _Support(chosen, None) if spec.is_matrix else _Support(None, chosen)
             for spec, chosen in zip(specs, drawn, strict=True)
         }
 
@@ -206,7 +263,7 @@ class Block(JaguarProbe):
         self.rows = check_share("rows", rows)
         self.columns = check_share("columns", columns)
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
         matrices = [spec for spec in specs if spec.is_matrix]
         rows = [(spec.id, spec.rows, portion(self.rows, spec.rows)) for spec in matrices]
         columns = [(spec.id, spec.columns, portion(self.columns, spec.columns)) for spec in specs]
@@ -214,7 +271,7 @@ class Block(JaguarProbe):
         chosen_rows = dict(zip((spec.id for spec in matrices), drawn_rows, strict=True))
         drawn_columns = noise.choices(Key(step, k, Domain.SUPPORT_COLUMNS), columns)
         return {
-            spec.id: Support(chosen_rows.get(spec.id), chosen)
+            spec.id: _Support(chosen_rows.get(spec.id), chosen)
             for spec, chosen in zip(specs, drawn_columns, strict=True)
         }
 
@@ -231,10 +288,10 @@ class Tensors(JaguarProbe):
         super().__init__(signs=signs)
         self.share = check_share("share", share)
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
         count = portion(self.share, len(specs))
         (chosen,) = noise.choices(Key(step, k, Domain.SUPPORT), [(0, len(specs), count)])
-        return {specs[index].id: Support(None, None) for index in chosen.tolist()}
+        return {specs[index].id: _Support(None, None) for index in chosen.tolist()}
 
 
 def check_share(name: str, value: float) -> float:

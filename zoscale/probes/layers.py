@@ -10,7 +10,7 @@ from torch import Tensor
 from zoscale.config import Method, build
 from zoscale.config.merging import Given, Schema
 from zoscale.noise import Domain, Key, Noise
-from zoscale.probes.base import Corner, Direction, Piece, Probe
+from zoscale.probes.base import Direction, Piece, Probe
 from zoscale.probes.dense import Gaussian, Rademacher
 from zoscale.probes.factored import Orthogonal, Subspace
 from zoscale.probes.jaguar import Block, Coordinate, Entry, Row, Tensors, check_share, portion
@@ -61,9 +61,6 @@ class LayersDirection(Direction):
 
     def touches(self, spec: TensorSpec) -> bool:
         return spec.id in self.active and self.inner.touches(spec)
-
-    def corner(self, spec: TensorSpec) -> Corner | None:
-        return self.inner.corner(spec)
 
     @property
     def is_compiled(self) -> bool:
