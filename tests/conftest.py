@@ -15,7 +15,7 @@ JOBS = (
 )  # fmt: skip
 """Files that start several processes and mostly wait for them, the longest first: three files run side by side."""
 
-DEADLINES = {"test_faults", "test_tracking", "test_watchdog"}
+DEADLINES = {"test_faults", "test_watchdog"}
 """Files whose jobs must end within so many seconds, and mostly sleep: nothing that keeps the cores busy beside them."""
 
 

@@ -23,6 +23,9 @@ mlflow = pytest.importorskip("mlflow")
 REPO = Path(__file__).resolve().parents[1]
 
 
+pytestmark = pytest.mark.measured  # what a store takes is compared with the patience of a tracker
+
+
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_URI", *mlflow_store._OPENING):
@@ -152,7 +155,6 @@ def test_lines_are_on_disk_at_once_and_errors_are_a_status(store: Path) -> None:
     assert history(sqlite(run_dir), tracker.run_id, "loss") == [(7, 1.0)]
 
 
-@pytest.mark.measured
 def test_log_does_not_wait_for_the_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_sender, "send_records", lambda *_, **__: time.sleep(0.3) or 1)
     tracker = start(store / "slow")
@@ -314,7 +316,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
         server.kill()
 
 
-@pytest.mark.measured
 @pytest.mark.slow
 def test_a_real_server_and_its_death(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
