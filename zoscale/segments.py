@@ -54,21 +54,21 @@ class Segment:
             if isinstance(self.source, Stream):
                 self.source.perturb(out, base, radius)
             else:
-                self._run(perturb, (out, base), radius)
+                self.run(perturb, (out, base), radius)
         else:
             live[where] = (truth[where].float() + self.value * radius).to(live.dtype)
 
     def add_to(self, total: Tensor, scale: float) -> None:
         """total += scale * z, as one float32 multiplication and one addition per element."""
         if self.index is None:
-            self._run(accumulate, (total,), scale)
+            self.run(accumulate, (total,), scale)
         else:
             total[self.index] = total[self.index] + self.value * scale
 
     def visit(self, total: Tensor, visits: Tensor, scale: float) -> None:
         """`add_to`, and one more visit where z is not zero."""
         if self.index is None:
-            self._run(visit, (total, visits), scale)
+            self.run(visit, (total, visits), scale)
         else:
             self.add_to(total, scale)
             visits[self.index] += 1
@@ -76,20 +76,12 @@ class Segment:
     def remember(self, memory: Tensor, rho: float, beta: float) -> None:
         """memory = beta memory + (1 - beta) rho z where z is not zero; only that is read and written."""
         if self.index is None:
-            self._run(remember, (memory,), rho, beta, 1 - beta)
+            self.run(remember, (memory,), rho, beta, 1 - beta)
         else:
             memory[self.index] = memory[self.index] * beta + self.value * rho * (1 - beta)
 
-    def remember_and_descend_sign(
-        self, memory: Tensor, rho: float, beta: float, truth: Tensor, live: Tensor | None, words: Tensor | None,
-        lr: float, weight_decay: float,
-    ) -> None:  # fmt: skip
-        """`remember`, then `fused.descend_sign` along the memory, in one pass; z is dense."""
-        slices = (memory, truth, live, words)
-        self._run(remember_and_descend_sign, slices, rho, beta, 1 - beta, lr, weight_decay)
-
-    def _run(self, function: Callable[..., None], slices: Sequence[Tensor | None], *numbers: float) -> None:
-        """A function of `fused.py` on slices of this length, z and numbers."""
+    def run(self, function: Callable[..., None], slices: Sequence[Tensor | None], *numbers: float) -> None:
+        """A function of `fused.py` on slices of this length, z (dense) and numbers."""
         z = self.value if isinstance(self.source, Stream) else self.source
         if _is_bits(z):  # a slice that is given twice stays one
             views = {id(part): None if part is None else part.view(-1, philox.BITS) for part in slices}
@@ -112,6 +104,14 @@ class Term:
     def remember(self, memory: Tensor, beta: float) -> None:
         """See `Segment.remember`."""
         self.segment.remember(memory, self.rho, beta)
+
+    def remember_and_descend_sign(
+        self, memory: Tensor, beta: float, truth: Tensor, live: Tensor | None, words: Tensor | None, lr: float,
+        weight_decay: float,
+    ) -> None:  # fmt: skip
+        """`remember`, then `fused.descend_sign` along the memory, in one pass."""
+        slices = (memory, truth, live, words)
+        self.segment.run(remember_and_descend_sign, slices, self.rho, beta, 1 - beta, lr, weight_decay)
 
 
 def values(segments: Sequence[Segment]) -> list[Tensor]:

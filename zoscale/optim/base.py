@@ -196,7 +196,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
             update.remember_and_descend_sign(memory, beta, *slices, *settings, rounded=rounded)
         else:
             words = self._rounding_words(piece)
-            update.segment.remember_and_descend_sign(memory, update.rho, beta, *slices, words, *settings)
+            update.remember_and_descend_sign(memory, beta, *slices, words, *settings)
 
     def _write(self, function: Write, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
         lr, weight_decay = scalars(*_settings(group))

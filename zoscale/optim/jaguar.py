@@ -180,9 +180,13 @@ def _mix_one(
     """Of one direction: only what it visits is read and written; where that is all, by whoever reads the memory."""
     (direction,), (rho,) = estimate.directions, estimate.projected_grads
     for memory, segment in zip(memories, direction.segments(batch), strict=True):
-        if segment is not None and segment.index is not None:
+        if segment is None:
+            yield None
+        elif segment.index is None:
+            yield Term(segment, rho)
+        else:
             segment.remember(memory, rho, beta)
-        yield Term(segment, rho) if segment is not None and segment.index is None else None
+            yield None
 
 
 def _mix_mean(
