@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ JOBS = (
     "test_task_runs", "test_doctor", "test_untrusted", "test_reproduction", "test_weight_lora", "test_benchmark",
     "test_shipped_files",
 )  # fmt: skip
-"""Files that start several processes and mostly wait for them, the longest first: three files run side by side."""
+"""Files that start several processes and mostly wait for them, the longest first: four files run side by side."""
 
 DEADLINES = {"test_faults", "test_watchdog"}
 """Files whose jobs must end within so many seconds, and mostly sleep: nothing that keeps the cores busy beside them."""
@@ -24,6 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-rounds", type=int, default=25, help="how often test_recovery.py kills a job")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of another stage than the one that is asked for are not imported: with all of them it takes 20 seconds."""
+    wanted = config.getoption("markexpr")
+    other = wanted in ("quick", "jobs", "deadlines") and stage(collection_path) != wanted
+    return True if other and collection_path.suffix == ".py" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
@@ -32,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=order)
     for item in items:
         if not item.get_closest_marker("measured"):
-            item.add_marker(stage(item))
+            item.add_marker(stage(item.path))
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -47,11 +55,11 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-def stage(item: pytest.Item) -> str:
-    """In which call of pytest a test runs in `tests/run.sh`, unless it is one of those that run alone."""
-    if item.path.stem in JOBS:
+def stage(path: Path) -> str:
+    """In which call of pytest a file's tests run in `tests/run.sh`, except for those that run alone."""
+    if path.stem in JOBS:
         return "jobs"
-    return "deadlines" if item.path.stem in DEADLINES else "quick"
+    return "deadlines" if path.stem in DEADLINES else "quick"
 
 
 def order(item: pytest.Item) -> tuple[int, bool]:
