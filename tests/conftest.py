@@ -14,7 +14,7 @@ JOBS = (
     "test_task_runs", "test_doctor", "test_untrusted", "test_reproduction", "test_weight_lora", "test_benchmark",
     "test_shipped_files",
 )  # fmt: skip
-"""Files that start several processes and mostly wait for them, the longest first: four files run side by side."""
+"""Files that start several processes and mostly wait for them, the longest first: three files run side by side."""
 
 DEADLINES = {"test_faults", "test_watchdog"}
 """Files whose jobs must end within so many seconds, and mostly sleep: nothing that keeps the cores busy beside them."""

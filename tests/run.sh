@@ -15,7 +15,7 @@ fi
 failed=0
 slowest=(--durations 12 --durations-min 10)
 python -m pytest -m quick --numprocesses 2 --dist loadfile "${slowest[@]}" || failed=1
-python -m pytest -m jobs --numprocesses 4 --dist loadfile --no-loadscope-reorder "${slowest[@]}" || failed=1
+python -m pytest -m jobs --numprocesses 3 --dist loadfile --no-loadscope-reorder "${slowest[@]}" || failed=1
 python -m pytest -m deadlines --numprocesses 2 --dist loadfile "${slowest[@]}" || failed=1
 python -m pytest -m measured "${slowest[@]}" || failed=1
 exit "$failed"
