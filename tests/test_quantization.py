@@ -91,3 +91,11 @@ def test_the_package_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'zoscale\[quantization\]'"):
         check_quantization(config_of())
     check_quantization(config_of(model=TREE["model"] | {"quantization": None}))
+
+
+def test_bases_are_never_repacked_for_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU has instructions for bf16, bitsandbytes would compute in it, whatever the type asked for."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    config = config_of().model
+    layers = [m for m in load_model(config, read_model_config(config)).modules() if hasattr(m, "compute_dtype")]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)

@@ -15,7 +15,7 @@ from zoscale.attention import padding_unmasked
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
 from zoscale.lanes import lane
-from zoscale.quantization import loading_options
+from zoscale.quantization import keep_packing, loading_options
 from zoscale.shards import end_without_backward, order_gathers_after_writes, true_numel, vectors_gathered
 from zoscale.weighted_lora import weigh_adapters
 
@@ -203,6 +203,7 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
             **_model_options(config),
             **loading_options(config),
         )
+        keep_packing(loaded)
         return cast(PreTrainedModel, loaded)
     except (ValueError, ImportError) as error:
         raise _misfit(error) from error

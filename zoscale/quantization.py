@@ -76,3 +76,15 @@ def loading_options(config: ModelConfig) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
     )
     return {"quantization_config": chosen}
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Compute with the weights as they were loaded, in the type that was asked for.
+
+    On CPUs with bf16 instructions bitsandbytes repacks weights at their first use, rounds scales and inputs to bf16
+    (fp32 ones too) and looks for a kernel to load from the hub: losses would depend on the processor, and differ by
+    more than the steps of a perturbation.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
