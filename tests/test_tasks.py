@@ -5,11 +5,12 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from processes import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from zoscale.assembly import find_objective
 from zoscale.batch import MicroBatch
@@ -22,7 +23,7 @@ from zoscale.generation import Generator
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.metrics import exact_match, f1, last_f1, macro_f1, normalise, score
-from zoscale.models import AnswerModel
+from zoscale.models import AnswerModel, add_adapter
 from zoscale.objectives import ChosenLoss, GeneratedLoss
 from zoscale.tasks import TASKS, Completion, Task
 
@@ -321,6 +322,32 @@ def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: list[int], co
     for end in (tokenizer.eos_token, "\n"):
         text = text.split(end)[0] if end else text
     return text.strip()
+
+
+@pytest.mark.parametrize("own", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
+@pytest.mark.parametrize("peft_type", [None, "lora", "prompt_tuning"])
+def test_a_model_s_own_settings_of_generation_do_not_count(
+    own: dict[str, Any], peft_type: str | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Penalties would change the answers; they are the model's again afterwards, also after an exception."""
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    adapter = None if peft_type is None else parse(["model.id=x", f"adapter.peft_type={peft_type}"], TABLES, DEFAULTS)
+    torch.manual_seed(0)
+    model: Any = add_adapter(base, adapter.adapter if adapter is not None else None)
+    encoder = Encoder(tokenizer, 64)
+    (batch,) = evaluation_batches(task_of("squad", max_new_tokens=12).examples("train"), encoder, 3)
+    generator = Generator(AnswerModel(model, model), tokenizer, Mesh())
+    plain = generator.texts(batch)
+    settings = GenerationConfig(eos_token_id=tokenizer.eos_token_id, **own)
+    base.generation_config = settings
+    assert generator.texts(batch) == plain
+    assert base.generation_config is settings
+    with (
+        pytest.raises(RuntimeError, match="planted"),
+        mock.patch.object(type(base), "forward", side_effect=RuntimeError("planted")),
+    ):
+        generator.texts(batch)
+    assert base.generation_config is settings
 
 
 def test_an_answer_ends_at_the_newline_and_at_the_end_of_the_text(
