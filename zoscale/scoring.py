@@ -23,8 +23,8 @@ class Prediction:
     """What the model made of one example.
 
     Args:
-        index: of the example in the validation split, from 0; of dev and train, which are cut from one split, its
-            place in the order in which they were drawn.
+        index: of the example among those of the validation split, from 0; of dev and train, which are cut from one
+            split, its place in the order in which they were drawn.
         prompt: as it was put, before it was cut to the longest row.
         options: the possible continuations.
         scores: mean log-probability of each option's tokens.
