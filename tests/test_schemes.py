@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from zoscale.adapters import check_scheme, choose_trainable
+from zoscale.answers import AnswerModel
 from zoscale.assembly import build_engine
 from zoscale.config import ConfigError, ModelConfig, parse
 from zoscale.data import Encoder
@@ -26,7 +27,7 @@ from zoscale.forward import SequentialForward
 from zoscale.generation import Generator
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import AnswerModel, add_adapter, count_parameters, load_model, read_model_config
+from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
 from zoscale.release import export_command
 from zoscale.replay import replay_command
 from zoscale.train_batches import TrainBatches

@@ -13,6 +13,7 @@ import torch
 from processes import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from zoscale.answers import AnswerModel
 from zoscale.assembly import find_objective
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, DataConfig, parse
@@ -24,7 +25,7 @@ from zoscale.generation import Generator
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.metrics import exact_match, f1, last_f1, macro_f1, normalise, score
-from zoscale.models import AnswerModel, add_adapter
+from zoscale.models import add_adapter
 from zoscale.objectives import ChosenLoss, GeneratedLoss
 from zoscale.run_report import skipped
 from zoscale.tasks import TASKS, Completion, Example, Task

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapter_choice import AdapterChoice, Shapes
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.compilation import CompileName
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate
@@ -18,7 +19,6 @@ from zoscale.forward import Forward, Losses
 from zoscale.forward_choice import ForwardName, choose_forward
 from zoscale.generation import Generator
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.noise import Noise
 from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ZeroOrderOptimizer

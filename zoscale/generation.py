@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.shards import direct_calls, order_gathers_after_writes
 
 _STOP = "\n"

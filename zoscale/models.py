@@ -1,4 +1,4 @@
-"""Hugging Face causal language models, built directly sharded, with the head on answer positions only."""
+"""Hugging Face causal language models, built directly sharded."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -8,23 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from zoscale.adapters import choose_trainable, peft_config, quiet_peft, selection_of
-from zoscale.attention import padding_unmasked
-from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
-from zoscale.lanes import lane
 from zoscale.quantization import keep_packing, loading_options
-from zoscale.shards import (
-    copy_values,
-    end_without_backward,
-    order_gathers_after_writes,
-    true_numel,
-    vectors_gathered,
-)
+from zoscale.shards import copy_values, true_numel, vectors_gathered
 from zoscale.weighted_lora import weigh_adapters
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -33,60 +24,6 @@ _LIVE_WIDTHS, _LIVE_INNER = (
     8,
     2,
 )  # activations of a block that live at once: residual, norm, q, k, v, output; inner twice
-
-
-class AnswerModel:
-    """Log-probabilities of answer tokens from any causal LM, sharded or not.
-
-    Args:
-        module: what is called: the model itself, or the engine that wraps it.
-        model: the Hugging Face (or PEFT) model inside; its output embedding is the head.
-    """
-
-    def __init__(self, module: nn.Module, model: nn.Module) -> None:
-        self.module = module
-        self.model = model
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if head is None:
-            raise ValueError(f"expected a causal LM with an output embedding, got {type(model).__name__}")
-        self.head: nn.Module = head
-        self._dtype = next(head.parameters()).dtype
-
-    def answer_logprobs(self, batch: MicroBatch) -> Tensor:
-        """Log-probability of each answer token: float32 [A]."""
-        is_first = not lane()
-        if is_first:
-            order_gathers_after_writes(self.module)
-            self.model.eval()  # losses are taken without dropout, whatever was done to the model since
-        masks = padding_unmasked() if batch.is_right_padded else nullcontext()
-        with _answer_positions(self.head, batch), masks:
-            called = self.module if is_first else self.model
-            output = called(**batch.model_inputs(self._dtype), use_cache=False)
-        if is_first and not torch.is_grad_enabled():
-            end_without_backward(self.module)
-        logits: Tensor = output.logits[0].float()
-        chosen = logits[batch.answer_position, batch.answer_token]
-        return chosen - torch.logsumexp(logits, dim=-1)[batch.answer_position]
-
-
-@contextmanager
-def _answer_positions(head: nn.Module, batch: MicroBatch) -> Iterator[None]:
-    """The head sees one contiguous matrix [1, P, hidden] of the wanted positions instead of [R, T, hidden]."""
-
-    own = lane()
-
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if lane() != own:
-            return None
-        hidden = args[0]
-        num_virtual = hidden.shape[1] - batch.input_ids.shape[1]  # prompt tuning puts tokens before the others
-        return (hidden[batch.position_row, batch.position_column + num_virtual].unsqueeze(0), *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
