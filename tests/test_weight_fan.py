@@ -1,7 +1,6 @@
 """`FanOutForward` over any trainable weights, against `SequentialForward`; real ranks are in test_zero3.py."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from zoscale.estimators import Estimator, OneSided, TwoPoint
 from zoscale.fan import Rows
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import Losses, SequentialForward
-from zoscale.probes import Block, Coordinate, Gaussian, Probe, Rademacher, Tensors, pieces
+from zoscale.probes import Block, Coordinate, Gaussian, Probe, Rademacher, Tensors
 from zoscale.shards import CHUNK, TensorSpec
 from zoscale.weight_fan import LinearUnit, LookupUnit, Unit, find_units
 
@@ -91,9 +90,10 @@ def test_parts_of_the_weights(scheme: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def test_large_weights_are_run_slab_by_slab(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slabs of whole rows, of which the scratch copy never holds more; groups of noise end within a module."""
+    """Slabs of whole rows, of which the scratch copy never holds more; those drawn together end within a module."""
     monkeypatch.setattr("zoscale.shards.CHUNK", 100)
-    monkeypatch.setattr("zoscale.scratch.pieces", partial(pieces, limit=64))
+    monkeypatch.setattr("zoscale.scratch._SMALL", 40)
+    monkeypatch.setattr("zoscale.scratch._TOGETHER", 64)
     model = model_of("llama")
     units = find_units(model)
     assert units is not None

@@ -1,7 +1,8 @@
 """Scratch copies: the values that gathered weights have for each candidate, one candidate after the other."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,55 +12,52 @@ from zoscale.probes import Direction, Piece, pieces
 from zoscale.segments import Segment, values
 from zoscale.shards import ShardedParam
 
+_SMALL = 2**16  # elements of a slab that is drawn together with others
+_TOGETHER = 2**18  # of those that are drawn together, and kept until they are used
+
 
 @dataclass(frozen=True)
 class Drawn:
-    """z of every direction on a part of a slab.
+    """z on a part of a slab, one direction after the other.
 
     Args:
         start: first element within the slab.
-        segments: one per direction.
+        segment: z of the direction of this number; None = it is zero.
     """
 
     start: int
-    segments: Sequence[Segment | None]
+    segment: Callable[[int], Segment | None]
 
 
 class Draws:
-    """The noise of one pass over gathered weights; many small slabs are drawn at once and kept until they are used.
+    """The noise of one pass over gathered weights; small slabs are drawn together and kept until they are used.
 
     Args:
         candidates: of the pass.
-        outlines: the slabs that will be asked for, about in this order.
+        outlines: the slabs that will be asked for, each once, about in this order.
     """
 
     def __init__(self, candidates: Sequence[Candidate], outlines: Sequence[ShardedParam]) -> None:
         self.num_candidates = len(candidates)
         self._directions, self._numbers = _by_direction(candidates)
-        self._groups = list(pieces(outlines))
-        self._places: dict[int, list[int]] = {}
-        for place, group in enumerate(self._groups):
-            for shard in {id(piece.shard): None for piece in group}:
-                self._places.setdefault(shard, []).append(place)
-        self._kept: dict[tuple[int, int], Drawn] = {}
+        small = [outline for outline in outlines if len(outline) <= _SMALL]
+        self._groups: dict[Piece, list[Piece]] = {}
+        self._pieces: dict[int, list[Piece]] = {}
+        for group in (*pieces(small, _TOGETHER), *([p] for o in outlines if len(o) > _SMALL for p in _cut(o))):
+            for piece in group:
+                self._groups[piece] = group
+                self._pieces.setdefault(id(piece.shard), []).append(piece)
+        self._kept: dict[tuple[int, Piece], Segment | None] = {}
 
     def of(self, outline: ShardedParam) -> list[Drawn]:
         """The noise of one slab."""
-        drawn = []
-        for place in self._places[id(outline)]:
-            for piece in self._groups[place]:
-                if piece.shard is outline:
-                    if (id(outline), piece.start) not in self._kept:
-                        self._draw(self._groups[place])
-                    drawn.append(self._kept.pop((id(outline), piece.start)))
-        return drawn
+        return [Drawn(piece.start, partial(self._take, piece)) for piece in self._pieces[id(outline)]]
 
     def at(self, outlines: Sequence[ShardedParam]) -> list[Drawn]:
         """The noise of slabs that lie one after the other in one table."""
         drawn, start = [], 0
         for group in pieces(outlines):
-            segments = [_joined(group, direction.segments(group)) for direction in self._directions]
-            drawn.append(Drawn(start, segments))
+            drawn.append(Drawn(start, partial(self._joined, group)))
             start += sum(piece.stop - piece.start for piece in group)
         return drawn
 
@@ -74,22 +72,61 @@ class Draws:
         """
         for number, _ in self._numbers.get(None, ()):
             yield number, [base for base, _ in slabs]
-        is_whole = [_covers(drawn) for _, drawn in slabs]
-        works = [torch.empty_like(b) if whole else b.clone() for whole, (b, _) in zip(is_whole, slabs, strict=True)]
+        works = [_Work(base, drawn) for base, drawn in slabs]
         for place in range(len(self._directions)):
+            for work in works:
+                work.turn_to(place)
             for number, radius in self._numbers[place]:
-                for work, (base, drawn) in zip(works, slabs, strict=True):
-                    _write(work, base, drawn, place, radius)
-                yield number, works
-            if place + 1 < len(self._directions):
-                for work, whole, (base, drawn) in zip(works, is_whole, slabs, strict=True):
-                    if not whole:
-                        _write(work, base, drawn, place, 0.0)
+                for work in works:
+                    work.write(radius)
+                yield number, [work.values for work in works]
 
-    def _draw(self, group: Sequence[Piece]) -> None:
-        by_direction = [direction.segments(group) for direction in self._directions]
-        for piece, *segments in zip(group, *by_direction, strict=True):
-            self._kept[id(piece.shard), piece.start] = Drawn(piece.start, segments)
+    def _take(self, piece: Piece, place: int) -> Segment | None:
+        if (place, piece) not in self._kept:
+            group = self._groups[piece]
+            drawn = self._directions[place].segments(group)
+            self._kept |= {(place, own): segment for own, segment in zip(group, drawn, strict=True)}
+        return self._kept.pop((place, piece))
+
+    def _joined(self, group: Sequence[Piece], place: int) -> Segment | None:
+        return _joined(group, self._directions[place].segments(group))
+
+
+class _Work:
+    """A scratch copy of one slab.
+
+    Args:
+        base: the slab's values; only read.
+        drawn: its noise.
+    """
+
+    def __init__(self, base: Tensor, drawn: Sequence[Drawn]) -> None:
+        self.values = torch.empty_like(base)
+        self._base = base
+        self._drawn = drawn
+        self._segments: list[tuple[int, Segment]] = []
+        self._is_base = False
+
+    def turn_to(self, place: int) -> None:
+        """Draw a direction; what it leaves as it is has the slab's values from here on."""
+        if self._is_base:  # but for what the last one wrote
+            self.write(0.0)
+        self._segments.clear()  # before the next is drawn
+        found = [(part.start, part.segment(place)) for part in self._drawn]
+        self._segments = [(start, segment) for start, segment in found if segment is not None]
+        is_whole = len(self._segments) == len(found) and all(segment.index is None for _, segment in self._segments)
+        if not (is_whole or self._is_base):
+            self.values.copy_(self._base)
+        self._is_base = not is_whole
+
+    def write(self, radius: float) -> None:
+        """The values at one radius."""
+        for start, segment in self._segments:
+            segment.write(self.values, self._base, start, radius)
+
+
+def _cut(outline: ShardedParam) -> Iterator[Piece]:
+    return (piece for group in pieces([outline]) for piece in group)
 
 
 def _by_direction(candidates: Sequence[Candidate]) -> tuple[list[Direction], dict[int | None, list[tuple[int, float]]]]:
@@ -105,18 +142,6 @@ def _by_direction(candidates: Sequence[Candidate]) -> tuple[list[Direction], dic
             place = known[0] if known else len(directions) - 1
         numbers.setdefault(place, []).append((number, candidate.radius))
     return directions, numbers
-
-
-def _covers(drawn: Sequence[Drawn]) -> bool:
-    """Whether every direction has a value for every element, so that none of another one's is left over."""
-    return all(segment is not None and segment.index is None for part in drawn for segment in part.segments)
-
-
-def _write(work: Tensor, base: Tensor, drawn: Sequence[Drawn], place: int, radius: float) -> None:
-    for part in drawn:
-        segment = part.segments[place]
-        if segment is not None:
-            segment.write(work, base, part.start, radius)
 
 
 def _joined(group: Sequence[Piece], segments: Sequence[Segment | None]) -> Segment | None:

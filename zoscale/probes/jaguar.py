@@ -21,7 +21,7 @@ from zoscale.streams import Mask, Stream, stream_of
 Signs = Literal["rademacher", "ones"]
 
 _DENSE_ABOVE = 1 / 16  # a support with a larger share is cheaper as a dense segment than as an index
-_STREAM_ABOVE = 1 / 256  # and where kernels make z in registers, as one pass over the tensor
+_FUSED_ABOVE = 1 / 256  # and where z is made in the pass that uses it (of bits, or by kernels), as one over the tensor
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Support:
 
     def has_words(self, spec: TensorSpec) -> bool:
         """Whether its marks are words of bits, and so many that a pass over the tensor is faster than an index."""
-        return self.is_whole or (spec.columns % philox.BITS == 0 and self.share(spec) > _DENSE_ABOVE)
+        return self.is_whole or (spec.columns % philox.BITS == 0 and self.share(spec) > _FUSED_ABOVE)
 
     @cached_property
     def _row_numbers(self) -> list[int]:
@@ -129,7 +129,7 @@ class JaguarDirection(DrawnDirection):
     def stream(self, piece: Piece) -> Stream | None:
         spec, device = piece.shard.spec, piece.shard.truth.device
         support = self.supports.get(spec.id)
-        if self.signs != "rademacher" or support is None or support.share(spec) < _STREAM_ABOVE:
+        if self.signs != "rademacher" or support is None or support.share(spec) < _FUSED_ABOVE:
             return None
         mask = partial(self._mask, spec, device)
         return stream_of(self.noise, self.key, piece.range, "rademacher", device, mask)
