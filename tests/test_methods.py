@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
@@ -28,9 +28,10 @@ from zoscale.estimators import ForwardGrad, GradientEstimate, NormalizedOneSided
 from zoscale.export import save_trained
 from zoscale.forward import perturbed
 from zoscale.journal import Journal
+from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.objectives import classification
-from zoscale.optim import OPTIMIZERS, ElementwiseOptimizer, ZOSGDConservative
+from zoscale.optim import OPTIMIZERS, ElementwiseOptimizer, Shared, ZOSGDConservative
 from zoscale.optim.newton_schulz import orthogonalize
 from zoscale.optim.power_iteration import partially_orthogonalize
 from zoscale.probes import PROBES, Gaussian, Layers, Piece, Rademacher
@@ -271,6 +272,27 @@ def test_a_method_brings_its_probe_and_estimator(name: str) -> None:
     assert config_of().probe.name == "block", "JAGUAR is the default"
 
 
+@pytest.mark.parametrize("name", TABLES["optimizer"])
+def test_every_option_of_a_method_has_a_meaning_and_no_other_is_taken(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        config_of("--help")
+    _, _, text = capsys.readouterr().out.partition(f"optimizer.name={name}: ")
+    text = " ".join(text.partition("optimizer.name=")[0].split())
+    args = config_of(f"optimizer.name={name}").optimizer.args
+    assert {"lr", "weight_decay", "groups"} <= set(args)
+    for option in args:
+        meaning = text.partition(f" optimizer.{option} ")[2].partition(f"default: {show_default(args[option])}")
+        assert meaning[1] and len(meaning[0].partition("(type: ")[0]) > 10, option
+    with pytest.raises(TypeError, match="unexpected keyword argument 'betta'"):
+        TABLES["optimizer"][name](shards_of(start_values(SHAPES)), betta=0.5)
+
+
+def show_default(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
 def test_directions_of_a_subspace_are_four_unless_another_number_is_given() -> None:
     """Of a single one only the sign of rho would be left."""
     chosen = "optimizer.name=zo_muon_subspace"
@@ -341,22 +363,12 @@ def test_what_does_not_fit_is_refused_before_the_run(argv: list[str], part: str)
 
 
 class Halving(ElementwiseOptimizer):
-    """x <- x - lr (g / 2 + weight_decay x), for the test.
-
-    Args:
-        lr: learning rate >= 0.
-    """
+    """x <- x - lr (g / 2 + weight_decay x), for the test."""
 
     def __init__(
-        self,
-        shards: Sequence[ShardedParam],
-        mesh: Any = None,
-        *,
-        lr: float = 0.1,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        self, shards: Sequence[ShardedParam], mesh: Mesh | None = None, *, lr: float = 0.1, **shared: Unpack[Shared]
     ) -> None:
-        super().__init__(shards, mesh, {"lr": lr, "weight_decay": weight_decay}, groups)
+        super().__init__(shards, mesh, {"lr": lr}, **shared)
 
     def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
         return gradient / 2

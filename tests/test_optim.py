@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from zoscale.optim import (
     ZOSGD,
     JaguarMuon,
     JaguarSignSGD,
+    Shared,
     ZeroOrderOptimizer,
     ZOMuon,
     ZOMuonOrthogonal,
@@ -90,10 +91,9 @@ class Momentum(ZeroOrderOptimizer):
         *,
         lr: float = 1e-2,
         mu: float = 0.5,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(shards, mesh, {"lr": lr, "mu": mu, "weight_decay": weight_decay}, groups)
+        super().__init__(shards, mesh, {"lr": lr, "mu": mu}, **shared)
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for batch in pieces(shards):

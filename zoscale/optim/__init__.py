@@ -1,6 +1,6 @@
 """Update rules. Adding one: a class with `update` (`ElementwiseOptimizer`: `direction`), and a row in the table."""
 
-from zoscale.optim.base import ZeroOrderOptimizer
+from zoscale.optim.base import Shared, ZeroOrderOptimizer
 from zoscale.optim.elementwise import ElementwiseOptimizer
 from zoscale.optim.jaguar import JaguarMuon, JaguarSignSGD
 from zoscale.optim.newton_schulz import orthogonalize
@@ -32,6 +32,7 @@ __all__ = [
     "ElementwiseOptimizer",
     "JaguarMuon",
     "JaguarSignSGD",
+    "Shared",
     "ZOAdam",
     "ZOMuon",
     "ZOMuonOrthogonal",

@@ -5,7 +5,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from zoscale.streams import Sum
 _ANY = TensorSpec(0, "", (1, 1))
 Write = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None], None]
 _GROUP_KEYS = ("pattern", "max_ndim", "lr_scale")
+
+
+class Shared(TypedDict, total=False):
+    """The options of every rule, as a constructor takes them on: `**shared: Unpack[Shared]`."""
+
+    weight_decay: float
+    groups: list[dict[str, Any]] | None
 
 
 class Company(NamedTuple):
@@ -51,8 +58,10 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
     Args:
         shards: this rank's slices of all trainable tensors.
         mesh: the ranks that hold the other slices (None = this process alone).
-        defaults: options of the rule; `lr` and `weight_decay` (decoupled) among them.
-        groups: as above.
+        options: of the rule itself, `lr` among them; a subclass has them as keyword-only arguments.
+        lr: learning rate >= 0.
+        weight_decay: decoupled weight decay >= 0.
+        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     goes_with: ClassVar[Company] = Company("gaussian", "two_point")
@@ -71,14 +80,17 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         self,
         shards: Sequence[ShardedParam],
         mesh: Mesh | None,
-        defaults: Mapping[str, Any],
-        groups: Sequence[Mapping[str, Any]] | None,
+        options: Mapping[str, Any],
+        *,
+        weight_decay: float = 0.0,
+        groups: list[dict[str, Any]] | None = None,
     ) -> None:
         self.mesh = mesh or Mesh()
         self._shards = {id(shard.truth): shard for shard in shards}
-        split = self._split(shards, dict(defaults), list(groups or []))
+        defaults = {**options, "weight_decay": weight_decay}
+        split = self._split(shards, defaults, groups or [])
         self._places = {name: place for place, group in enumerate(split) for name, _ in group["params"]}
-        super().__init__(split, dict(defaults))
+        super().__init__(split, defaults)
 
     @abstractmethod
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
@@ -217,7 +229,7 @@ class ZeroOrderOptimizer(torch.optim.Optimizer):
         return buffer
 
     def _split(
-        self, shards: Sequence[ShardedParam], defaults: dict[str, Any], groups: list[Mapping[str, Any]]
+        self, shards: Sequence[ShardedParam], defaults: dict[str, Any], groups: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
         allowed = (*_GROUP_KEYS, *defaults)
         for group in groups:

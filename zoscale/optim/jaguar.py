@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from torch import Tensor
 from zoscale.estimators import GradientEstimate
 from zoscale.fused import chosen, remember_mean, scalars
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company, ZeroOrderOptimizer
+from zoscale.optim.base import Company, Shared, ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta, check_choice
-from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
+from zoscale.optim.newton_schulz import orthogonalize, update_scale
 from zoscale.optim.owners import on_owners
-from zoscale.optim.spectral import SpectralOptimizer
+from zoscale.optim.spectral import Spectral, SpectralOptimizer
 from zoscale.probes import Piece, pieces
 from zoscale.segments import Term
 from zoscale.shards import ShardedParam
@@ -34,8 +34,6 @@ class JaguarSignSGD(ZeroOrderOptimizer):
     Args:
         lr: learning rate >= 0: the step of every coordinate.
         beta: weight of the old memory, in [0, 1).
-        weight_decay: decoupled weight decay >= 0.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     goes_with = Company("block", "two_point")
@@ -47,11 +45,9 @@ class JaguarSignSGD(ZeroOrderOptimizer):
         *,
         lr: float = 1e-4,
         beta: float = 0.9,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        defaults = {"lr": lr, "beta": beta, "weight_decay": weight_decay}
-        super().__init__(shards, mesh, defaults, groups)
+        super().__init__(shards, mesh, {"lr": lr, "beta": beta}, **shared)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
@@ -73,17 +69,9 @@ class JaguarMuon(SpectralOptimizer):
     Newton-Schulz: they take the sign rule.
 
     Args:
-        lr: learning rate >= 0 of the matrices.
         beta: weight of the old memory, in [0, 1).
-        weight_decay: decoupled weight decay >= 0.
-        scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
-        iteration: how to orthogonalise: Newton-Schulz with the `quintic` polynomial (5 iterations) or the paper's
-            `cubic` (10); or `power`, the dominant singular directions only (arXiv 2605.09034).
-        power_rank: singular directions that `power` keeps.
         precision: of the orthogonalisation: `float32` (runs on another number of ranks agree to 1e-5), `bfloat16`
             (faster on a GPU; they agree to its rounding), or `auto`: bfloat16 on a GPU, float32 on a CPU.
-        sign_lr_scale: lr factor of the tensors under the sign rule.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     goes_with = Company("block", "two_point")
@@ -95,25 +83,10 @@ class JaguarMuon(SpectralOptimizer):
         *,
         lr: float = 1e-2,
         beta: float = 0.9,
-        weight_decay: float = 0.0,
-        scale: Scale = "none",
-        iteration: Iteration = "quintic",
-        power_rank: int = 16,
         precision: Precision = "auto",
-        sign_lr_scale: float = 0.1,
-        groups: list[dict[str, Any]] | None = None,
+        **spectral: Unpack[Spectral],
     ) -> None:
-        self._sign_lr_scale = sign_lr_scale
-        defaults = {
-            "lr": lr,
-            "beta": beta,
-            "weight_decay": weight_decay,
-            "scale": scale,
-            "iteration": iteration,
-            "power_rank": power_rank,
-            "precision": precision,
-        }
-        super().__init__(shards, mesh, defaults, groups)
+        super().__init__(shards, mesh, {"lr": lr, "beta": beta, "precision": precision}, **spectral)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)

@@ -1,25 +1,56 @@
 """`SpectralOptimizer`: which tensors an orthogonalising rule takes, and its options."""
 
 import re
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack, get_args
 
-from zoscale.optim.base import ZeroOrderOptimizer
+from zoscale.mesh import Mesh
+from zoscale.optim.base import Shared, ZeroOrderOptimizer
 from zoscale.optim.checks import check_choice
 from zoscale.optim.newton_schulz import Iteration, Scale
-from zoscale.shards import TensorSpec
+from zoscale.shards import ShardedParam, TensorSpec
 
 _EMBEDDING_OR_HEAD = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|head|score)(\.|$)")
+
+
+class Spectral(Shared, total=False):
+    """The options of every orthogonalising rule, as `Shared`."""
+
+    scale: Scale
+    iteration: Iteration
+    power_rank: int
+    sign_lr_scale: float
 
 
 class SpectralOptimizer(ZeroOrderOptimizer):
     """Hidden matrices go by the rule `muon`; other tensors, embeddings and the head by `sign`, at another lr.
 
-    A subclass sets `_sign_lr_scale`, the lr factor of the rule `sign`, before this is constructed.
+    Args:
+        lr: learning rate >= 0 of the matrices.
+        scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
+        iteration: how to orthogonalise: Newton-Schulz with the `quintic` polynomial (5 iterations) or the paper's
+            `cubic` (10); or `power`, the dominant singular directions only (arXiv 2605.09034).
+        power_rank: singular directions that `power` keeps.
+        sign_lr_scale: lr factor of the tensors under the sign rule.
     """
 
     is_elementwise = False
-    _sign_lr_scale: float
+
+    def __init__(
+        self,
+        shards: Sequence[ShardedParam],
+        mesh: Mesh | None,
+        options: Mapping[str, Any],
+        *,
+        scale: Scale = "none",
+        iteration: Iteration = "quintic",
+        power_rank: int = 16,
+        sign_lr_scale: float = 0.1,
+        **shared: Unpack[Shared],
+    ) -> None:
+        self._sign_lr_scale = sign_lr_scale  # before the tensors are put into groups
+        spectral = {"scale": scale, "iteration": iteration, "power_rank": power_rank}
+        super().__init__(shards, mesh, {**options, **spectral}, **shared)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
