@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from zoscale.engine import micro_batches
 from zoscale.fan import replaced_forward
 from zoscale.lanes import Lanes, lane
 from zoscale.models import AnswerModel, is_block
+from zoscale.step import micro_batches
 
 
 class Block(nn.Module):

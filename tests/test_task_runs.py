@@ -103,12 +103,12 @@ def test_no_steps_is_an_evaluation_with_demonstrations(server: JobServer) -> Non
 
 DIES = """
 import os, signal
-from zoscale.engine import ZeroOrderEngine
-step = ZeroOrderEngine.step
+from zoscale.first_order import FirstOrderEngine
+step = FirstOrderEngine.step
 def dies(self, batch):
     if self.num_steps == {step}: os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch)
-ZeroOrderEngine.step = dies
+FirstOrderEngine.step = dies
 """
 
 

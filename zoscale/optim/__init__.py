@@ -1,9 +1,10 @@
 """Update rules. Adding one: a class with `update` (`ElementwiseOptimizer`: `direction`), and a row in the table."""
 
-from zoscale.optim.base import Shared, ZeroOrderOptimizer
+from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.elementwise import ElementwiseOptimizer
 from zoscale.optim.jaguar import JaguarMuon, JaguarSignSGD
 from zoscale.optim.newton_schulz import orthogonalize
+from zoscale.optim.sharded import ShardedOptimizer, Shared
 from zoscale.optim.zo_adam import ZOAdam
 from zoscale.optim.zo_conservative import ZOSGDConservative
 from zoscale.optim.zo_muon import ZOMuon, ZOMuonSubspace
@@ -32,6 +33,7 @@ __all__ = [
     "ElementwiseOptimizer",
     "JaguarMuon",
     "JaguarSignSGD",
+    "ShardedOptimizer",
     "Shared",
     "ZOAdam",
     "ZOMuon",

@@ -10,8 +10,8 @@ from torch import nn
 
 from zoscale.estimators import Backpropagation, Estimator, GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company, Shared, ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta
+from zoscale.optim.sharded import Company, ShardedOptimizer, Shared
 from zoscale.partitions import load_partition, partition_state
 from zoscale.probes import Probe
 from zoscale.probes.gradient import Gradient
@@ -24,7 +24,7 @@ class FirstOrder(Shared, total=False):
     max_grad_norm: float | None
 
 
-class FirstOrderOptimizer(ZeroOrderOptimizer):
+class FirstOrderOptimizer(ShardedOptimizer):
     """A torch optimizer that DeepSpeed ZeRO-3 steps on the gradients of a backward pass.
 
     Groups by name, schedules and checkpoints are those of the other rules; gradients, fp32 weights and moments are
@@ -100,9 +100,6 @@ class FirstOrderOptimizer(ZeroOrderOptimizer):
 
     def rule_options(self, rule: str) -> dict[str, Any]:
         return {"weight_decay": 0.0} if rule == "vector" else {}
-
-    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        raise NotImplementedError("DeepSpeed updates all groups at once")
 
     @torch.no_grad()
     def step(self, estimate: GradientEstimate) -> None:  # type: ignore[override]

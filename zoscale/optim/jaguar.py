@@ -10,10 +10,11 @@ from torch import Tensor
 from zoscale.estimators import GradientEstimate
 from zoscale.fused import chosen, remember_mean, scalars
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company, Shared, ZeroOrderOptimizer
+from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta, check_choice
 from zoscale.optim.newton_schulz import orthogonalize, update_scale
 from zoscale.optim.owners import on_owners
+from zoscale.optim.sharded import Company, Shared
 from zoscale.optim.spectral import Spectral, SpectralOptimizer
 from zoscale.probes import Piece, pieces
 from zoscale.segments import Term

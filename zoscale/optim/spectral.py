@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Unpack, get_args
 
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Shared, ZeroOrderOptimizer
+from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.checks import check_choice
 from zoscale.optim.newton_schulz import Iteration, Scale
+from zoscale.optim.sharded import Shared
 from zoscale.shards import ShardedParam, TensorSpec
 
 _EMBEDDING_OR_HEAD = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|head|score)(\.|$)")

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Shared
 from zoscale.optim.checks import check_beta, check_choice
 from zoscale.optim.elementwise import ElementwiseOptimizer
+from zoscale.optim.sharded import Shared
 from zoscale.probes import Piece
 from zoscale.shards import ShardedParam
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company, moved
+from zoscale.optim.base import moved
 from zoscale.optim.jaguar import JaguarMuon, Precision
 from zoscale.optim.newton_schulz import orthogonalize, update_scale
+from zoscale.optim.sharded import Company
 from zoscale.optim.spectral import Spectral, SpectralOptimizer
 from zoscale.probes import LayersDirection, Piece, SubspaceDirection, pieces, product_slice
 from zoscale.shards import ShardedParam

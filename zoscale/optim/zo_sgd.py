@@ -6,9 +6,9 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company, Shared
 from zoscale.optim.checks import check_beta
 from zoscale.optim.elementwise import ElementwiseOptimizer, GradientDescent
+from zoscale.optim.sharded import Company, Shared
 from zoscale.probes import Piece
 from zoscale.shards import ShardedParam
 

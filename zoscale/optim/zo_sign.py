@@ -9,8 +9,8 @@ from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company, Shared
 from zoscale.optim.elementwise import ElementwiseOptimizer, GradientDescent
+from zoscale.optim.sharded import Company, Shared
 from zoscale.probes import Piece
 from zoscale.shards import ShardedParam
 
