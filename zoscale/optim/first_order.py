@@ -15,7 +15,7 @@ from zoscale.optim.sharded import Company, ShardedOptimizer, Shared
 from zoscale.partitions import load_partition, partition_state
 from zoscale.probes import Probe
 from zoscale.probes.gradient import Gradient
-from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.shards import ShardedParam
 
 
 class FirstOrder(Shared, total=False):
@@ -28,13 +28,12 @@ class FirstOrderOptimizer(ShardedOptimizer):
     """A torch optimizer that DeepSpeed ZeRO-3 steps on the gradients of a backward pass.
 
     Groups by name, schedules and checkpoints are those of the other rules; gradients, fp32 weights and moments are
-    DeepSpeed's. Vectors (biases, LayerNorm) are not decayed. A step cannot be taken again from the journal's scalars.
+    DeepSpeed's. A step cannot be taken again from the journal's scalars.
 
     Args:
         shards: this rank's slices of all trainable tensors.
         mesh: the ranks that hold the other slices.
         options: of the rule itself, `lr` among them.
-        weight_decay: of matrices, >= 0.
         max_grad_norm: the gradient is scaled down to this norm where it is longer; null is never.
     """
 
@@ -95,12 +94,6 @@ class FirstOrderOptimizer(ShardedOptimizer):
         """Adapters that were disconnected may leave a group empty."""
         return [group for group in self.param_groups if group["params"]]
 
-    def rule(self, spec: TensorSpec) -> str:
-        return "matrix" if spec.is_matrix else "vector"
-
-    def rule_options(self, rule: str) -> dict[str, Any]:
-        return {"weight_decay": 0.0} if rule == "vector" else {}
-
     @torch.no_grad()
     def step(self, estimate: GradientEstimate) -> None:  # type: ignore[override]
         """Let DeepSpeed step along the gradient of its last backward passes."""
@@ -127,6 +120,7 @@ class FOSGD(FirstOrderOptimizer):
 
     Args:
         momentum: weight of the old v, in [0, 1).
+        weight_decay: >= 0, as part of the gradient; not of vectors (biases, norms, IA3's scales).
     """
 
     def __init__(
@@ -158,7 +152,6 @@ class FOAdamW(FirstOrderOptimizer):
         beta1: weight of the old mean, in [0, 1).
         beta2: weight of the old mean square, in [0, 1).
         eps: > 0, added to the root.
-        weight_decay: of matrices, decoupled, >= 0.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class JaguarMuon(SpectralOptimizer):
     """JAGUAR's memory, orthogonalised: X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 2).
 
     Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, which one rank of the shard
-    group computes for all. Tensors of another number of dimensions, embeddings and the head never go through
+    group computes for all. Vectors, tensors of another number of dimensions, embeddings and the head never go through
     Newton-Schulz: they take the sign rule.
 
     Args:
@@ -105,7 +105,7 @@ class JaguarMuon(SpectralOptimizer):
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for piece, memory in self.remember(shards, estimate, group["beta"]):
-            if group["rule"] == "sign":
+            if group["rule"] != "muon":
                 self.descend_sign(piece, memory, group)
         if group["rule"] == "muon":
             function = partial(orthogonalize, iteration=group["iteration"], power_rank=group["power_rank"])

@@ -17,6 +17,7 @@ from zoscale.shards import ShardedParam, TensorSpec
 
 _ANY = TensorSpec(0, "", (1, 1))
 _GROUP_KEYS = ("pattern", "max_ndim", "lr_scale")
+_SCALES = re.compile(r"(^|\.)ia3_l(\.|$)")  # IA3's, as PEFT names them
 
 
 class Shared(TypedDict, total=False):
@@ -49,13 +50,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Groups are chosen by name, first match wins, each tensor lands in exactly one: `groups` is a list of mappings with
     any of `pattern` (regular expression searched in the name), `max_ndim` (tensors of at most so many dimensions),
     `lr_scale` (factor of lr) and the options of the update rule to override. What matches none takes the defaults.
+    Vectors (see `is_vector`) are not decayed, unless a group of theirs has a `weight_decay`.
 
     Args:
         shards: this rank's slices of all trainable tensors.
         mesh: the ranks that hold the other slices (None = this process alone).
         options: of the rule itself, `lr` among them; a subclass has them as keyword-only arguments.
         lr: learning rate >= 0.
-        weight_decay: decoupled weight decay >= 0.
+        weight_decay: decoupled weight decay >= 0; not of vectors (biases, norms, IA3's scales).
         groups: overrides by name, see `ShardedOptimizer`.
     """
 
@@ -122,11 +124,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def rule(self, spec: TensorSpec) -> str:
         """Name of the rule for a tensor; tensors of different rules never share a group."""
-        return "default"
+        return "vector" if is_vector(spec) else "matrix"
 
     def rule_options(self, rule: str) -> dict[str, Any]:
         """Group options that a rule implies, as `lr_scale`."""
-        return {}
+        return {"weight_decay": 0.0} if rule == "vector" else {}
 
     def adopt(self, shards: Sequence[ShardedParam]) -> None:
         """Go on with other slices: tensors keep their groups, and slices that are still there their state.
@@ -184,6 +186,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.check(options)
         kept = {key: value for key, value in options.items() if key not in _GROUP_KEYS}
         return {**kept, "rule": rule, "params": []}
+
+
+def is_vector(spec: TensorSpec) -> bool:
+    """Whether no rule decays or orthogonalises a tensor: biases, norms, and the scales that IA3 multiplies with.
+
+    PEFT stores those scales as [n, 1] or [1, n]: it is their name that tells them from LoRA's matrices of rank 1, which
+    are matrices as those of any rank are.
+    """
+    return not spec.is_matrix or _SCALES.search(spec.name) is not None
 
 
 def _matches(group: Mapping[str, Any], spec: TensorSpec) -> bool:

@@ -8,7 +8,7 @@ from zoscale.mesh import Mesh
 from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.checks import check_choice
 from zoscale.optim.newton_schulz import Iteration, Scale
-from zoscale.optim.sharded import Shared
+from zoscale.optim.sharded import Shared, is_vector
 from zoscale.shards import ShardedParam, TensorSpec
 
 _EMBEDDING_OR_HEAD = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|lm_head|head|score)(\.|$)")
@@ -25,6 +25,10 @@ class Spectral(Shared, total=False):
 
 class SpectralOptimizer(ZeroOrderOptimizer):
     """Hidden matrices go by the rule `muon`; other tensors, embeddings and the head by `sign`, at another lr.
+
+    Vectors, IA3's scales among them, go by `vector`: the same without weight decay. LoRA's matrices of rank 1 are
+    matrices as those of any rank are: their update is the row or column over its norm, times about 1 (Newton-Schulz
+    leaves it in [0.68, 1.13]), so that each moves by lr as a whole, not in every element.
 
     Args:
         lr: learning rate >= 0 of the matrices.
@@ -61,7 +65,9 @@ class SpectralOptimizer(ZeroOrderOptimizer):
             raise ValueError(f"expected power_rank >= 1, got {options['power_rank']}")
 
     def rule(self, spec: TensorSpec) -> str:
+        if is_vector(spec):
+            return "vector"
         return "sign" if len(spec.shape) != 2 or _EMBEDDING_OR_HEAD.search(spec.name) else "muon"
 
     def rule_options(self, rule: str) -> dict[str, Any]:
-        return {"lr_scale": self._sign_lr_scale} if rule == "sign" else {}
+        return super().rule_options(rule) | ({} if rule == "muon" else {"lr_scale": self._sign_lr_scale})

@@ -38,7 +38,7 @@ class ZOSGDConservative(ZOSGD):
     that is not finite skips the step.
 
     Args:
-        weight_decay: decoupled weight decay >= 0; not part of the trials.
+        weight_decay: decoupled weight decay >= 0; not of vectors, and not part of the trials.
     """
 
     num_trials = 3

@@ -71,7 +71,7 @@ class ZOMuonSubspace(SpectralOptimizer):
                 for (piece,) in pieces([shard]):
                     lifted = product_slice(basis, direction, piece.range.start, piece.range.stop)
                     self.descend(piece, lifted, group)
-        for batch in pieces(shards if group["rule"] == "sign" else ()):
+        for batch in pieces(shards if group["rule"] != "muon" else ()):
             for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
                 self.descend(piece, gradient.sign(), group)
 

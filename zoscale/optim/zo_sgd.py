@@ -16,7 +16,7 @@ from zoscale.shards import ShardedParam
 class ZOSGD(GradientDescent):
     """x <- x - lr (g + weight_decay x), g = (1/q) sum_k rho_k z_k (MeZO, arXiv 2305.17333, Algorithm 1).
 
-    Without state. Vectors (biases, LayerNorm) are not decayed.
+    Without state.
     """
 
     def __init__(
