@@ -1,6 +1,6 @@
 """JAGUAR SignSGD and JAGUAR Muon (arXiv 2506.04430): descent along a memory of partial derivatives."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Unpack, get_args
 
@@ -21,7 +21,8 @@ from zoscale.segments import Term
 from zoscale.shards import ShardedParam
 from zoscale.streams import Sum
 
-State = MutableMapping[Tensor, Any]
+Memory = Callable[[ShardedParam], Tensor]
+"""A slice's own: float32 of its length."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -55,7 +56,7 @@ class JaguarSignSGD(ZeroOrderOptimizer):
         check_beta(options["beta"])
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        for piece, memory, pending in _visit(self.state, shards, estimate, group["beta"]):
+        for piece, memory, pending in _visit(self.buffer, shards, estimate, group["beta"]):
             if pending is None:
                 self.descend_sign(piece, memory, group)
             else:
@@ -98,7 +99,7 @@ class JaguarMuon(SpectralOptimizer):
         self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
     ) -> Iterator[tuple[Piece, Tensor]]:
         """Bring the memory up to date; yields each piece with it."""
-        for piece, memory, pending in _visit(self.state, shards, estimate, beta):
+        for piece, memory, pending in _visit(self.buffer, shards, estimate, beta):
             if pending is not None:
                 pending.remember(memory, beta)
             yield piece, memory
@@ -120,16 +121,8 @@ class JaguarMuon(SpectralOptimizer):
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def _momentum(states: State, shard: ShardedParam) -> Tensor:
-    state = states[shard.truth]
-    if "momentum" not in state:
-        state["momentum"] = torch.zeros_like(shard.truth, dtype=torch.float32)
-    momentum: Tensor = state["momentum"]
-    return momentum
-
-
 def _visit(
-    states: State, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
+    memory: Memory, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
 ) -> Iterator[tuple[Piece, Tensor, Sum | Term | None]]:
     """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates.
 
@@ -137,7 +130,7 @@ def _visit(
         Each piece with its memory, and what the memory is still to take up; None = it is up to date.
     """
     for batch in pieces(shards):
-        memories = [_momentum(states, piece.shard)[piece.start : piece.stop] for piece in batch]
+        memories = [memory(piece.shard)[piece.start : piece.stop] for piece in batch]
         pending: list[Sum | Term | None] = [estimate.stream(piece) for piece in batch]
         drawn = [number for number, found in enumerate(pending) if found is None]
         if drawn:
