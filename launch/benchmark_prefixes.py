@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import yaml
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.config import ModelConfig
-from zoscale.models import AnswerModel, load_model, read_model_config
+from zoscale.models import load_model, read_model_config
 from zoscale.prefixes import Row, share_prefixes
 
 OPT_125M: dict[str, Any] = {"model_type": "opt"}

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, DataConfig
 from zoscale.data import Encoder, Splits, evaluation_batches, part
 from zoscale.evaluate import evaluate
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.objectives import (
     OBJECTIVES,
     classification,

@@ -16,13 +16,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS, Candidate, OneSided, TwoPoint
 from zoscale.evaluate import evaluate
 from zoscale.forward import SequentialForward, perturbed
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.noise import Noise
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD

@@ -39,7 +39,7 @@ LAYERS = [
     {"probes", "partitions", "tracking", "meters", "fingerprint", "agreement", "preemption", "division"},
     {"estimators", "tasks", "comparison", "adapter_choice"},
     {"optim", "methods"},
-    {"models", "data", "run_record", "shard_groups"},
+    {"models", "answers", "data", "run_record", "shard_groups"},
     {"generation", "model_card", "plan_table", "nvme", "train_batches"},
     {"forward", "evaluate", "runtime"},
     {"compilation", "fan", "scratch", "tangent", "backward", "scoring"},

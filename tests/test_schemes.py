@@ -1,6 +1,8 @@
 """What can be trained: every scheme under real ZeRO-3 on two ranks, against the plain model in this process."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,21 +11,25 @@ import pytest
 import schemes_worker
 import tiny
 import torch
+from jobs import JobServer, result_bytes, run_dir_of
 from peft import PeftModel
 from processes import ROOT, torchrun
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from zoscale.adapters import check_scheme, choose_trainable
+from zoscale.answers import AnswerModel
 from zoscale.assembly import build_engine
-from zoscale.config import ConfigError, parse
+from zoscale.config import ConfigError, ModelConfig, parse
 from zoscale.data import Encoder
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import SequentialForward
 from zoscale.generation import Generator
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import AnswerModel, add_adapter
+from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
+from zoscale.release import export_command
+from zoscale.replay import replay_command
 from zoscale.train_batches import TrainBatches
 
 MODEL = ROOT / "launch/tiny_opt/model"
@@ -33,6 +39,12 @@ RECORD = ["task.name=record", f"task.path={ROOT}/tests/samples/record", "objecti
 WRITTEN = [
     "task.name=squad", f"task.path={ROOT}/tests/samples/squad", "task.max_new_tokens=4",
     "objective=schemes_worker:letters", "estimator.tau=0.5",
+]  # fmt: skip
+HEAD = ["adapter=null", "trainable=^lm_head"]
+SHORT_RUN = [
+    *RTE, "model.dtype=float32", "data.num_train=null", "data.num_dev=0", "data.batch_size=2", "data.max_length=100",
+    "data.micro_batch_size=1", "train.steps=2", "optimizer.name=jaguar_sign_sgd", "optimizer.lr=0.01",
+    "tracking.mlflow=false",
 ]  # fmt: skip
 SCHEMES: dict[str, list[str]] = {
     "full": ["opt", *RTE, "adapter=null"],
@@ -45,7 +57,8 @@ SCHEMES: dict[str, list[str]] = {
     "ln_tuning": ["llama", *RTE, "adapter.peft_type=ln_tuning"],
     "ln_tuning_opt": ["opt", *RTE, "adapter.peft_type=ln_tuning"],
     "norms_and_biases": ["opt", *RTE, "adapter=null", "trainable=norm|bias"],
-    "head": ["llama", *CB, "adapter=null", "trainable=^lm_head", "objective=accuracy", "estimator.tau=1.0"],
+    "head": ["llama", *CB, *HEAD, "objective=accuracy", "estimator.tau=1.0"],
+    "untied_head": ["opt", *RTE, *HEAD, "model.untie_head=true"],
 }
 
 
@@ -100,7 +113,8 @@ def load(folder: Path, base: Path, trained: dict[str, torch.Tensor]) -> Any:
     """The saved model by PEFT or transformers alone."""
     if not (folder / "adapter_config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        before = dict(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        before = dict(plain.named_parameters(remove_duplicate=False))
         changed = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
         assert changed == set(trained), "these and no others were trained"
         return model.eval()
@@ -132,7 +146,9 @@ def test_generation_trained_by_an_objective_of_the_users(sharded: Path) -> None:
         assert len(report["texts"]) == 2 and set(report["metrics"]) == {"count", "f1", "exact_match", "lm_loss"}
 
 
-@pytest.mark.parametrize("name", ["prefix_llama", "prompt", "ia3", "ln_tuning", "norms_and_biases", "head"])
+@pytest.mark.parametrize(
+    "name", ["prefix_llama", "prompt", "ia3", "ln_tuning", "norms_and_biases", "head", "untied_head"]
+)
 def test_schemes_fan_out_where_they_can(name: str, models: dict[str, Path]) -> None:
     """The losses of one pass for all candidates are those of one pass each; virtual tokens take one pass each."""
     arch, *options = SCHEMES[name]
@@ -213,7 +229,8 @@ def test_each_type_of_adapter_has_its_own_defaults() -> None:
 def test_names_of_weights_are_chosen_or_refused_with_a_reason() -> None:
     """A tied head is refused by its second name; a pattern that finds nothing shows what names are like."""
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
-    with pytest.raises(ConfigError, match=r"lm_head\.weight, which is tied to model\.decoder\.embed_tokens\.weight"):
+    tied = r"lm_head\.weight, which is tied to model\.decoder\.embed_tokens\.weight: .* or set model\.untie_head=true"
+    with pytest.raises(ConfigError, match=tied):
         choose_trainable(model, "^lm_head")
     with pytest.raises(ConfigError, match="they are like model"):
         choose_trainable(model, "LayerNorm")
@@ -223,3 +240,112 @@ def test_names_of_weights_are_chosen_or_refused_with_a_reason() -> None:
     assert all(name.endswith("bias") and ".layers.0." in name for name in trained if "embed" not in name)
     choose_trainable(model, None)
     assert all(param.requires_grad for param in model.parameters())
+
+
+def changed(model: Path, folder: Path, *, without: str = "", **config: Any) -> Path:
+    """A copy of a model whose checkpoint lacks the tensors that a pattern is found in, and with other settings."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not without or not re.search(without, name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    own = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(own | config))
+    return folder
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    config = ModelConfig(id=str(folder), dtype="float32", **options)
+    return load_model(config, read_model_config(config))
+
+
+EXPERTS = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+"""A model with a buffer that its checkpoint holds."""
+
+
+def test_weights_that_a_checkpoint_lacks_are_refused(tmp_path: Path) -> None:
+    """They would be random; tied weights under their second names and buffers are no weights that are missing."""
+    with pytest.raises(
+        ConfigError, match=r"none for model\.decoder\.layers\.1\.fc1\.bias and 1 others: complete the ch"
+    ):
+        loaded(changed(MODEL, tmp_path / "less", without=r"layers\.1\.fc1"))
+    wrong = changed(MODEL, tmp_path / "untied", tie_word_embeddings=False)
+    with pytest.raises(
+        ConfigError, match=r"none for lm_head\.weight: .* set tie_word_embeddings true in its config\.json"
+    ):
+        loaded(wrong)
+    with pytest.raises(ConfigError, match=r"none for lm_head\.weight and 1 others"):
+        loaded(changed(MODEL, tmp_path / "neither", without="embed_tokens"), untie_head=True)
+    model = loaded(MODEL)
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    experts = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **EXPERTS))
+    experts.save_pretrained(tmp_path / "experts")
+    assert loaded(changed(tmp_path / "experts", tmp_path / "no_buffer", without="e_score_correction_bias"))
+
+
+def test_a_head_of_its_own_is_at_first_a_copy_of_the_embedding(tmp_path: Path) -> None:
+    """Whichever of the two the checkpoint holds; in the type of the weights; refused where none is tied."""
+    base = tiny.save_model("gpt2", tmp_path / "gpt2")
+    weights = load_file(base / "model.safetensors")
+    only_head = changed(base, tmp_path / "only_head", without="wte")
+    renamed = {name: value for name, value in weights.items() if "wte" not in name}
+    save_file(renamed | {"lm_head.weight": weights["transformer.wte.weight"]}, only_head / "model.safetensors")
+    for folder in (base, only_head):
+        model = loaded(folder, untie_head=True)
+        head, embedding = model.lm_head.weight, model.transformer.wte.weight
+        assert torch.equal(head, embedding) and head.data_ptr() != embedding.data_ptr()
+        assert torch.equal(embedding, weights["transformer.wte.weight"])
+        assert model.config.tie_word_embeddings is False
+    config = ModelConfig(id=str(base), dtype="bfloat16", untie_head=True)
+    assert load_model(config, read_model_config(config)).lm_head.weight.dtype == torch.bfloat16
+    tied, own = (count_parameters(read_model_config(ModelConfig(id=str(base), untie_head=on))) for on in (False, True))
+    assert own.total - tied.total == head.numel()
+    with pytest.raises(ConfigError, match=r"one with a head of its own: leave model\.untie_head out"):
+        read_model_config(ModelConfig(id=str(tiny.save_model("llama", tmp_path / "llama")), untie_head=True))
+    with pytest.raises(ConfigError, match=r"random weights: set tie_word_embeddings: false in model\.config"):
+        read_model_config(ModelConfig(config={"model_type": "gpt2"}, untie_head=True))
+
+
+def test_missing_weights_end_a_run_on_every_rank(server: JobServer, tmp_path: Path) -> None:
+    """Under ZeRO-3 over all ranks, where nobody reads all weights, and in shard groups, where one rank reads them."""
+    less = changed(MODEL, tmp_path / "less", without=r"layers\.1\.fc1")
+    for size in ("null", "2"):
+        options = [f"model.id={less}", *SHORT_RUN, f"mesh.shard_size={size}", f"output_dir={tmp_path / size}"]
+        text = server.run(4 if size == "2" else 2, *options, expect=2)
+        assert "none for model.decoder.layers.1.fc1.bias and 1 others" in text
+
+
+def test_only_the_head_of_the_bundled_model_is_trained_and_exported(server: JobServer, tmp_path: Path) -> None:
+    """The same bits on one rank, on two and in shard groups; its whole model reloads in transformers alone."""
+    options = [f"model.id={MODEL}", "model.untie_head=true", *HEAD, *SHORT_RUN]
+    kinds = {"one": (1, "null"), "two": (2, "null"), "groups": (4, "2"), "replicas": (2, "1")}
+    for kind, (ranks, size) in kinds.items():
+        text = server.run(ranks, *options, f"mesh.shard_size={size}", f"output_dir={tmp_path / kind}")
+        assert "MISSING" not in text and "in 1 tensors" in text
+        assert result_bytes(tmp_path / kind) == result_bytes(tmp_path / "one")
+    run_dir = run_dir_of(tmp_path / "two")
+    assert run_dir is not None and export_command([str(run_dir), "--merge"]) == 0
+    assert replay_command([str(run_dir)]) == 0
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    for folder in (run_dir / "export/merged", run_dir / "adapter"):
+        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        embedding = model.model.decoder.embed_tokens.weight
+        assert torch.equal(embedding, base.lm_head.weight), "it was frozen"
+        assert not torch.equal(model.lm_head.weight, embedding)
+        assert torch.equal(model.lm_head.weight, load_file(run_dir / "adapter/model.safetensors")["lm_head.weight"])
+
+
+def test_an_adapter_of_an_untied_head_is_merged_into_it(server: JobServer, tmp_path: Path) -> None:
+    options = [f"model.id={MODEL}", "model.untie_head=true", "adapter.target_modules=[lm_head]", *SHORT_RUN]
+    server.run(2, *options, f"output_dir={tmp_path}")
+    run_dir = run_dir_of(tmp_path)
+    assert run_dir is not None and export_command([str(run_dir), "--merge"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "export/merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    assert torch.equal(model.model.decoder.embed_tokens.weight, base.lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, base.lm_head.weight)

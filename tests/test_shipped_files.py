@@ -26,6 +26,7 @@ def test_recipe_is_a_configuration(recipe: Path) -> None:
     config = parse(["--config", str(recipe)], TABLES, DEFAULTS)
     assert config.name
     assert recipe.name in recipe.read_text() or "quickstart.sh" in recipe.read_text(), "says how to run it"
+    assert not (config.model.allow_pickle and "model.id=" in recipe.read_text()), "pickles of a model that others name"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)

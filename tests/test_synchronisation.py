@@ -11,13 +11,14 @@ from test_weight_fan import model_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from zoscale.answers import AnswerModel
 from zoscale.attention import check_attention
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import TwoPoint
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel, load_model, read_model_config
+from zoscale.models import load_model, read_model_config
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES

@@ -101,6 +101,22 @@ def test_no_steps_is_an_evaluation_with_demonstrations(server: JobServer) -> Non
     assert row["result"] == summary["before"] == summary["final"] == summary["chosen"]
 
 
+def test_records_that_ask_nothing_are_told_once(server: JobServer) -> None:
+    """On two ranks; the run and an evaluation of it leave out the same ones."""
+    folder, out = server.folder / "gaps", server.folder / "gaps_run"
+    folder.mkdir()
+    empty = json.dumps({"sentence": "_ sang.", "option1": "Ann", "option2": "Bo", "answer": "1"})
+    for split in ("train", "validation"):
+        own = (ROOT / f"tests/samples/winogrande/{split}.jsonl").read_text().splitlines()
+        (folder / f"{split}.jsonl").write_text("\n".join([empty, *own] if split == "train" else own))
+    options = ["task.name=winogrande", f"task.path={folder}", "train.steps=1", "data.num_dev=1", "data.batch_size=2"]
+    text = server.run(2, *MODEL, *SMALL, *options, f"output_dir={out}")
+    assert text.count("records that leave the task nothing to ask, left out: 1 of train\n") == 1
+    assert "data: 2 train, 1 dev" in text and "2 validation" in text
+    text = server.run(1, "evaluate", "--run", str(run_dir_of(out)), "--split", "dev")
+    assert text.count("winogrande: records that leave the task nothing to ask, left out: 1 of train\n") == 1
+
+
 DIES = """
 import os, signal
 from zoscale.first_order import FirstOrderEngine

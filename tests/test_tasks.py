@@ -5,12 +5,15 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import datasets
 import pytest
 import torch
 from processes import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from zoscale.answers import AnswerModel
 from zoscale.assembly import find_objective
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, DataConfig, parse
@@ -22,9 +25,10 @@ from zoscale.generation import Generator
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.metrics import exact_match, f1, last_f1, macro_f1, normalise, score
-from zoscale.models import AnswerModel
+from zoscale.models import add_adapter
 from zoscale.objectives import ChosenLoss, GeneratedLoss
-from zoscale.tasks import TASKS, Completion, Task
+from zoscale.run_report import skipped
+from zoscale.tasks import TASKS, Completion, Example, Task
 
 torch.set_num_threads(1)
 
@@ -76,6 +80,11 @@ FIRST: dict[str, tuple[str, tuple[str, ...], int]] = {
         1,
     ),
     "winogrande": ("Ian likes soup more than Dennis so", (" Ian ate two bowls.", " Dennis ate two bowls."), 0),
+    "multiple_choice": (
+        "Question: What melts in the sun?\nAnswer:",
+        (" a stone", " ice", " the wind"),
+        1,
+    ),
     "squad": (
         "Title: Rivers\nContext: The Elbe flows through Dresden.\n"
         "Question: Which river flows through Dresden?\nAnswer:",
@@ -105,7 +114,7 @@ def test_the_objective_is_the_task_s_unless_another_is_given() -> None:
     def objective(*argv: str) -> str:
         return parse(["model.id=x", *argv], TABLES, DEFAULTS).objective
 
-    lm = {"copa", "record", "winogrande", "squad", "drop"}
+    lm = {"copa", "record", "winogrande", "multiple_choice", "squad", "drop"}
     named = [name for name in TASKS if name not in ("classification", "completion")]
     assert {name for name in named if objective(f"task.name={name}") == "lm"} == lm
     assert objective() == objective("task.name=copa", "objective=classification") == "classification"
@@ -193,10 +202,15 @@ def naive(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: s
         ("rte", {"label": -1}, "'label' with one of the labels"),
         ("copa", {"question": "why"}, "cause or effect"),
         ("copa", {"premise": None, "label": 2}, "'label' that is 0 or 1"),
-        ("record", {"answers": ["Nobody"]}, "an answer among them"),
+        ("record", {"query": "no gap"}, "a query with @placeholder"),
         ("record", {"entities": "Omar"}, "a list of texts"),
         ("winogrande", {"answer": ""}, "'answer' that is 1 or 2"),
         ("winogrande", {"sentence": "no blank"}, "a sentence with _"),
+        ("multiple_choice", {"choices": "ice"}, "'choices' that is a list of texts"),
+        ("multiple_choice", {"answer": 3}, "an option, or its number from 0 to 2, got 3"),
+        ("multiple_choice", {"answer": -1}, "from 0 to 2, got -1"),
+        ("multiple_choice", {"answer": "steam"}, "from 0 to 2, got 'steam'"),
+        ("multiple_choice", {"answer": None}, "from 0 to 2, got None"),
         ("squad", {"answers": {"text": []}}, "at least one answer"),
         ("drop", {"answers_spans": ["5"]}, "a mapping with a list 'spans'"),
     ],
@@ -207,6 +221,84 @@ def test_malformed_records_are_refused(name: str, change: dict[str, Any], messag
         task_of(name).example(record | change)
     with pytest.raises(ConfigError, match="field"):
         task_of(name).example({})
+
+
+def first_record(name: str) -> dict[str, Any]:
+    return dict(json.loads((SAMPLES / name / "train.jsonl").read_text().splitlines()[0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("winogrande", {"sentence": "_ likes soup."}),
+        ("winogrande", {"sentence": " _ likes soup."}),
+        ("record", {"answers": ["Nobody"]}),
+        ("record", {"answers": []}),
+        ("record", {"entities": ["Omar", "Omar"]}),
+        ("multiple_choice", {"choices": ["ice", "ice"]}),
+        ("multiple_choice", {"choices": []}),
+    ],
+)
+def test_records_that_ask_nothing_are_left_out_and_counted(
+    name: str, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One among sound ones leaves the others; alone it is an error; a malformed one is named by its number."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def records(*changes: dict[str, Any]) -> Task:
+        rows = [json.dumps(first_record(name) | own) for own in changes]
+        (tmp_path / "train.jsonl").write_text("\n".join(rows))
+        return TASKS[name](path=str(tmp_path))  # type: ignore[call-arg]
+
+    task = records({}, change, {})
+    assert task.examples("train") == 2 * [task.example(first_record(name))]
+    assert task.num_skipped == {"train": 1}
+    assert skipped(task) == "records that leave the task nothing to ask, left out: 1 of train"
+    with pytest.raises(ConfigError, match="an example in split 'train', got 2 records that ask nothing"):
+        records(change, change).examples("train")
+    row = {key: value for key, value in first_record(name).items() if not key.startswith("answer")}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ConfigError, match=r"records with a field 'answers?', got .* \(record 1 of train\)"):
+        TASKS[name](path=str(tmp_path)).examples("train")  # type: ignore[call-arg]
+
+
+def test_nothing_is_told_where_every_record_asks_something() -> None:
+    task = task_of("record")
+    assert len(task.examples("train")) == 3 and not skipped(task)
+
+
+def test_winogrande_is_the_debiased_part_unless_another_is_named() -> None:
+    assert task_of("winogrande").source.subset == "winogrande_debiased", "as MeZO's code loads"
+    assert task_of("winogrande", subset="winogrande_s").source.subset == "winogrande_s"
+
+
+@pytest.mark.parametrize(
+    ("choice", "option"),
+    [
+        ("TV was on.", " tv was on."),
+        ("I opened my umbrella.", " I opened my umbrella."),
+        ("I'm late.", " i'm late."),
+        ("The USA won.", " the USA won."),
+        ("Rain", " rain"),
+    ],
+)
+def test_the_first_word_of_a_copa_choice_is_in_lower_case(choice: str, option: str) -> None:
+    """All of it, but I, as in MeZO's code."""
+    example = task_of("copa").example(first_record("copa") | {"choice1": choice})
+    assert example is not None and example.options[0] == option
+
+
+def test_options_and_answers_of_your_own_records() -> None:
+    """The answer as a number, a number in a text, or the option itself, which a text is first; equal options once."""
+    task = task_of("multiple_choice", template="{ctx}:", continuation="\n{option} ({ctx})", options="ends", answer="y")
+    for answer, gold in ((1, 1), ("1", 1), ("b", 1), ("a", 0)):
+        example = task.example({"ctx": "x", "ends": ["a", "b", "c"], "y": answer})
+        assert example == Example("x:", ("\na (x)", "\nb (x)", "\nc (x)"), gold, labels=("a", "b", "c"))
+    for answer, label in (("2", "2"), (2, "0"), (0, "1")):
+        example = task.example({"ctx": "x", "ends": ["1", "2", "0"], "y": answer})
+        assert example is not None and example.accepted == (label,)
+    example = task.example({"ctx": "x", "ends": ["a", "a", "b"], "y": 2})
+    assert example is not None and (example.labels, example.gold) == (("a", "b"), 1)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +348,8 @@ def no_number(answer: str, accepted: Sequence[str]) -> Any:
         ("classification", "squad", "objective lm or accuracy or f1"),
         ("f1", "completion", "objective lm for this task"),
         ("acuracy", "rte", "objective classification or lm or accuracy"),
+        ("macro_f1", "cb", "or accuracy or .* got macro_f1, one number for all examples together: .* train on one of"),
+        ("f1a", "multirc", "got f1a, one number for all examples together"),
         ("nowhere:f", "rte", "a module 'nowhere'"),
         ("test_tasks:nothing", "rte", "a function 'nothing'"),
     ],
@@ -321,6 +415,32 @@ def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: list[int], co
     for end in (tokenizer.eos_token, "\n"):
         text = text.split(end)[0] if end else text
     return text.strip()
+
+
+@pytest.mark.parametrize("own", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
+@pytest.mark.parametrize("peft_type", [None, "lora", "prompt_tuning"])
+def test_a_model_s_own_settings_of_generation_do_not_count(
+    own: dict[str, Any], peft_type: str | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Penalties would change the answers; they are the model's again afterwards, also after an exception."""
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    adapter = None if peft_type is None else parse(["model.id=x", f"adapter.peft_type={peft_type}"], TABLES, DEFAULTS)
+    torch.manual_seed(0)
+    model: Any = add_adapter(base, adapter.adapter if adapter is not None else None)
+    encoder = Encoder(tokenizer, 64)
+    (batch,) = evaluation_batches(task_of("squad", max_new_tokens=12).examples("train"), encoder, 3)
+    generator = Generator(AnswerModel(model, model), tokenizer, Mesh())
+    plain = generator.texts(batch)
+    settings = GenerationConfig(eos_token_id=tokenizer.eos_token_id, **own)
+    base.generation_config = settings
+    assert generator.texts(batch) == plain
+    assert base.generation_config is settings
+    with (
+        pytest.raises(RuntimeError, match="planted"),
+        mock.patch.object(type(base), "forward", side_effect=RuntimeError("planted")),
+    ):
+        generator.texts(batch)
+    assert base.generation_config is settings
 
 
 def test_an_answer_ends_at_the_newline_and_at_the_end_of_the_text(

@@ -94,7 +94,7 @@ def choose_trainable(model: nn.Module, pattern: str | None) -> None:
     first_names = {id(param): name for name, param in model.named_parameters()}
     for name, param in model.named_parameters(remove_duplicate=False):
         if re.search(pattern or "", name) and (first := first_names[id(param)]) not in chosen:
-            remedy = f"name {first} to train both as one, or untie them in the model's config.json"
+            remedy = f"name {first} to train both as one, or set model.untie_head=true"
             raise ConfigError("trainable to name weights of their own", f"{name}, which is tied to {first}", remedy)
     if not chosen:
         some = ", ".join(list(first_names.values())[:3])

@@ -20,7 +20,7 @@ from zoscale.engine import ZeroOrderEngine
 from zoscale.first_order import FirstOrderEngine, check_first_order
 from zoscale.mesh import Mesh
 from zoscale.methods import TABLES
-from zoscale.metrics import METRICS, score
+from zoscale.metrics import METRICS, TALLIED, score
 from zoscale.models import (
     ModelSize,
     add_adapter,
@@ -153,6 +153,10 @@ def find_objective(name: str, task: Task) -> Objective:
     scores = (*METRICS, "module:function") if chooses or task.generates else ()
     if name in OBJECTIVES or not scores or not (name in METRICS or ":" in name):
         wanted = " or ".join((*task.objectives, *scores))
+        if name in TALLIED:
+            got = f"{name}, one number for all examples together: no mean over them, as the loss of a step is"
+            remedy = "train on one of those: it is a metric of evaluations"
+            raise ConfigError(f"objective {wanted} for this task", got, remedy)
         raise ConfigError(f"objective {wanted} for this task", name, "set objective")
     return GeneratedLoss(score(name)) if task.generates else ChosenLoss(score(name))
 

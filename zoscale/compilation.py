@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig
-from zoscale.models import AnswerModel, is_block
+from zoscale.models import is_block
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.weighted_lora import find_slots
 

@@ -25,7 +25,7 @@ from zoscale.models import count_parameters, read_model_config
 from zoscale.recovery import check_replay, check_start, go_to, restore
 from zoscale.run_directory import write_json
 from zoscale.run_record import RunRecord, check_trusted
-from zoscale.run_report import say
+from zoscale.run_report import say, skipped
 from zoscale.scoring import RecordingGenerator, score, write_predictions
 from zoscale.tasks import TASKS, Example, Task
 
@@ -75,6 +75,8 @@ def evaluate_command(argv: Sequence[str]) -> int:
         results[job.name] = result.flat()
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in result.metrics.items())
         log(f"{job.name} {arguments.split}: {shown} ({result.count} examples)")
+        if told := skipped(job.task):
+            log(f"{job.name}: {told}")
         if arguments.out and engine.mesh.is_main:
             Path(arguments.out).mkdir(parents=True, exist_ok=True)
             write_predictions(Path(arguments.out) / f"{job.name}.jsonl", predictions)

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.division import Division, Item, cut
 from zoscale.estimators import Candidate
@@ -12,7 +13,7 @@ from zoscale.fan import Fan, Rows
 from zoscale.forward import Losses, reduce_losses
 from zoscale.lanes import Lanes
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel, is_block, tokens_per_pass
+from zoscale.models import is_block, tokens_per_pass
 from zoscale.objectives import Objective
 from zoscale.shared_rows import SharedRows
 

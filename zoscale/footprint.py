@@ -11,12 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from zoscale.allocations import Allocations
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.config import ModelConfig
 from zoscale.fan import Rows
 from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel, add_adapter, is_block, new_model
+from zoscale.models import add_adapter, is_block, new_model
 from zoscale.prefixes import Row
 from zoscale.quantization import bytes_in_4_bits, layers_in_4_bits
 from zoscale.shards import TensorSpec, trainable_specs

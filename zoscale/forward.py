@@ -8,11 +8,11 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.division import Division, Item
 from zoscale.estimators import Candidate
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.objectives import Objective
 from zoscale.probes import pieces
 from zoscale.shards import ShardedParam

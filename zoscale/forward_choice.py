@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from zoscale.answers import AnswerModel
 from zoscale.compilation import CompileName, compiled_answers
 from zoscale.fan import Fan
 from zoscale.fan_out import FanOutForward
@@ -10,7 +11,6 @@ from zoscale.forward import Forward, SequentialForward
 from zoscale.generation import Generator
 from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.objectives import GeneratedLoss, Objective
 from zoscale.shards import ShardedParam
 from zoscale.tangent import TangentForward

@@ -1,15 +1,16 @@
 """`Generator`: greedy answers of the model, sharded or not."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.shards import direct_calls, order_gathers_after_writes
 
 _STOP = "\n"
@@ -57,7 +58,7 @@ class Generator:
             pad_token_id=self.tokenizer.pad_token_id,
         )
         synced = self.mesh.world_size > 1
-        with direct_calls(self.answers.module, self._base):
+        with direct_calls(self.answers.module, self._base), _greedy_by_default(self._base):
             rows = self._generate(ids, mask, generation_config=config, synced_gpus=synced).tolist()
         return [self._text(row[: q.max_new_tokens]) for row, q in zip(rows, batch.questions, strict=True)]
 
@@ -86,3 +87,18 @@ class Generator:
         length = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
         text = str(self.tokenizer.decode(list(tokens[:length]), skip_special_tokens=True))
         return text.split(_STOP)[0].strip()
+
+
+@contextmanager
+def _greedy_by_default(model: Any) -> Iterator[None]:
+    """Within, the model's own settings of generation are its special tokens only: no penalty, no shortest length.
+
+    transformers fills in from them whatever a call leaves open.
+    """
+    own = model.generation_config
+    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own

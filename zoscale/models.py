@@ -1,5 +1,6 @@
-"""Hugging Face causal language models, built directly sharded, with the head on answer positions only."""
+"""Hugging Face causal language models, built directly sharded."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -7,16 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from zoscale.adapters import choose_trainable, peft_config, quiet_peft, selection_of
-from zoscale.attention import padding_unmasked
-from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, ModelConfig
-from zoscale.lanes import lane
 from zoscale.quantization import keep_packing, loading_options
-from zoscale.shards import end_without_backward, order_gathers_after_writes, true_numel, vectors_gathered
+from zoscale.shards import copy_values, true_numel, vectors_gathered
 from zoscale.weighted_lora import weigh_adapters
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -25,60 +24,6 @@ _LIVE_WIDTHS, _LIVE_INNER = (
     8,
     2,
 )  # activations of a block that live at once: residual, norm, q, k, v, output; inner twice
-
-
-class AnswerModel:
-    """Log-probabilities of answer tokens from any causal LM, sharded or not.
-
-    Args:
-        module: what is called: the model itself, or the engine that wraps it.
-        model: the Hugging Face (or PEFT) model inside; its output embedding is the head.
-    """
-
-    def __init__(self, module: nn.Module, model: nn.Module) -> None:
-        self.module = module
-        self.model = model
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if head is None:
-            raise ValueError(f"expected a causal LM with an output embedding, got {type(model).__name__}")
-        self.head: nn.Module = head
-        self._dtype = next(head.parameters()).dtype
-
-    def answer_logprobs(self, batch: MicroBatch) -> Tensor:
-        """Log-probability of each answer token: float32 [A]."""
-        is_first = not lane()
-        if is_first:
-            order_gathers_after_writes(self.module)
-            self.model.eval()  # losses are taken without dropout, whatever was done to the model since
-        masks = padding_unmasked() if batch.is_right_padded else nullcontext()
-        with _answer_positions(self.head, batch), masks:
-            called = self.module if is_first else self.model
-            output = called(**batch.model_inputs(self._dtype), use_cache=False)
-        if is_first and not torch.is_grad_enabled():
-            end_without_backward(self.module)
-        logits: Tensor = output.logits[0].float()
-        chosen = logits[batch.answer_position, batch.answer_token]
-        return chosen - torch.logsumexp(logits, dim=-1)[batch.answer_position]
-
-
-@contextmanager
-def _answer_positions(head: nn.Module, batch: MicroBatch) -> Iterator[None]:
-    """The head sees one contiguous matrix [1, P, hidden] of the wanted positions instead of [R, T, hidden]."""
-
-    own = lane()
-
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if lane() != own:
-            return None
-        hidden = args[0]
-        num_virtual = hidden.shape[1] - batch.input_ids.shape[1]  # prompt tuning puts tokens before the others
-        return (hidden[batch.position_row, batch.position_column + num_virtual].unsqueeze(0), *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -103,22 +48,37 @@ class ModelSize:
 
 
 def read_model_config(config: ModelConfig) -> Any:
-    """The architecture (a transformers `PretrainedConfig`); no weights are read.
+    """The architecture (a transformers `PretrainedConfig`) of what is trained; no weights are read.
 
     Raises:
-        ConfigError: if it cannot be found, or needs code from the model's repository that was not allowed.
+        ConfigError: if it cannot be found, or needs code from the model's repository that was not allowed; if a head is
+            to be untied that is not tied.
     """
     try:
         if config.config is not None:
             options = dict(config.config)
-            return AutoConfig.for_model(options.pop("model_type", ""), **options)
-        return AutoConfig.from_pretrained(
-            str(config.id), revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+            found: Any = AutoConfig.for_model(options.pop("model_type", ""), **options)
+        else:
+            found = AutoConfig.from_pretrained(
+                str(config.id), revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
     except (OSError, ValueError, TypeError) as error:
         wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
         remedy = _missing_folder(str(config.id)) or _first_line(error)
         raise ConfigError("a Hugging Face id, a local folder or a known model_type", wanted, remedy) from error
+    if config.untie_head:
+        _untie(found, config)
+    return found
+
+
+def _untie(architecture: Any, config: ModelConfig) -> None:
+    if config.id is None:
+        remedy = "set tie_word_embeddings: false in model.config"
+        raise ConfigError("model.id beside model.untie_head", "random weights", remedy)
+    if not getattr(architecture, "tie_word_embeddings", False):
+        remedy = "leave model.untie_head out"
+        raise ConfigError("a model whose head is tied, for model.untie_head", "one with a head of its own", remedy)
+    architecture.tie_word_embeddings = False
 
 
 def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> ModelSize:
@@ -187,30 +147,80 @@ def is_block(model: nn.Module, module: nn.Module) -> bool:
 def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
     """The model, each rank holding its shard from the start if ZeRO-3 is active.
 
+    Args:
+        config: of the model.
+        architecture: from `read_model_config`.
+
     Raises:
-        ConfigError: if there are no safetensors weights and pickles were not allowed, the weights cannot be read, or
-            an option does not fit the model.
+        ConfigError: if there are no safetensors weights and pickles were not allowed, the weights cannot be read or
+            some are missing, or an option does not fit the model.
     """
     if config.id is None:
         return new_model(config, architecture)
+    loaded, missing = _read_weights(config, architecture)
+    if config.untie_head:
+        missing = _fill_untied(loaded, missing)
+    if missing:
+        raise _incomplete(config, loaded, missing)
+    keep_packing(loaded)
+    return loaded
+
+
+def _read_weights(config: ModelConfig, architecture: Any) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of its weights that the checkpoint lacks: they are random."""
     try:
-        loaded = _auto_model().from_pretrained(
-            config.id,
-            config=architecture,
-            revision=config.revision,
-            use_safetensors=None if config.allow_pickle else True,
-            weights_only=True,
-            **_model_options(config),
-            **loading_options(config),
-        )
-        keep_packing(loaded)
-        return cast(PreTrainedModel, loaded)
+        with _unreported() if config.untie_head else nullcontext():
+            loaded, report = _auto_model().from_pretrained(
+                config.id,
+                config=architecture,
+                revision=config.revision,
+                use_safetensors=None if config.allow_pickle else True,
+                weights_only=True,
+                output_loading_info=True,
+                **_model_options(config),
+                **loading_options(config),
+            )
     except (ValueError, ImportError) as error:
         raise _misfit(error) from error
     except OSError as error:
         pickles = "pickled weights are loaded only with model.allow_pickle=true"
         remedy = "check model.id" if config.allow_pickle else pickles
         raise ConfigError(f"readable safetensors weights at {config.id}", _first_line(error), remedy) from error
+    weights = {name for name, _ in loaded.named_parameters(remove_duplicate=False)}  # buffers are computed
+    return cast(PreTrainedModel, loaded), weights & set(report["missing_keys"])
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Within, transformers does not say that a head of its own is random: it does not stay so."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+
+
+def _fill_untied(model: Any, missing: set[str]) -> set[str]:
+    """Copy the embedding to a missing head, or the head to a missing embedding; returns what is missing still."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    for target, source in ((head, embedding), (embedding, head)):
+        if names[id(target)] in missing and names[id(source)] not in missing:
+            copy_values(target, source)
+            return missing - {names[id(target)]}
+    return missing
+
+
+def _incomplete(config: ModelConfig, model: Any, missing: set[str]) -> ConfigError:
+    first, *others = sorted(missing)
+    got = f"none for {first}" + (f" and {len(others)} others" if others else "")
+    remedy = "complete the checkpoint: they would be random"
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    if any(param is head and name in missing for name, param in model.named_parameters()):
+        remedy += ". If its head is the embedding, set tie_word_embeddings true in its config.json, "
+        remedy += "and model.untie_head=true to train it by itself"
+    return ConfigError(f"weights for the whole model at {config.id}", got, remedy)
 
 
 def new_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:

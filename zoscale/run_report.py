@@ -13,6 +13,7 @@ from zoscale.recovery import Log
 from zoscale.run_directory import RunDirectory
 from zoscale.shards import local_bytes
 from zoscale.step import Engine
+from zoscale.tasks import Task
 
 
 def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirectory) -> None:
@@ -38,6 +39,8 @@ def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirect
         f"data: {len(splits.train)} train, {len(splits.dev)} dev (held out of train; chooses the step), "
         f"{len(splits.validation)} validation"
     )
+    if told := skipped(made.task):
+        log(told)
     method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
     passes = "1 forward and 1 backward pass" if engine.estimator.num_backwards else f"{engine.num_losses} forwards"
     log(f"method: {method}, {passes} per step, {config.train.steps} steps")
@@ -51,6 +54,12 @@ def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirect
             else "what is trained cannot be fanned out"
         )
         log(f"forward: sequential, because {reason}")
+
+
+def skipped(task: Task) -> str:
+    """How many records ask nothing; empty if all ask something."""
+    counts = [f"{count} of {split}" for split, count in task.num_skipped.items() if count]
+    return f"records that leave the task nothing to ask, left out: {', '.join(counts)}" if counts else ""
 
 
 def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: RunDirectory, shown: str) -> None:

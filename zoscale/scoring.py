@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.evaluate import Evaluation, evaluate
 from zoscale.generation import Generator
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.objectives import option_scores, predictions
 from zoscale.run_directory import write_text
 from zoscale.tasks import Example
@@ -23,8 +23,8 @@ class Prediction:
     """What the model made of one example.
 
     Args:
-        index: of the example in the validation split, from 0; of dev and train, which are cut from one split, its
-            place in the order in which they were drawn.
+        index: of the example among those of the validation split, from 0; of dev and train, which are cut from one
+            split, its place in the order in which they were drawn.
         prompt: as it was put, before it was cut to the longest row.
         options: the possible continuations.
         scores: mean log-probability of each option's tokens.

@@ -212,6 +212,17 @@ def gathered(param: nn.Parameter) -> AbstractContextManager[Any]:
     return context
 
 
+def copy_values(target: nn.Parameter, source: nn.Parameter) -> None:
+    """Give a parameter the values of another one of its shape. A collective under ZeRO-3."""
+    written: AbstractContextManager[Any] = nullcontext()
+    if hasattr(target, "ds_id"):
+        import deepspeed
+
+        written = deepspeed.zero.GatheredParameters([target], modifier_rank=0)
+    with torch.no_grad(), gathered(source), written:
+        target.copy_(source)
+
+
 @contextmanager
 def not_gathered(shards: Sequence[ShardedParam]) -> Iterator[None]:
     """Within, ZeRO-3 neither gathers nor releases these tensors for the modules that own them: nobody reads them there.

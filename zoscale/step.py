@@ -11,12 +11,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapter_choice import AdapterChoice, Shapes
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.estimators import Estimator, GradientEstimate
 from zoscale.forward import Forward, Losses
 from zoscale.generation import Generator
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.noise import Noise
 from zoscale.objectives import Objective
 from zoscale.optim import ShardedOptimizer

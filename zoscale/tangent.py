@@ -11,12 +11,12 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
 from zoscale.division import Division
 from zoscale.estimators import Candidate
 from zoscale.forward import Losses, perturbed, reduce_losses
 from zoscale.mesh import Mesh
-from zoscale.models import AnswerModel
 from zoscale.objectives import Objective
 from zoscale.probes import Direction, pieces
 from zoscale.shards import ShardedParam

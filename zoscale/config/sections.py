@@ -17,6 +17,8 @@ class ModelConfig:
         attention: Attention implementation of transformers; null is the best that the model has.
         quantization: Hold frozen weights of linear layers in 4 bits (bitsandbytes, arXiv 2305.14314), multiply in
             dtype; each rank holds the whole model (mesh.shard_size 1) and trains an adapter.
+        untie_head: Give a model whose head is tied to its embedding a head of its own, at first a copy of it, so that
+            one can be trained without the other, as with trainable=^lm_head.
         trust_remote_code: Run Python code that comes with the model.
         allow_pickle: Load weights that are pickles (pytorch_model.bin), which can run code when loaded.
     """
@@ -28,6 +30,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     quantization: Literal["nf4", "fp4"] | None = None
+    untie_head: bool = False
     trust_remote_code: bool = False
     allow_pickle: bool = False
 

@@ -3,7 +3,7 @@
 from zoscale.tasks.base import Example, Task, demonstrate
 from zoscale.tasks.classification import SST2, Classification
 from zoscale.tasks.completion import Completion
-from zoscale.tasks.multiple_choice import COPA, ReCoRD, WinoGrande
+from zoscale.tasks.multiple_choice import COPA, MultipleChoice, ReCoRD, WinoGrande
 from zoscale.tasks.question_answering import DROP, SQuAD
 from zoscale.tasks.superglue import CB, RTE, WIC, WSC, BoolQ, MultiRC
 
@@ -21,6 +21,7 @@ TASKS: dict[str, type[Task]] = {
     "squad": SQuAD,
     "drop": DROP,
     "classification": Classification,
+    "multiple_choice": MultipleChoice,
     "completion": Completion,
 }
 

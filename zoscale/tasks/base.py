@@ -52,18 +52,38 @@ class Task(ABC):
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.num_skipped: dict[str, int] = {}
+        """Records of each split read so far that ask nothing."""
 
     @abstractmethod
-    def example(self, record: Mapping[str, Any]) -> Example:
-        """The question that a record asks.
+    def example(self, record: Mapping[str, Any]) -> Example | None:
+        """The question that a record asks; None for a sound one that leaves the task nothing to ask.
 
         Raises:
-            ConfigError: if the record lacks a field.
+            ConfigError: if the record lacks a field, or has one that is malformed.
         """
 
     def examples(self, split: str) -> list[Example]:
-        """All examples of a split, in the order of the source."""
-        return [self.example(record) for record in self.source.records(split)]
+        """All examples of a split, in the order of the source, without the records that ask nothing.
+
+        Raises:
+            ConfigError: for a malformed record, with its number; if no example is left.
+        """
+        records = self.source.records(split)
+        asked = [self._numbered_example(record, f"record {n} of {split}") for n, record in enumerate(records, 1)]
+        found = [example for example in asked if example is not None]
+        if not found:
+            got = f"{len(records)} records that ask nothing"
+            raise ConfigError(f"an example in split {split!r}", got, "check task.path and the task's fields")
+        self.num_skipped[split] = len(records) - len(found)
+        return found
+
+    def _numbered_example(self, record: Mapping[str, Any], place: str) -> Example | None:
+        try:
+            return self.example(record)
+        except ConfigError as error:
+            expected, got, remedy = error.args
+            raise ConfigError(expected, f"{got} ({place})", remedy) from error
 
 
 def demonstrate(example: Example, shots: Sequence[Example]) -> Example:
