@@ -36,11 +36,15 @@ from zoscale.plan_report import make_plan
 from zoscale.quantization import bytes_of_constants
 from zoscale.runtime import Runtime, read_deepspeed_config, start, stop
 from zoscale.shards import local_bytes
+from zoscale.step import Engine
 from zoscale.stopwatch import Method
 
 OPT_125M: dict[str, Any] = {"model_type": "opt", "dropout": 0.0}
 """The defaults of `OPTConfig` are OPT-125M's shapes."""
-METHODS: dict[Method, type[ZeroOrderEngine]] = {"zero_order": ZeroOrderEngine, "first_order": FirstOrderEngine}
+METHODS: dict[Method, type[ZeroOrderEngine] | type[FirstOrderEngine]] = {
+    "zero_order": ZeroOrderEngine,
+    "first_order": FirstOrderEngine,
+}
 Adapter = dict[str, Any] | None
 ADAPTER: Adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
@@ -88,7 +92,7 @@ def planned(
     return make_plan(run_config, ranks, device, tokens=data.tokens, reserve=0.0, measure=timed)
 
 
-def time_of(engine: ZeroOrderEngine, rows: list[dict[str, torch.Tensor]]) -> float:
+def time_of(engine: Engine, rows: list[dict[str, torch.Tensor]]) -> float:
     """Seconds of a step."""
     started = time.perf_counter()
     engine.step(rows)

@@ -174,6 +174,11 @@ def newton_schulz(matrix: Array, polynomial: str = "quintic", dtype: npt.DTypeLi
     return x
 
 
+def is_vector(name: str, x: Array) -> bool:
+    """What no rule decays or orthogonalises: biases, norms, IA3's scales, which are stored as [n, 1] or [1, n]."""
+    return x.ndim < 2 or ".ia3_l." in name
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """The update rule; names are matched with shell patterns."""
@@ -184,9 +189,8 @@ class Optimizer:
     beta: float = 0.9
     polynomial: str = "quintic"  # a key of NEWTON_SCHULZ
     scale: str = "none"  # a key of SCALES
-    sign_names: tuple[str, ...] = ()  # what takes the sign rule in jaguar_muon, besides tensors of ndim < 2
+    sign_names: tuple[str, ...] = ()  # what takes the sign rule in jaguar_muon, besides vectors
     sign_lr_scale: float = 1.0  # multiplies lr there
-    no_decay: tuple[str, ...] = ()
     newton_schulz_dtype: npt.DTypeLike = np.float32
 
     def update(self, name: str, x: Array, m: Array, zs: Arrays, rhos: list[float]) -> tuple[Array, Array]:
@@ -195,7 +199,7 @@ class Optimizer:
         total, visits = np.zeros_like(x), np.sum([z != 0 for z in zs], axis=0, dtype=np.float32)
         for z, rho in zip(zs, rhos, strict=True):
             total = total + np.float32(rho) * z
-        by_sign = x.ndim < 2 or any(fnmatchcase(name, pattern) for pattern in self.sign_names)
+        by_sign = is_vector(name, x) or any(fnmatchcase(name, pattern) for pattern in self.sign_names)
         lr = self.lr * self.sign_lr_scale if self.name == "jaguar_muon" and by_sign else self.lr
         if self.name == "zo_sgd":
             u: Array = total / np.float32(len(rhos))
@@ -207,7 +211,7 @@ class Optimizer:
             matrix = m.reshape(m.shape[0], -1)
             o = newton_schulz(matrix, self.polynomial, self.newton_schulz_dtype).astype(np.float32)
             u = (np.float32(SCALES[self.scale](*matrix.shape)) * o).reshape(x.shape)
-        if self.weight_decay != 0 and not any(fnmatchcase(name, pattern) for pattern in self.no_decay):
+        if self.weight_decay != 0 and not is_vector(name, x):
             u = u + np.float32(self.weight_decay) * x
         return np.asarray(x - np.float32(lr) * u), m
 

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-from reference import SCALES, Array, Arrays, Probe, Shape, Stream, newton_schulz
+from reference import SCALES, Array, Arrays, Probe, Shape, Stream, is_vector, newton_schulz
 
 FACTOR, LAYERS = 4, 5
 Float = np.float32
@@ -106,7 +106,6 @@ class Method:
     scale: str = "none"
     sign_names: tuple[str, ...] = ()
     sign_lr_scale: float = 1.0
-    no_decay: tuple[str, ...] = ()
 
     def update(self, name: str, x: Array, m: Any, zs: Arrays, rhos: list[float]) -> tuple[Array, Any]:
         """The new (x, m) of one tensor from q directions."""
@@ -116,13 +115,14 @@ class Method:
             total = total + Float(used) * z
         u, m = getattr(self, self.name)(name, total / Float(len(rhos)), m)
         lr = self.lr * self.sign_lr_scale if "muon" in self.name and self.by_sign(name, x) else self.lr
-        if self.weight_decay != 0 and not any(fnmatchcase(name, pattern) for pattern in self.no_decay):
+        if self.weight_decay != 0 and not is_vector(name, x):
             u = u + Float(self.weight_decay) * x
         return np.asarray(x - Float(lr) * u, Float), m
 
     def by_sign(self, name: str, x: Array) -> bool:
         spectral = self.name in ("zo_muon", "zo_muon_subspace")
-        return spectral and (x.ndim != 2 or any(fnmatchcase(name, pattern) for pattern in self.sign_names))
+        named = any(fnmatchcase(name, pattern) for pattern in self.sign_names)
+        return spectral and (x.ndim != 2 or is_vector(name, x) or named)
 
     def plain(self, name: str, g: Array, m: Any) -> tuple[Array, Any]:
         return g, m

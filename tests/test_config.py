@@ -69,6 +69,18 @@ class Muon:
         self.others = (beta, steps, nesterov, mode, layers, label, factors)
 
 
+class WideMuon(Muon):
+    """Muon with another step size.
+
+    Args:
+        width: Its own.
+    """
+
+    def __init__(self, params: list[Tensor], *, lr: float = 3e-2, width: int = 4, **others: Any) -> None:
+        super().__init__(params, lr=lr, **others)
+        self.width = width
+
+
 class Sgd:
     """Plain zero-order SGD."""
 
@@ -226,6 +238,28 @@ def test_a_required_argument_that_is_missing_is_named() -> None:
 def test_positional_parameters_are_not_configurable() -> None:
     assert "optimizer.world" in failure("optimizer.world=2")
     assert "optimizer.params" in failure("optimizer.params=[]")
+
+
+def test_a_constructor_hands_options_on_to_its_base(capsys: pytest.CaptureFixture[str]) -> None:
+    """`**others` are those of the next constructor: its defaults, types and meanings; the nearest default holds."""
+    tables = {**TABLES, "optimizer": {"wide": WideMuon}}
+    defaults = {**DEFAULTS, "optimizer": "wide"}
+    found = parse([MODEL, "optimizer.beta=0.5", "optimizer.mode=sign"], tables, defaults).optimizer
+    assert found.args == read().optimizer.args | {"lr": 3e-2, "width": 4, "beta": 0.5, "mode": "sign"}
+    made = build(found, tables["optimizer"], ["p"])
+    assert isinstance(made, WideMuon) and (made.lr, made.width, made.others[0]) == (3e-2, 4, 0.5)
+    for wrong in ("optimizer.mode=fast", "optimizer.world=2", "optimizer.others=1"):
+        with pytest.raises(ConfigError, match=wrong.partition("=")[0]):
+            parse([MODEL, wrong], tables, defaults)
+    with pytest.raises(SystemExit):
+        parse(["--help"], tables, defaults)
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "optimizer.lr Step size of Muon. (type: float, default: 0.03)",
+        "optimizer.width Its own. (type: int, default: 4)",
+        "optimizer.beta Decay of the momentum, in [0, 1). (type: float, default: 0.9)",
+    ):
+        assert part in text
 
 
 def test_build_calls_the_class_and_shares_nothing_with_the_configuration() -> None:

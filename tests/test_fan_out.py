@@ -9,13 +9,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zoscale.engine import ZeroOrderEngine, micro_batches
+from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Estimator, OneSided, TwoPoint
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import SequentialForward, perturbed
 from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.models import tokens_per_pass
 from zoscale.probes import Block, Gaussian, Probe
+from zoscale.step import micro_batches
 
 ARCHITECTURES: dict[str, tuple[dict[str, Any], Any]] = {
     name: (options, tiny.TARGETS[name]) for name, options in tiny.FAMILIES.items()

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from zoscale.answers import AnswerModel
-from zoscale.engine import micro_batches
 from zoscale.fan import replaced_forward
 from zoscale.lanes import Lanes, lane
 from zoscale.models import is_block
+from zoscale.step import micro_batches
 
 
 class Block(nn.Module):

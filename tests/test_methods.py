@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
@@ -28,9 +28,10 @@ from zoscale.estimators import ForwardGrad, GradientEstimate, NormalizedOneSided
 from zoscale.export import save_trained
 from zoscale.forward import perturbed
 from zoscale.journal import Journal
+from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.objectives import classification
-from zoscale.optim import OPTIMIZERS, ElementwiseOptimizer, ZOSGDConservative
+from zoscale.optim import OPTIMIZERS, ElementwiseOptimizer, Shared, ZOSGDConservative
 from zoscale.optim.newton_schulz import orthogonalize
 from zoscale.optim.power_iteration import partially_orthogonalize
 from zoscale.probes import PROBES, Gaussian, Layers, Piece, Rademacher
@@ -43,7 +44,6 @@ torch.set_num_threads(1)
 # --- Against the oracle, and cut at any places. ---
 
 SPECTRAL: dict[str, Any] = {"sign_names": ("embed*",), "sign_lr_scale": 0.1}
-VECTORS = ("*bias", "norm*")
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("zo_sgd_momentum", {"momentum": 0.7, "weight_decay": 0.1}, {"momentum": 0.7, "weight_decay": 0.1}),
     ("zo_sgd_conservative", {}, {}),
@@ -53,12 +53,17 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("zo_adam", {"second_moment": "max", "beta2": 0.5}, {"amsgrad": True, "betas": (0.9, 0.5)}),
     ("fzoo", {}, {}),
     ("zo_muon", {}, SPECTRAL),
-    ("zo_muon", {"beta": 0.6, "scale": "spectral"}, {**SPECTRAL, "beta": 0.6, "scale": "sqrt_ratio"}),
+    (
+        "zo_muon",
+        {"beta": 0.6, "scale": "spectral", "weight_decay": 0.1},
+        {**SPECTRAL, "beta": 0.6, "scale": "sqrt_ratio", "weight_decay": 0.1},
+    ),
     ("zo_muon", {"iteration": "power", "power_rank": 2}, {**SPECTRAL, "polynomial": "power", "power_rank": 2}),
     ("zo_muon_orthogonal", {"weight_decay": 0.1}, {"weight_decay": 0.1}),
     ("zo_muon_orthogonal", {}, {}),
     ("zo_muon_subspace", {"iteration": "cubic"}, {**SPECTRAL, "polynomial": "cubic"}),
     ("zo_muon_subspace", {"scale": "rms"}, {**SPECTRAL, "scale": "match_rms"}),
+    ("zo_muon_subspace", {"weight_decay": 0.1}, {**SPECTRAL, "weight_decay": 0.1}),
 ]
 PROBES_OF_CASES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "zo_muon_orthogonal": [("orthogonal", {"rank": 2})],
@@ -85,8 +90,7 @@ def test_equals_the_oracle_step_by_step(
         optimizer = OPTIMIZERS[name](shards, lr=0.03, **options)  # type: ignore[call-arg]
         x = {key: value.numpy() for key, value in values_of(shards).items()}
         m: dict[str, Any] = {key: np.zeros_like(value) for key, value in x.items()}
-        elementwise = isinstance(optimizer, ElementwiseOptimizer)
-        rule = Method(name, lr=0.03, no_decay=VECTORS if elementwise else (), **oracle_options)
+        rule = Method(name, lr=0.03, **oracle_options)
         oracle = oracle_probe(kind, sorted(shapes), **given)
         for step in range(4):
             estimate = fixed_estimate(shards, step, q, PROBES[kind](**given), seed=5)
@@ -271,6 +275,27 @@ def test_a_method_brings_its_probe_and_estimator(name: str) -> None:
     assert config_of().probe.name == "block", "JAGUAR is the default"
 
 
+@pytest.mark.parametrize("name", TABLES["optimizer"])
+def test_every_option_of_a_method_has_a_meaning_and_no_other_is_taken(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        config_of("--help")
+    _, _, text = capsys.readouterr().out.partition(f"optimizer.name={name}: ")
+    text = " ".join(text.partition("optimizer.name=")[0].split())
+    args = config_of(f"optimizer.name={name}").optimizer.args
+    assert {"lr", "weight_decay", "groups"} <= set(args)
+    for option in args:
+        meaning = text.partition(f" optimizer.{option} ")[2].partition(f"default: {show_default(args[option])}")
+        assert meaning[1] and len(meaning[0].partition("(type: ")[0]) > 10, option
+    with pytest.raises(TypeError, match="unexpected keyword argument 'betta'"):
+        TABLES["optimizer"][name](shards_of(start_values(SHAPES)), betta=0.5)
+
+
+def show_default(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
 def test_directions_of_a_subspace_are_four_unless_another_number_is_given() -> None:
     """Of a single one only the sign of rho would be left."""
     chosen = "optimizer.name=zo_muon_subspace"
@@ -341,22 +366,12 @@ def test_what_does_not_fit_is_refused_before_the_run(argv: list[str], part: str)
 
 
 class Halving(ElementwiseOptimizer):
-    """x <- x - lr (g / 2 + weight_decay x), for the test.
-
-    Args:
-        lr: learning rate >= 0.
-    """
+    """x <- x - lr (g / 2 + weight_decay x), for the test."""
 
     def __init__(
-        self,
-        shards: Sequence[ShardedParam],
-        mesh: Any = None,
-        *,
-        lr: float = 0.1,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        self, shards: Sequence[ShardedParam], mesh: Mesh | None = None, *, lr: float = 0.1, **shared: Unpack[Shared]
     ) -> None:
-        super().__init__(shards, mesh, {"lr": lr, "weight_decay": weight_decay}, groups)
+        super().__init__(shards, mesh, {"lr": lr}, **shared)
 
     def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
         return gradient / 2

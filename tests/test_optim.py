@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from zoscale.optim import (
     ZOSGD,
     JaguarMuon,
     JaguarSignSGD,
+    Shared,
     ZeroOrderOptimizer,
     ZOMuon,
     ZOMuonOrthogonal,
@@ -32,6 +33,7 @@ from zoscale.optim import (
     jaguar,
     orthogonalize,
 )
+from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.optim.newton_schulz import update_scale
 from zoscale.optim.owners import deal
 from zoscale.probes import (
@@ -58,10 +60,15 @@ SHAPES: Shapes = {
     "embed_tokens.weight": (10, 6),
     "layers.0.bias": (5,),
     "layers.0.weight": (5, 6),
+    "layers.1.lora_A.default.weight": (1, 6),
     "layers.1.weight": (7, 4),
     "layers.2.conv": (3, 2, 4),
+    "layers.2.fc.ia3_l.default": (1, 5),
+    "layers.2.v_proj.ia3_l.default": (4, 1),
     "norm.weight": (6,),
 }
+VECTORS = {"layers.0.bias", "layers.2.fc.ia3_l.default", "layers.2.v_proj.ia3_l.default", "norm.weight"}
+"""Of these: what no rule decays or orthogonalises. IA3's scales are; LoRA's matrices of rank 1 are not."""
 
 
 LR: dict[type[ZeroOrderOptimizer], float] = {
@@ -90,10 +97,9 @@ class Momentum(ZeroOrderOptimizer):
         *,
         lr: float = 1e-2,
         mu: float = 0.5,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(shards, mesh, {"lr": lr, "mu": mu, "weight_decay": weight_decay}, groups)
+        super().__init__(shards, mesh, {"lr": lr, "mu": mu}, **shared)
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for batch in pieces(shards):
@@ -311,8 +317,10 @@ def test_the_lr_of_a_step_is_the_schedules(make: Any, name: str) -> None:
 
 @every_optimizer
 def test_weight_decay_is_decoupled(make: Any) -> None:
-    """x <- x - lr (u + weight_decay x), where u and the state do not see the decay."""
-    values = start_values({"layers.0.weight": (5, 6), "layers.1.weight": (7, 4)})
+    """x <- x - lr (u + weight_decay x) of matrices, where u and the state do not see the decay; vectors have none."""
+    values = start_values(SHAPES)
+    sign = getattr(make(shards_of(values)), "_sign_lr_scale", 1.0)
+    lrs = {name: 0.1 * (sign if name in ("embed_tokens.weight", "layers.2.conv") else 1.0) for name in SHAPES}
     plain, decayed = shards_of(values), shards_of(values)
     a, b = make(plain, lr=0.1), make(decayed, lr=0.1, weight_decay=0.3)
     for step in range(3):
@@ -321,11 +329,20 @@ def test_weight_decay_is_decoupled(make: Any) -> None:
         b.step(fixed_estimate(decayed, step, probe=probe_for(make)))
         after = values_of(plain), values_of(decayed)
         for name in values:
-            move = after[0][name] - before[0][name] - 0.1 * 0.3 * before[1][name]
+            decay = 0.0 if name in VECTORS else 0.3
+            move = after[0][name] - before[0][name] - lrs[name] * decay * before[1][name]
             torch.testing.assert_close(after[1][name] - before[1][name], move, rtol=1e-5, atol=1e-6)
     for one, other in zip(plain, decayed, strict=True):
         for name, value in a.state[one.truth].items():
             assert torch.equal(torch.as_tensor(b.state[other.truth][name]), torch.as_tensor(value))
+
+
+@pytest.mark.parametrize("make", FIRST_ORDER.values(), ids=list(FIRST_ORDER))
+def test_first_order_rules_decay_the_same_tensors(make: Any) -> None:
+    """Their steps are compared with torch's in test_zero3.py."""
+    groups = make(shards_of(start_values(SHAPES)), weight_decay=0.3).param_groups
+    decays = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
+    assert decays == {name: 0.0 if name in VECTORS else 0.3 for name in SHAPES}
 
 
 @every_optimizer
@@ -372,8 +389,11 @@ def test_groups_first_match_wins_and_every_tensor_is_in_exactly_one(make: Any) -
         "embed_tokens.weight": 2.0 * sign,
         "layers.0.bias": 4.0 * sign,
         "layers.0.weight": 50.0,
+        "layers.1.lora_A.default.weight": 3.0,
         "layers.1.weight": 3.0,
         "layers.2.conv": 50.0,
+        "layers.2.fc.ia3_l.default": 50.0,
+        "layers.2.v_proj.ia3_l.default": 50.0,
         "norm.weight": 1.0,
     }
     decays = {shard_of[id(param)]: g["weight_decay"] for g in optimizer.param_groups for param in g["params"]}
@@ -419,7 +439,7 @@ def test_refused_options_of_groups(make: Any, options: dict[str, Any]) -> None:
 
 CASES: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
     (ZOSGD, {"lr": 0.03}, {"name": "zo_sgd"}),
-    (ZOSGD, {"lr": 0.03, "weight_decay": 0.1}, {"name": "zo_sgd", "no_decay": ("*bias", "norm*")}),
+    (ZOSGD, {"lr": 0.03, "weight_decay": 0.1}, {"name": "zo_sgd"}),
     (JaguarSignSGD, {"lr": 0.03}, {"name": "jaguar_sign_sgd"}),
     (JaguarSignSGD, {"lr": 0.03, "beta": 0.37, "weight_decay": 0.1}, {"name": "jaguar_sign_sgd"}),
     (JaguarSignSGD, {"lr": 0.03, "beta": 0.0}, {"name": "jaguar_sign_sgd"}),
@@ -630,12 +650,16 @@ NEVER = [
     "score.weight",
     "model.layers.0.norm.weight",
     "model.layers.0.fc1.bias",
+    "base_model.model.model.decoder.layers.0.self_attn.k_proj.ia3_l.default",
+    "base_model.model.model.decoder.layers.0.fc2.ia3_l.default",
 ]
 ALWAYS = [
     "model.decoder.layers.0.self_attn.q_proj.weight",
     "transformer.h.0.attn.c_attn.weight",
     "model.layers.1.mlp.up_proj.weight",
     "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+    "base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight",
+    "base_model.model.model.layers.1.self_attn.q_proj.lora_B.default.weight",
     "model.layers.0.headroom.weight",
 ]
 
@@ -643,9 +667,11 @@ ALWAYS = [
 def test_embeddings_head_and_vectors_never_reach_newton_schulz(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for i, name in enumerate(NEVER):
-        shapes[name] = (20 + i,) if "bias" in name or "norm" in name else (20 + i, 3)
+        thin = {"fc2.ia3_l": (1, 20 + i), "k_proj.ia3_l": (20 + i, 1), "bias": (20 + i,), "norm": (20 + i,)}
+        shapes[name] = next((shape for part, shape in thin.items() if part in name), (20 + i, 3))
     for i, name in enumerate(ALWAYS):
-        shapes[name] = (50 + i, 4)
+        thin = {"layers.1.self_attn.q_proj.lora_A": (1, 50 + i), "layers.1.self_attn.q_proj.lora_B": (50 + i, 1)}
+        shapes[name] = next((shape for part, shape in thin.items() if part in name), (50 + i, 4))
     stacked = "model.layers.0.experts.weight"  # matrices of several experts in one tensor: not one matrix
     shapes[stacked] = (60, 2, 3)
     seen: list[tuple[int, ...]] = []
@@ -662,11 +688,24 @@ def test_embeddings_head_and_vectors_never_reach_newton_schulz(monkeypatch: pyte
     ]
     optimizer = JaguarMuon(shards, lr=0.5, sign_lr_scale=0.5)
     optimizer.step(fixed_estimate(shards, 0, probe=Rademacher()))
-    assert sorted(seen) == [(1, 50 + i, 4) for i in range(len(ALWAYS))]
+    assert sorted(seen) == sorted((1, *shapes[name]) for name in ALWAYS)
     for shard in shards:
         if shard.spec.name in (*NEVER, stacked):
             memory = optimizer.state[shard.truth]["momentum"]
             assert torch.equal(shard.truth, values[shard.spec.name].view(-1) - 0.25 * memory.sign())
+
+
+def test_matrices_of_rank_one_are_normalised_and_scales_of_ia3_take_their_sign() -> None:
+    """O of a row or a column is the vector over its norm: what Muon makes of LoRA with r = 1."""
+    lora: Shapes = {"q.lora_A.default.weight": (1, 8), "q.lora_B.default.weight": (8, 1)}
+    ia3: Shapes = {"k.ia3_l.default": (8, 1), "fc2.ia3_l.default": (1, 8)}
+    shards = shards_of(start_values({**lora, **ia3}))
+    optimizer, before = JaguarMuon(shards, lr=0.5, iteration="cubic"), values_of(shards)
+    optimizer.step(fixed_estimate(shards, 0, probe=Gaussian()))
+    for shard in shards:
+        memory, name = optimizer.state[shard.truth]["momentum"].view(shard.spec.shape), shard.spec.name
+        expected = 0.5 * memory / memory.norm() if name in lora else 0.05 * memory.sign()
+        torch.testing.assert_close(before[name] - values_of(shards)[name], expected, rtol=0, atol=1e-6)
 
 
 # --- Who orthogonalises what. ---

@@ -119,12 +119,12 @@ def test_records_that_ask_nothing_are_told_once(server: JobServer) -> None:
 
 DIES = """
 import os, signal
-from zoscale.engine import ZeroOrderEngine
-step = ZeroOrderEngine.step
+from zoscale.first_order import FirstOrderEngine
+step = FirstOrderEngine.step
 def dies(self, batch):
     if self.num_steps == {step}: os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch)
-ZeroOrderEngine.step = dies
+FirstOrderEngine.step = dies
 """
 
 

@@ -11,13 +11,14 @@ from test_fan_out import ARCHITECTURES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zoscale.engine import ZeroOrderEngine, micro_batches
+from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Estimator, OneSided, TwoPoint
 from zoscale.fan import Rows
 from zoscale.fan_out import FanOutForward
 from zoscale.forward import Losses, SequentialForward
 from zoscale.probes import Block, Coordinate, Gaussian, Probe, Rademacher, Tensors
 from zoscale.shards import CHUNK, TensorSpec
+from zoscale.step import micro_batches
 from zoscale.weight_fan import LinearUnit, LookupUnit, Unit, find_units
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zoscale import checkpoint
 from zoscale.adapters import check_scheme, selection_of
 from zoscale.config import ConfigError, parse
-from zoscale.engine import ZeroOrderEngine, micro_batches
+from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import GradientEstimate
 from zoscale.export import save_trained
 from zoscale.fan_out import FanOutForward
@@ -26,6 +26,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import add_adapter
 from zoscale.selection import Selection, expanded, strongest
 from zoscale.shards import local_bytes
+from zoscale.step import micro_batches
 from zoscale.weighted_lora import weigh_adapters
 
 PLAN = {"keep": 2, "warmup_steps": 2, "expansions": 1, "expand_every": 2}

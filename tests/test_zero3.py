@@ -262,7 +262,7 @@ def dense(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[list[Any],
     trainer = ref.DenseTrainer(
         {name: tiny.values(name, tuple(p.shape)) for name, p in trained.items()},
         lambda weights: plain_loss(model, trained, weights, trainer_batch[0]),
-        rule_of(scenario, tuple(name for name, p in trained.items() if p.dim() < 2)),
+        rule_of(scenario),
         oracle_probe(scenario["probe"], sorted(trained), **scenario.get("probe_args", {})),
         seed=7,
         tau=scenario["estimator_args"]["tau"],
@@ -338,15 +338,15 @@ def torch_optimizer(scenario: dict[str, Any], masters: dict[str, Any]) -> torch.
     return (torch.optim.AdamW if "adamw" in scenario["optimizer"] else torch.optim.SGD)(rows, **given)
 
 
-def rule_of(scenario: dict[str, Any], vectors: tuple[str, ...]) -> Any:
+def rule_of(scenario: dict[str, Any]) -> Any:
     """The oracle's update rule."""
     name, given = scenario["optimizer"], dict(scenario["optimizer_args"])
     shared = {"sign_names": ("*embed*", "*lm_head*"), "sign_lr_scale": given.pop("sign_lr_scale", 0.1)}
     if "jaguar" in name or name == "zo_sgd":
-        return ref.Optimizer(name, no_decay=vectors if name == "zo_sgd" else (), **shared, **given)
+        return ref.Optimizer(name, **shared, **given)
     if "iteration" in given:
         shared["polynomial"] = given.pop("iteration")
-    return Method(name, no_decay=vectors, amsgrad=given.pop("second_moment", "last") == "max", **shared, **given)
+    return Method(name, amsgrad=given.pop("second_moment", "last") == "max", **shared, **given)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from zoscale.adapters import selection_of
 from zoscale.assembly import build_model
 from zoscale.checkpoint import load, save
 from zoscale.config import ModelConfig
-from zoscale.engine import ZeroOrderEngine, micro_batches
+from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS
 from zoscale.export import save_trained
 from zoscale.fingerprint import of_model
@@ -40,6 +40,7 @@ from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.optim.owners import CAPACITY, on_owners
 from zoscale.runtime import ZERO3, Runtime, start, stop
 from zoscale.shards import ShardedParam, local_bytes, true_numel
+from zoscale.step import Engine, micro_batches
 
 
 def model_config(scenario: dict[str, Any]) -> ModelConfig:
@@ -48,7 +49,7 @@ def model_config(scenario: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**place, dtype=scenario.get("dtype", "float32"))
 
 
-def build(scenario: dict[str, Any]) -> ZeroOrderEngine:
+def build(scenario: dict[str, Any]) -> Engine:
     """An engine on a model loaded directly sharded, with known values in the trainable tensors."""
     if scenario.get("plain_aio"):
         plain_aio.plant()
@@ -66,7 +67,7 @@ def build(scenario: dict[str, Any]) -> ZeroOrderEngine:
     return engine_of(scenario, accelerator)
 
 
-def engine_of(scenario: dict[str, Any], accelerator: Accelerator | None) -> ZeroOrderEngine:
+def engine_of(scenario: dict[str, Any], accelerator: Accelerator | None) -> Engine:
     """The same on the ranks of an accelerator, or alone in this process."""
     torch.manual_seed(5)
     config = model_config(scenario)
@@ -104,7 +105,7 @@ def engine_of(scenario: dict[str, Any], accelerator: Accelerator | None) -> Zero
     return engine if scenario.get("check") == "beginning" else started(engine)
 
 
-def started(engine: ZeroOrderEngine, scale: float = 0.1) -> ZeroOrderEngine:
+def started(engine: Engine, scale: float = 0.1) -> Engine:
     """With known weights."""
     for shard in engine.shards:
         whole = tiny.values(shard.spec.name, shard.spec.shape, scale).reshape(-1)
@@ -113,13 +114,13 @@ def started(engine: ZeroOrderEngine, scale: float = 0.1) -> ZeroOrderEngine:
     return engine
 
 
-def weights(engine: ZeroOrderEngine) -> dict[str, torch.Tensor]:
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Whole truth tensors, on every rank."""
     gather = engine.mesh.gather_flat
     return {s.spec.name: gather(s.truth.contiguous(), s.spec.numel).view(s.spec.shape).clone() for s in engine.shards}
 
 
-def trajectory(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def trajectory(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     results, between = [], []
     for step in range(scenario["steps"]):
         results.append(engine.step(tiny.batch(step)))
@@ -132,7 +133,7 @@ def trajectory(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, A
     return {"losses": [row[0] for row in rows], "rhos": [row[1] for row in rows], "between": between}
 
 
-def exactness(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def exactness(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """Live slices before and after losses are taken, also when the forward raises on every rank."""
     engine.step(tiny.batch(0))
     before = [shard.live.clone() for shard in engine.shards]
@@ -158,7 +159,7 @@ def exactness(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, An
     return {"kept": engine.mesh.gather_objects([kept, raised, kept_after])}
 
 
-def non_finite(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def non_finite(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """Only the last rank's loss is not finite in step 1."""
     engine.step(tiny.batch(0))
     before = [shard.truth.clone() for shard in engine.shards]
@@ -176,7 +177,7 @@ def non_finite(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, A
     return {"ranks": engine.mesh.gather_objects(own)}
 
 
-def resident(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def resident(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """What ZeRO-3 keeps: shards only, of the given type; no optimizer, no buckets."""
     zero: Any = engine.answers.module.optimizer
     held = sum(x.numel() for x in vars(zero).values() if isinstance(x, torch.Tensor))
@@ -191,7 +192,7 @@ def resident(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any
     }
 
 
-def traffic(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def traffic(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """What the steps gather, of some micro-batches per rank; shards as they are stored, padding included."""
     meter, steps = CommMeter(), []
     with count_allgathers(meter):
@@ -204,7 +205,7 @@ def traffic(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]
     return {"steps": steps, "model_bytes": local_bytes(engine.model) * engine.mesh.shard_size, "blocks": blocks}
 
 
-def peak(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def peak(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """Bytes of a shard, of the largest block, and the highest points of the bare forward and of a step beyond those."""
     rows = {key: torch.ones(4, 32, dtype=torch.int64) for key in ("input_ids", "labels")}
     batches = micro_batches([rows] * scenario["turns"] * engine.mesh.world_size)
@@ -227,14 +228,14 @@ def peak(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
     return {"ranks": engine.mesh.gather_objects([local_bytes(engine.model), block, points["bare"], points["step"]])}
 
 
-def beginning(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def beginning(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """What every rank starts from, as it was built."""
     prints = [of_model(engine.model, engine.mesh, trainable=trainable) for trainable in (False, True)]
     buffers = {name: buffer.double().sum().item() for name, buffer in engine.model.named_buffers()}
     return {"ranks": engine.mesh.gather_objects([prints, buffers, scenario["num_empty"]])}
 
 
-def offloaded(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def offloaded(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """Where shards lie between steps, the fingerprint of the base, and which of its files each step reads."""
     read: list[str] = []
     plain = partitioned_param_swapper.swap_in_tensors
@@ -260,7 +261,7 @@ def offloaded(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, An
     return report
 
 
-def owners(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def owners(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """Directions from the owners against every rank orthogonalising all matrices, and who was given what."""
     mesh = engine.mesh
     shards = [shard for shard in engine.shards if len(shard.spec.shape) == 2]
@@ -292,14 +293,14 @@ def owners(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def merged_rows(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def merged_rows(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """Losses of options with a row each and merged, and the tokens that this rank ran for them."""
     engine.objective = classification
     found = [engine.losses(tiny.options(merged=merged), engine.directions(0)) for merged in (False, True)]
     return {"losses": [f.values for f in found], "tokens": engine.mesh.gather_objects([f.local_tokens for f in found])}
 
 
-def both_forwards(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def both_forwards(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """The losses of the same points by one pass for all and by one pass each."""
     batches, candidates = micro_batches(tiny.batch(0, 4)), engine.estimator.candidates(engine.directions(0))
     one_by_one = SequentialForward(engine.answers, engine.shards, engine.mesh)
@@ -308,7 +309,7 @@ def both_forwards(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str
     return {"losses": losses, "forwards": [type(forward).__name__ for forward in forwards]}
 
 
-def resumed(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]:
+def resumed(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     """First-order steps with evaluations between them; then the last ones again, from the checkpoints of any world."""
     folder, report = Path(scenario["model"]), dict[str, Any]()
     folders = {place: folder.with_name(f"{scenario['name']}_checkpoint_{place}") for place in scenario["starts"]}
@@ -339,7 +340,7 @@ def resumed(engine: ZeroOrderEngine, scenario: dict[str, Any]) -> dict[str, Any]
     return report | {"zero": type(engine.answers.module.optimizer).__name__, "dtype": str(engine.shards[0].truth.dtype)}
 
 
-def arrange_watched(engine: ZeroOrderEngine, arrange: Callable[[Any], None], shapes: Any) -> None:
+def arrange_watched(engine: Engine, arrange: Callable[[Any], None], shapes: Any) -> None:
     """The tensors that stay keep their fp32 weights bit for bit, and their optimizer state."""
     before = {
         (shard.spec.name, shard.spec.shape): (shard.truth.clone(), engine.optimizer.state_of(shard))
@@ -354,7 +355,7 @@ def arrange_watched(engine: ZeroOrderEngine, arrange: Callable[[Any], None], sha
             assert all(torch.equal(torch.as_tensor(now[key]), torch.as_tensor(state[key])) for key in state)
 
 
-def elements_of_deepspeed(engine: ZeroOrderEngine) -> int:
+def elements_of_deepspeed(engine: Engine) -> int:
     """Elements that DeepSpeed's optimizers of a model keep fp32 weights of, all ranks together, without padding."""
     own = sum(
         flat.numel()
@@ -367,7 +368,7 @@ def elements_of_deepspeed(engine: ZeroOrderEngine) -> int:
 
 
 @contextmanager
-def calls_counted(engine: ZeroOrderEngine, calls: dict[str, int]) -> Iterator[None]:
+def calls_counted(engine: Engine, calls: dict[str, int]) -> Iterator[None]:
     """Count the calls of the weighted adapters' matrices within, connected or not, by layer."""
     slots = engine.adapters.slots if engine.adapters is not None else []
     calls |= {slot.own_name: 0 for slot in slots}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoscale.engine import StepResult, ZeroOrderEngine
+    from zoscale.engine import ZeroOrderEngine
     from zoscale.estimators import NormalizedOneSided, OneSided, TwoPoint
     from zoscale.export import save_trained
     from zoscale.first_order import FirstOrderEngine
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         Tensors,
     )
     from zoscale.runtime import Runtime, start, stop
+    from zoscale.step import StepResult
 
 __version__ = "0.1.0"
 
@@ -45,7 +46,7 @@ if Path("/sys/kernel/mm/transparent_hugepage").is_dir():
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it is imported: CPU tensors in huge pages
 
 _HOMES = {
-    "engine": ("StepResult", "ZeroOrderEngine"),
+    "engine": ("ZeroOrderEngine",),
     "estimators": ("NormalizedOneSided", "OneSided", "TwoPoint"),
     "export": ("save_trained",),
     "first_order": ("FirstOrderEngine",),
@@ -77,6 +78,7 @@ _HOMES = {
         "Tensors",
     ),
     "runtime": ("Runtime", "start", "stop"),
+    "step": ("StepResult",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -33,11 +33,12 @@ from zoscale.models import (
 )
 from zoscale.nvme import check_offload
 from zoscale.objectives import OBJECTIVES, ChosenLoss, GeneratedLoss, Objective, language_modeling
-from zoscale.optim import ZeroOrderOptimizer
+from zoscale.optim import ShardedOptimizer
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.quantization import check_quantization
 from zoscale.shard_groups import GroupedAccelerator, cut_up
 from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.step import Engine
 from zoscale.tasks import TASKS, Task
 
 
@@ -122,7 +123,7 @@ def check_methods(config: RunConfig) -> Task:
     try:
         task: Task = build(config.task, TASKS)
         probe, estimator = build(config.probe, TABLES["probe"]), build(config.estimator, TABLES["estimator"])
-        rule: type[ZeroOrderOptimizer] = TABLES["optimizer"][config.optimizer.name]
+        rule: type[ShardedOptimizer] = TABLES["optimizer"][config.optimizer.name]
         rule.check_company(probe, estimator)
         for shape in ((1, 1), (1,)):
             example = ShardedParam(nn.Parameter(torch.zeros(shape)), TensorSpec(0, "example", shape))
@@ -167,7 +168,7 @@ def build_training_engine(
     *,
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
-) -> ZeroOrderEngine:
+) -> Engine:
     """The engine that trains a run, at step 0; see `build_engine`."""
     if config.optimizer.name not in FIRST_ORDER:
         return build_engine(config, architecture, accelerator, objective=objective, tokenizer=tokenizer)

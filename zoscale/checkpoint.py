@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zoscale.config import ConfigError
-from zoscale.engine import ZeroOrderEngine
 from zoscale.manifest import MANIFEST, Manifest, ShardFile, Slice, crc32, damaged, publish, read_manifest
 from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.step import Engine
 
 _WEIGHTS = "weights"
 
 
-def save(engine: ZeroOrderEngine, folder: Path, config_hash: str, *, state: bool = True) -> None:
+def save(engine: Engine, folder: Path, config_hash: str, *, state: bool = True) -> None:
     """Write a checkpoint of the engine's weights, and optimizer state unless told not to. A collective.
 
     Raises:
@@ -51,7 +51,7 @@ def save(engine: ZeroOrderEngine, folder: Path, config_hash: str, *, state: bool
         raise
 
 
-def load(engine: ZeroOrderEngine, folder: Path, config_hash: str) -> None:
+def load(engine: Engine, folder: Path, config_hash: str) -> None:
     """Put a checkpoint's weights and state into an engine, on any number of ranks. A collective.
 
     Raises:
@@ -74,7 +74,7 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _write_shards(engine: ZeroOrderEngine, path: Path, state: bool) -> ShardFile:
+def _write_shards(engine: Engine, path: Path, state: bool) -> ShardFile:
     tensors: dict[str, Tensor] = {}
     for shard in engine.shards:
         if len(shard):
@@ -91,12 +91,12 @@ def _write_shards(engine: ZeroOrderEngine, path: Path, state: bool) -> ShardFile
     return ShardFile(path.name, path.stat().st_size, crc32(path), slices)
 
 
-def _sharded_state(engine: ZeroOrderEngine, shard: ShardedParam) -> dict[str, Tensor]:
+def _sharded_state(engine: Engine, shard: ShardedParam) -> dict[str, Tensor]:
     state = engine.optimizer.state_of(shard)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _scalars(engine: ZeroOrderEngine) -> tuple[list[str], dict[str, dict[str, float]]]:
+def _scalars(engine: Engine) -> tuple[list[str], dict[str, dict[str, float]]]:
     """Keys of this rank's sharded state, and the numbers beside it."""
     keys = {key for shard in engine.shards for key in _sharded_state(engine, shard)}
     numbers = {
@@ -107,7 +107,7 @@ def _scalars(engine: ZeroOrderEngine) -> tuple[list[str], dict[str, dict[str, fl
 
 
 def _read_all(
-    engine: ZeroOrderEngine, folder: Path, manifest: Manifest, config_hash: str
+    engine: Engine, folder: Path, manifest: Manifest, config_hash: str
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Weights and state of this rank's slices, in the order of the shards that the engine will have."""
     if manifest.config_hash != config_hash:
@@ -129,7 +129,7 @@ def _read_all(
             yield weights, state
 
 
-def _wanted(engine: ZeroOrderEngine, manifest: Manifest) -> Sequence[ShardedParam]:
+def _wanted(engine: Engine, manifest: Manifest) -> Sequence[ShardedParam]:
     """This rank's slices of the tensors that the manifest names, in the order of their names.
 
     Raises:

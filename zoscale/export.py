@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from zoscale.adapter_choice import AdapterChoice
 from zoscale.config import ConfigError
-from zoscale.engine import ZeroOrderEngine
 from zoscale.run_directory import write_json
 from zoscale.shards import gathered
+from zoscale.step import Engine
 from zoscale.weighted_lora import plain
 
 ORIGIN = "zoscale.json"
 """The note beside saved weights: their step and their run's configuration."""
 
 
-def save_trained(engine: ZeroOrderEngine, folder: Path | str) -> None:
+def save_trained(engine: Engine, folder: Path | str) -> None:
     """Write the adapter in PEFT's format, or the whole model if there is none. A collective; rank 0 writes.
 
     Raises:
@@ -63,7 +63,7 @@ def _save_chosen(adapters: AdapterChoice, model: Any, state: dict[str, Tensor], 
         model.peft_config.update(ours)
 
 
-def write_origin(engine: ZeroOrderEngine, folder: Path, config_hash: str) -> None:
+def write_origin(engine: Engine, folder: Path, config_hash: str) -> None:
     """Note beside the weights which step of which run they are."""
     write_json(folder / ORIGIN, {"step": engine.num_steps, "config_hash": config_hash})
 

@@ -1,4 +1,4 @@
-"""`FirstOrderEngine`: backpropagation through DeepSpeed ZeRO-3, behind the zero-order engine's interface."""
+"""`FirstOrderEngine`: training by backpropagation through DeepSpeed ZeRO-3."""
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,18 @@ from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapter_choice import Shapes
 from zoscale.backward import BackwardForward
-from zoscale.compilation import CompileName
 from zoscale.config import ConfigError, RunConfig
-from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Backpropagation
-from zoscale.forward import Forward
-from zoscale.forward_choice import ForwardName
 from zoscale.mesh import Mesh
+from zoscale.noise import Noise
 from zoscale.objectives import OBJECTIVES, Objective, language_modeling
 from zoscale.optim.first_order import FirstOrderOptimizer, FOAdamW
 from zoscale.partitions import shards_of_optimizer
 from zoscale.probes.gradient import Gradient
 from zoscale.selection import Selection
 from zoscale.shard_groups import GroupedAccelerator
-from zoscale.shards import Master, ShardedParam, trainable_specs
+from zoscale.shards import ShardedParam, trainable_specs
+from zoscale.step import Engine
 
 _BUCKET = 2**24  # elements, 64 MiB: DeepSpeed's own 5e8 would dwarf small models
 _LEFT_BEHIND = ("pre_bwd_fn", "post_bwd_fn")  # by an ended engine in modules; the next would take them for its own
@@ -31,7 +29,7 @@ _LEFT_BEHIND = ("pre_bwd_fn", "post_bwd_fn")  # by an ended engine in modules; t
 FirstOrderFactory = Callable[[Sequence[ShardedParam], Mesh], FirstOrderOptimizer]
 
 
-class FirstOrderEngine(ZeroOrderEngine):
+class FirstOrderEngine(Engine):
     """First-order training of a causal LM whose trainable parameters are those with `requires_grad`.
 
     DeepSpeed's engine and stage-3 optimizer do the backward pass, the reduction of the gradients and the update, over
@@ -68,32 +66,19 @@ class FirstOrderEngine(ZeroOrderEngine):
         tokenizer: PreTrainedTokenizerBase | None = None,
         selection: Selection | None = None,
     ) -> None:
-        self._factory = optimizer
-        super().__init__(
-            model,
-            accelerator=accelerator,
-            optimizer=optimizer,
-            probe=Gradient(),
-            estimator=Backpropagation(),
-            objective=objective,
-            seed=seed,
-            noise="eager",
-            tokenizer=tokenizer,
-            selection=selection,
-        )
-        self.optimizer: FirstOrderOptimizer
-        self.optimizer.attach(self.answers.module)
-
-    def _place(self, model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, Mesh]:
         is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
         if accelerator is None or not is_sharded or isinstance(accelerator, GroupedAccelerator):
             raise ValueError("expected ZeRO-3 over all ranks (mesh.shard_size null) for first-order training")
         mesh, plugin = Mesh(accelerator.device), cast(Any, accelerator.state.deepspeed_plugin)
+        rule = optimizer(_outlines(model, mesh), mesh)
+        module, shards = _start(model, rule, plugin.deepspeed_config)
+        super().__init__(
+            model, module, mesh, shards, rule, probe=Gradient(), estimator=Backpropagation(), objective=objective,
+            noise=Noise(seed), tokenizer=tokenizer, selection=selection,
+        )  # fmt: skip
+        self.optimizer: FirstOrderOptimizer
+        self.forward = BackwardForward(self.answers, shards, mesh)
         self._deepspeed: Mapping[str, Any] = plugin.deepspeed_config
-        return start_engine(model, self._factory(_outlines(model, mesh), mesh), self._deepspeed), mesh
-
-    def _slices(self, model: nn.Module, master: Master) -> list[ShardedParam]:
-        return shards_of_optimizer(model)
 
     def arrange(self, shapes: Shapes) -> None:
         super().arrange(shapes)
@@ -105,10 +90,8 @@ class FirstOrderEngine(ZeroOrderEngine):
         gone = [shard for shard in self.shards if shard.param not in here]
         end_engine(self.answers.module)
         self.optimizer.adopt(_outlines(self.model, self.mesh))
-        self.answers.module = start_engine(self.model, self.optimizer, self._deepspeed)
-        self.optimizer.attach(self.answers.module)
-        self.shards = shards_of_optimizer(self.model)
-        self.optimizer.adopt(self.shards)
+        self.answers.module, self.shards = _start(self.model, self.optimizer, self._deepspeed)
+        self.forward = BackwardForward(self.answers, self.shards, self.mesh)
         for shard in self.shards:
             if shard.param in kept:
                 truth, state = kept[shard.param]
@@ -117,9 +100,6 @@ class FirstOrderEngine(ZeroOrderEngine):
                 self.optimizer.load_state_of(shard, state)
         for shard in gone:
             shard.release()
-
-    def _choose_forward(self, name: ForwardName, max_rows: int | None, num_parts: int, compile: CompileName) -> Forward:
-        return BackwardForward(self.answers, self.shards, self.mesh)
 
 
 def check_first_order(config: RunConfig) -> None:
@@ -199,6 +179,15 @@ def with_gradients(config: Mapping[str, Any], bucket: int, max_grad_norm: float 
         "data_types": {"grad_accum_dtype": "fp32"},
         "gradient_clipping": max_grad_norm or 0.0,
     }
+
+
+def _start(model: nn.Module, rule: FirstOrderOptimizer, config: Mapping[str, Any]) -> tuple[Any, list[ShardedParam]]:
+    """DeepSpeed's engine, and the slices that it holds, for a rule that steps with both from here on. A collective."""
+    engine = start_engine(model, rule, config)
+    shards = shards_of_optimizer(model)
+    rule.attach(engine)
+    rule.adopt(shards)
+    return engine, shards
 
 
 def _outlines(model: nn.Module, mesh: Mesh) -> list[ShardedParam]:

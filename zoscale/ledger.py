@@ -7,7 +7,6 @@ from pathlib import Path
 from zoscale import checkpoint
 from zoscale.adapter_choice import Change
 from zoscale.config import ConfigError, RunConfig
-from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation
 from zoscale.evaluation_log import EvaluationLog
 from zoscale.journal import Journal, JournalWriter
@@ -15,6 +14,7 @@ from zoscale.journal_format import Header, Record
 from zoscale.manifest import complete, keep_last, name_of, remove_unfinished
 from zoscale.recovery import Log, check_header, load_newest, record_of, replay, restore
 from zoscale.run_directory import RunDirectory, write_json
+from zoscale.step import Engine, StepResult
 
 _BEST = "best"
 
@@ -39,7 +39,7 @@ class Ledger:
         self,
         directory: RunDirectory,
         config: RunConfig,
-        engine: ZeroOrderEngine,
+        engine: Engine,
         header: Header,
         log: Log,
         progress: Callable[[], None] = lambda: None,

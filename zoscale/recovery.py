@@ -5,17 +5,17 @@ from pathlib import Path
 
 from zoscale import checkpoint, fingerprint
 from zoscale.config import ConfigError, RunConfig, flatten
-from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.estimators import GradientEstimate
 from zoscale.journal_format import Header, Record
 from zoscale.manifest import complete
-from zoscale.optim import ZeroOrderOptimizer
+from zoscale.optim import ShardedOptimizer
 from zoscale.provenance import code
+from zoscale.step import Engine, StepResult
 
 Log = Callable[[str], None]
 
 
-def header_of(config: RunConfig, engine: ZeroOrderEngine, data: str) -> Header:
+def header_of(config: RunConfig, engine: Engine, data: str) -> Header:
     """The journal's header of a run whose engine is still at step 0. A collective.
 
     Args:
@@ -69,7 +69,7 @@ def check_header(found: Header, expected: Header, config: RunConfig, path: Path)
             )
 
 
-def check_start(engine: ZeroOrderEngine, header: Header) -> None:
+def check_start(engine: Engine, header: Header) -> None:
     """Refuse an engine at step 0 that a journal did not start from. A collective.
 
     Raises:
@@ -87,7 +87,7 @@ def record_of(result: StepResult) -> Record:
     return Record(result.step, losses.values, losses.count, rhos, result.lrs, result.skipped)
 
 
-def replay(engine: ZeroOrderEngine, records: Sequence[Record], progress: Callable[[], None] = lambda: None) -> None:
+def replay(engine: Engine, records: Sequence[Record], progress: Callable[[], None] = lambda: None) -> None:
     """Take steps from the journal instead of from losses: directions are drawn again, and nothing is evaluated.
 
     Args:
@@ -113,7 +113,7 @@ def replay(engine: ZeroOrderEngine, records: Sequence[Record], progress: Callabl
     _set_lrs(engine, lrs)
 
 
-def check_replay(optimizer: type[ZeroOrderOptimizer], got: str) -> None:
+def check_replay(optimizer: type[ShardedOptimizer], got: str) -> None:
     """Refuse to take steps from the journal that need gradients.
 
     Raises:
@@ -125,7 +125,7 @@ def check_replay(optimizer: type[ZeroOrderOptimizer], got: str) -> None:
 
 
 def restore(
-    engine: ZeroOrderEngine,
+    engine: Engine,
     checkpoints: Path,
     records: Sequence[Record],
     config_hash: str,
@@ -168,9 +168,7 @@ def restore(
         log(f"resumed at step {len(records)}: checkpoint of step {start}, {len(records) - start} steps replayed")
 
 
-def go_to(
-    engine: ZeroOrderEngine, checkpoints: Path, records: Sequence[Record], step: int, config_hash: str, log: Log
-) -> None:
+def go_to(engine: Engine, checkpoints: Path, records: Sequence[Record], step: int, config_hash: str, log: Log) -> None:
     """Bring an engine at step 0 to the weights of a step: from those kept as the best, or by replay. A collective.
 
     Raises:
@@ -189,7 +187,7 @@ def go_to(
     replay(engine, records[engine.num_steps : step])
 
 
-def load_newest(engine: ZeroOrderEngine, checkpoints: Path, limit: int, config_hash: str, log: Log) -> bool:
+def load_newest(engine: Engine, checkpoints: Path, limit: int, config_hash: str, log: Log) -> bool:
     """Load the newest intact checkpoint of at most `limit` steps. A collective.
 
     Returns:
@@ -205,6 +203,6 @@ def load_newest(engine: ZeroOrderEngine, checkpoints: Path, limit: int, config_h
     return False
 
 
-def _set_lrs(engine: ZeroOrderEngine, lrs: Sequence[float]) -> None:
+def _set_lrs(engine: Engine, lrs: Sequence[float]) -> None:
     for group, lr in zip(engine.optimizer.param_groups, lrs, strict=True):
         group["lr"] = lr

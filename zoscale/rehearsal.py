@@ -15,7 +15,7 @@ from zoscale.forward import Forward, perturbed
 from zoscale.mesh import Mesh
 from zoscale.noise import Noise
 from zoscale.objectives import Objective
-from zoscale.optim import ZeroOrderOptimizer
+from zoscale.optim import ShardedOptimizer
 from zoscale.probes import Probe
 from zoscale.scratch import Draws
 from zoscale.shards import Master, ShardedParam, shard_parameters
@@ -67,7 +67,7 @@ class Rehearsal:
 
     probe: Probe
     estimator: Estimator
-    optimizer: Callable[[Sequence[ShardedParam], Mesh], ZeroOrderOptimizer]
+    optimizer: Callable[[Sequence[ShardedParam], Mesh], ShardedOptimizer]
     master: Master
 
     def run(self, noise: Noise, shards: Sequence[ShardedParam]) -> None:

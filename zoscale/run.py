@@ -6,7 +6,6 @@ from zoscale import provenance, runtime
 from zoscale.agreement import check_agreement
 from zoscale.assembly import Plan, build_training_engine, plan
 from zoscale.config import ConfigError, RunConfig
-from zoscale.engine import ZeroOrderEngine
 from zoscale.export import save_trained, write_origin
 from zoscale.fit import shard_size_of_run
 from zoscale.ledger import Ledger
@@ -16,6 +15,7 @@ from zoscale.recovery import header_of
 from zoscale.run_directory import RunDirectory, write_json
 from zoscale.run_report import conclude, describe, say
 from zoscale.shard_groups import shard_size_of
+from zoscale.step import Engine
 from zoscale.tracking import NullTracker, Tracker
 from zoscale.trainer import Trainer
 from zoscale.watchdog import Watchdog
@@ -91,7 +91,7 @@ def _enter(config: RunConfig, mesh: Mesh) -> RunDirectory:
     return directory
 
 
-def _watched(config: RunConfig, made: Plan, engine: ZeroOrderEngine, directory: RunDirectory) -> dict[str, Any]:
+def _watched(config: RunConfig, made: Plan, engine: Engine, directory: RunDirectory) -> dict[str, Any]:
     """All ranks under the eyes of each other: one that stands still ends the job."""
     mesh, limits = engine.mesh, config.runtime
     slow_seconds = max(60 * limits.timeout_minutes, limits.stall_seconds)
@@ -123,7 +123,7 @@ def _watched(config: RunConfig, made: Plan, engine: ZeroOrderEngine, directory: 
 def _leave(
     config: RunConfig,
     made: Plan,
-    engine: ZeroOrderEngine,
+    engine: Engine,
     directory: RunDirectory,
     summary: dict[str, Any],
     tracker: Tracker,
@@ -144,7 +144,7 @@ def _leave(
     conclude(config, summary, made, directory, tracker.how_to_open())
 
 
-def _tracker(config: RunConfig, made: Plan, engine: ZeroOrderEngine, directory: RunDirectory) -> Tracker:
+def _tracker(config: RunConfig, made: Plan, engine: Engine, directory: RunDirectory) -> Tracker:
     if not engine.mesh.is_main:
         return NullTracker()
     return Tracker.start(

@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from zoscale.answers import AnswerModel
-from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.generation import Generator
 from zoscale.meters import CommMeter, Counts, MemoryMeter, ThroughputMeter, Traffic, count_allgathers
 from zoscale.phases import PHASES, PhaseTimer, timed
+from zoscale.step import Engine, StepResult
 
 
 class RunMeters:
@@ -22,7 +22,7 @@ class RunMeters:
             steps after the last that was logged.
     """
 
-    def __init__(self, engine: ZeroOrderEngine, earlier: Mapping[str, float] | None = None) -> None:
+    def __init__(self, engine: Engine, earlier: Mapping[str, float] | None = None) -> None:
         self.engine = engine
         self.mesh = engine.mesh
         self.earlier = earlier or {}
@@ -134,7 +134,7 @@ class RunMeters:
         }
 
 
-def _spans(engine: ZeroOrderEngine, timer: PhaseTimer) -> list[AbstractContextManager[None]]:
+def _spans(engine: Engine, timer: PhaseTimer) -> list[AbstractContextManager[None]]:
     """What counts for which phase. Gathers are taken where ZeRO-3 fetches the tensors of a block, waiting included."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 

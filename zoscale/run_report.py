@@ -6,17 +6,17 @@ from tqdm import tqdm
 
 from zoscale.assembly import Plan
 from zoscale.config import RunConfig
-from zoscale.engine import ZeroOrderEngine
 from zoscale.forward import SequentialForward
 from zoscale.mesh import Mesh
 from zoscale.objectives import GeneratedLoss
 from zoscale.recovery import Log
 from zoscale.run_directory import RunDirectory
 from zoscale.shards import local_bytes
+from zoscale.step import Engine
 from zoscale.tasks import Task
 
 
-def describe(config: RunConfig, engine: ZeroOrderEngine, made: Plan, directory: RunDirectory) -> None:
+def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirectory) -> None:
     """What will be trained, with the memory to expect, before the first step."""
     size, splits = made.size, made.splits
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[config.model.dtype]

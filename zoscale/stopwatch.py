@@ -19,7 +19,7 @@ import torch
 from zoscale.assembly import build_engine, build_model
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig
-from zoscale.engine import NoiseBackend, ZeroOrderEngine, is_compiled
+from zoscale.engine import NoiseBackend, is_compiled
 from zoscale.first_order import FirstOrderEngine, end_engine
 from zoscale.footprint import example
 from zoscale.local_job import cause_of, run_here
@@ -27,6 +27,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import count_parameters, is_block, read_model_config
 from zoscale.phases import PhaseTimer, timed
 from zoscale.runtime import Runtime, read_deepspeed_config, start, stop
+from zoscale.step import Engine
 
 Method = Literal["zero_order", "first_order"]
 
@@ -121,7 +122,7 @@ def extrapolate(steps: Mapping[int, StepSeconds], blocks: int) -> StepSeconds:
     return StepSeconds(at(short.losses, long.losses), at(short.update, long.update))
 
 
-def time_depths(engine_of: Callable[[int], ZeroOrderEngine], batch: Sequence[MicroBatch]) -> dict[int, StepSeconds]:
+def time_depths(engine_of: Callable[[int], Engine], batch: Sequence[MicroBatch]) -> dict[int, StepSeconds]:
     """Steps of models of each depth, the fastest of a few: the one that was disturbed least."""
     found = {}
     for depth in _DEPTHS:
@@ -134,7 +135,7 @@ def time_depths(engine_of: Callable[[int], ZeroOrderEngine], batch: Sequence[Mic
     return found
 
 
-def _time(engine: ZeroOrderEngine, batch: Sequence[MicroBatch]) -> StepSeconds:
+def _time(engine: Engine, batch: Sequence[MicroBatch]) -> StepSeconds:
     timer, device = PhaseTimer(engine.mesh.device), engine.mesh.device
     losses, updates = [], []
     with timed(timer, "update", engine.optimizer, "step"):
@@ -173,7 +174,7 @@ def _take(config: RunConfig, course: Course) -> StepSeconds:
     shard_size = course.shard_size if course.method == "zero_order" else None  # AdamW takes ZeRO-3 over all ranks
     accelerator = start(Runtime(config.model.dtype, deepspeed, shard_size), size=size)
 
-    def engine_of(depth: int) -> ZeroOrderEngine:
+    def engine_of(depth: int) -> Engine:
         few = with_depth(architecture, depth)
         if course.method == "zero_order":
             engine = build_engine(config, few, accelerator)
@@ -186,7 +187,7 @@ def _take(config: RunConfig, course: Course) -> StepSeconds:
     return extrapolate(time_depths(engine_of, batch), course.blocks)
 
 
-def _check_depth(engine: ZeroOrderEngine, depth: int) -> None:
+def _check_depth(engine: Engine, depth: int) -> None:
     found = sum(is_block(engine.model, module) for module in engine.model.modules())
     if found != depth:
         raise ConfigError(f"a model with {depth} blocks to time", str(found), "leave --measure out")

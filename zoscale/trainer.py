@@ -11,7 +11,6 @@ from transformers import get_scheduler
 from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig
 from zoscale.data import Encoder, Splits, evaluation_batches
-from zoscale.engine import StepResult, ZeroOrderEngine
 from zoscale.evaluate import Evaluation, evaluate
 from zoscale.fingerprint import check_replicas
 from zoscale.journal_format import Record
@@ -21,6 +20,7 @@ from zoscale.preemption import Preempted, stop_on_signals
 from zoscale.progress import BestOnDev, Score, Skips
 from zoscale.recovery import Log
 from zoscale.run_meters import RunMeters
+from zoscale.step import Engine, StepResult
 from zoscale.tasks import Task
 from zoscale.tracking import Tracker
 from zoscale.train_batches import TrainBatches
@@ -47,7 +47,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        engine: ZeroOrderEngine,
+        engine: Engine,
         task: Task,
         splits: Splits,
         encoder: Encoder,

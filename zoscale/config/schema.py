@@ -54,14 +54,14 @@ def is_section(hint: Any) -> bool:
 def fields_of(cls: type, keyword_only: bool = False) -> dict[str, Field]:
     """The fields of dataclass `cls`; or, if `keyword_only`, the keyword-only parameters of any constructor.
 
+    A constructor that takes `**options` hands them to the next one among its bases: they are those of that one.
+
     Raises:
         TypeError: A default is not of its own type, or an argument is called `name`: correct the class.
     """
-    found = _dataclass_defaults(cls, keyword_only) if is_section(cls) else _signature_defaults(cls)
-    hints = _hints(cls, found)
+    found = _dataclass_parameters(cls, keyword_only) if is_section(cls) else _signature_parameters(cls)
     fields = {}
-    for name, default in found.items():
-        hint = hints.get(name, Any)
+    for name, (default, hint) in found.items():
         try:
             given = default is not MISSING and not is_section(hint)
             value = conform(plain(default, name), hint) if given else default
@@ -74,26 +74,34 @@ def fields_of(cls: type, keyword_only: bool = False) -> dict[str, Field]:
     return fields
 
 
-def _dataclass_defaults(cls: Any, keyword_only: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _dataclass_parameters(cls: Any, keyword_only: bool) -> dict[str, tuple[Any, Any]]:
+    """(default, type) by name."""
+    found: dict[str, tuple[Any, Any]] = {}
+    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.init and (field.kw_only or not keyword_only):
             made = field.default_factory
             default = field.default if made is dataclasses.MISSING else made()
-            found[field.name] = MISSING if default is dataclasses.MISSING else default
+            found[field.name] = MISSING if default is dataclasses.MISSING else default, hints[field.name]
     return found
 
 
-def _signature_defaults(cls: Any) -> dict[str, Any]:
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+def _signature_parameters(cls: Any) -> dict[str, tuple[Any, Any]]:
+    """(default, type) by name; the nearest constructor's that has the name."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for init in (vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)):
+        parameters = inspect.signature(init).parameters.values()
+        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in found}
+        hints = _hints(init, own)
+        found |= {name: (default, hints.get(name, Any)) for name, default in own.items()}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
-def _hints(cls: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Types of the named fields only: the others may be imported for the type checker alone."""
-    if is_section(cls):
-        return typing.get_type_hints(cls)
-    init = inspect.unwrap(cls.__init__)
+def _hints(init: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Types of the named parameters only: the others may be imported for the type checker alone."""
+    init = inspect.unwrap(init)
     notes = {name: init.__annotations__[name] for name in names if name in init.__annotations__}
     holder = type("_Holder", (), {"__annotations__": notes})
     return typing.get_type_hints(holder, init.__globals__) if notes else {}

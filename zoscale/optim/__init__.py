@@ -4,6 +4,7 @@ from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.elementwise import ElementwiseOptimizer
 from zoscale.optim.jaguar import JaguarMuon, JaguarSignSGD
 from zoscale.optim.newton_schulz import orthogonalize
+from zoscale.optim.sharded import ShardedOptimizer, Shared
 from zoscale.optim.zo_adam import ZOAdam
 from zoscale.optim.zo_conservative import ZOSGDConservative
 from zoscale.optim.zo_muon import ZOMuon, ZOMuonSubspace
@@ -32,6 +33,8 @@ __all__ = [
     "ElementwiseOptimizer",
     "JaguarMuon",
     "JaguarSignSGD",
+    "ShardedOptimizer",
+    "Shared",
     "ZOAdam",
     "ZOMuon",
     "ZOMuonOrthogonal",

@@ -9,11 +9,11 @@ from torch import Tensor
 from zoscale.estimators import GradientEstimate
 from zoscale.optim.base import ZeroOrderOptimizer, moved
 from zoscale.probes import Piece, pieces
-from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.shards import ShardedParam
 
 
 class ElementwiseOptimizer(ZeroOrderOptimizer):
-    """x <- x - lr (u + weight_decay x), u from `direction`. Vectors (biases, LayerNorm) are not decayed."""
+    """x <- x - lr (u + weight_decay x), u from `direction`."""
 
     rests_at_zero: ClassVar[bool] = False
     """Whether u is 0 where g is: what a step's directions do not touch need not be written then."""
@@ -21,12 +21,6 @@ class ElementwiseOptimizer(ZeroOrderOptimizer):
     @abstractmethod
     def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
         """u on one piece, float32, from g = (1/q) sum_k rho_k z_k there; state is advanced."""
-
-    def rule(self, spec: TensorSpec) -> str:
-        return "matrix" if spec.is_matrix else "vector"
-
-    def rule_options(self, rule: str) -> dict[str, Any]:
-        return {"weight_decay": 0.0} if rule == "vector" else {}
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for batch in pieces(moved(shards, estimate, group) if self.rests_at_zero else shards):

@@ -3,33 +3,38 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from zoscale.estimators import Backpropagation, Estimator, GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company, ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta
+from zoscale.optim.sharded import Company, ShardedOptimizer, Shared
 from zoscale.partitions import load_partition, partition_state
 from zoscale.probes import Probe
 from zoscale.probes.gradient import Gradient
-from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.shards import ShardedParam
 
 
-class FirstOrderOptimizer(ZeroOrderOptimizer):
+class FirstOrder(Shared, total=False):
+    """The options of every first-order rule, as `Shared`."""
+
+    max_grad_norm: float | None
+
+
+class FirstOrderOptimizer(ShardedOptimizer):
     """A torch optimizer that DeepSpeed ZeRO-3 steps on the gradients of a backward pass.
 
     Groups by name, schedules and checkpoints are those of the other rules; gradients, fp32 weights and moments are
-    DeepSpeed's. Vectors (biases, LayerNorm) are not decayed. A step cannot be taken again from the journal's scalars.
+    DeepSpeed's. A step cannot be taken again from the journal's scalars.
 
     Args:
         shards: this rank's slices of all trainable tensors.
         mesh: the ranks that hold the other slices.
-        defaults: options of the rule.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
-        max_grad_norm: the gradient is scaled down to this norm where it is longer; None = never.
+        options: of the rule itself, `lr` among them.
+        max_grad_norm: the gradient is scaled down to this norm where it is longer; null is never.
     """
 
     goes_with = Company("gradient", "backpropagation")
@@ -40,11 +45,12 @@ class FirstOrderOptimizer(ZeroOrderOptimizer):
         self,
         shards: Sequence[ShardedParam],
         mesh: Mesh | None,
-        defaults: Mapping[str, Any],
-        groups: Sequence[Mapping[str, Any]] | None,
-        max_grad_norm: float | None,
+        options: Mapping[str, Any],
+        *,
+        max_grad_norm: float | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(shards, mesh, defaults, groups)
+        super().__init__(shards, mesh, options, **shared)
         if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
             raise ValueError(f"expected a finite max_grad_norm > 0, or null, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
@@ -88,15 +94,6 @@ class FirstOrderOptimizer(ZeroOrderOptimizer):
         """Adapters that were disconnected may leave a group empty."""
         return [group for group in self.param_groups if group["params"]]
 
-    def rule(self, spec: TensorSpec) -> str:
-        return "matrix" if spec.is_matrix else "vector"
-
-    def rule_options(self, rule: str) -> dict[str, Any]:
-        return {"weight_decay": 0.0} if rule == "vector" else {}
-
-    def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        raise NotImplementedError("DeepSpeed updates all groups at once")
-
     @torch.no_grad()
     def step(self, estimate: GradientEstimate) -> None:  # type: ignore[override]
         """Let DeepSpeed step along the gradient of its last backward passes."""
@@ -122,11 +119,8 @@ class FOSGD(FirstOrderOptimizer):
     beside DeepSpeed's fp32 weights and gradients, all sharded.
 
     Args:
-        lr: learning rate >= 0.
         momentum: weight of the old v, in [0, 1).
-        weight_decay: of matrices, >= 0.
-        max_grad_norm: the gradient is scaled down to this norm where it is longer; null is never.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
+        weight_decay: >= 0, as part of the gradient; not of vectors (biases, norms, IA3's scales).
     """
 
     def __init__(
@@ -136,12 +130,9 @@ class FOSGD(FirstOrderOptimizer):
         *,
         lr: float = 1e-2,
         momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-        groups: list[dict[str, Any]] | None = None,
+        **common: Unpack[FirstOrder],
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(shards, mesh, defaults, groups, max_grad_norm)
+        super().__init__(shards, mesh, {"lr": lr, "momentum": momentum}, **common)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
@@ -158,13 +149,9 @@ class FOAdamW(FirstOrderOptimizer):
     DeepSpeed's fp32 weights and gradients, all sharded.
 
     Args:
-        lr: learning rate >= 0.
         beta1: weight of the old mean, in [0, 1).
         beta2: weight of the old mean square, in [0, 1).
         eps: > 0, added to the root.
-        weight_decay: of matrices, decoupled, >= 0.
-        max_grad_norm: the gradient is scaled down to this norm where it is longer; null is never.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     def __init__(
@@ -176,12 +163,9 @@ class FOAdamW(FirstOrderOptimizer):
         beta1: float = 0.9,
         beta2: float = 0.999,
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-        groups: list[dict[str, Any]] | None = None,
+        **common: Unpack[FirstOrder],
     ) -> None:
-        defaults = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(shards, mesh, defaults, groups, max_grad_norm)
+        super().__init__(shards, mesh, {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}, **common)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)

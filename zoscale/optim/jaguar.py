@@ -1,8 +1,8 @@
 """JAGUAR SignSGD and JAGUAR Muon (arXiv 2506.04430): descent along a memory of partial derivatives."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -10,17 +10,19 @@ from torch import Tensor
 from zoscale.estimators import GradientEstimate
 from zoscale.fused import chosen, remember_mean, scalars
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company, ZeroOrderOptimizer
+from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta, check_choice
-from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
+from zoscale.optim.newton_schulz import orthogonalize, update_scale
 from zoscale.optim.owners import on_owners
-from zoscale.optim.spectral import SpectralOptimizer
+from zoscale.optim.sharded import Company, Shared
+from zoscale.optim.spectral import Spectral, SpectralOptimizer
 from zoscale.probes import Piece, pieces
 from zoscale.segments import Term
 from zoscale.shards import ShardedParam
 from zoscale.streams import Sum
 
-State = MutableMapping[Tensor, Any]
+Memory = Callable[[ShardedParam], Tensor]
+"""A slice's own: float32 of its length."""
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -34,8 +36,6 @@ class JaguarSignSGD(ZeroOrderOptimizer):
     Args:
         lr: learning rate >= 0: the step of every coordinate.
         beta: weight of the old memory, in [0, 1).
-        weight_decay: decoupled weight decay >= 0.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     goes_with = Company("block", "two_point")
@@ -47,18 +47,16 @@ class JaguarSignSGD(ZeroOrderOptimizer):
         *,
         lr: float = 1e-4,
         beta: float = 0.9,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        defaults = {"lr": lr, "beta": beta, "weight_decay": weight_decay}
-        super().__init__(shards, mesh, defaults, groups)
+        super().__init__(shards, mesh, {"lr": lr, "beta": beta}, **shared)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
         check_beta(options["beta"])
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        for piece, memory, pending in _visit(self.state, shards, estimate, group["beta"]):
+        for piece, memory, pending in _visit(self.buffer, shards, estimate, group["beta"]):
             if pending is None:
                 self.descend_sign(piece, memory, group)
             else:
@@ -69,21 +67,13 @@ class JaguarMuon(SpectralOptimizer):
     """JAGUAR's memory, orthogonalised: X <- X - lr (scale O(m) + weight_decay X) (arXiv 2506.04430, Algorithm 2).
 
     Matrices are updated along the Newton-Schulz orthogonalisation of their whole memory, which one rank of the shard
-    group computes for all. Tensors of another number of dimensions, embeddings and the head never go through
+    group computes for all. Vectors, tensors of another number of dimensions, embeddings and the head never go through
     Newton-Schulz: they take the sign rule.
 
     Args:
-        lr: learning rate >= 0 of the matrices.
         beta: weight of the old memory, in [0, 1).
-        weight_decay: decoupled weight decay >= 0.
-        scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
-        iteration: how to orthogonalise: Newton-Schulz with the `quintic` polynomial (5 iterations) or the paper's
-            `cubic` (10); or `power`, the dominant singular directions only (arXiv 2605.09034).
-        power_rank: singular directions that `power` keeps.
         precision: of the orthogonalisation: `float32` (runs on another number of ranks agree to 1e-5), `bfloat16`
             (faster on a GPU; they agree to its rounding), or `auto`: bfloat16 on a GPU, float32 on a CPU.
-        sign_lr_scale: lr factor of the tensors under the sign rule.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     goes_with = Company("block", "two_point")
@@ -95,25 +85,10 @@ class JaguarMuon(SpectralOptimizer):
         *,
         lr: float = 1e-2,
         beta: float = 0.9,
-        weight_decay: float = 0.0,
-        scale: Scale = "none",
-        iteration: Iteration = "quintic",
-        power_rank: int = 16,
         precision: Precision = "auto",
-        sign_lr_scale: float = 0.1,
-        groups: list[dict[str, Any]] | None = None,
+        **spectral: Unpack[Spectral],
     ) -> None:
-        self._sign_lr_scale = sign_lr_scale
-        defaults = {
-            "lr": lr,
-            "beta": beta,
-            "weight_decay": weight_decay,
-            "scale": scale,
-            "iteration": iteration,
-            "power_rank": power_rank,
-            "precision": precision,
-        }
-        super().__init__(shards, mesh, defaults, groups)
+        super().__init__(shards, mesh, {"lr": lr, "beta": beta, "precision": precision}, **spectral)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)
@@ -124,14 +99,14 @@ class JaguarMuon(SpectralOptimizer):
         self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
     ) -> Iterator[tuple[Piece, Tensor]]:
         """Bring the memory up to date; yields each piece with it."""
-        for piece, memory, pending in _visit(self.state, shards, estimate, beta):
+        for piece, memory, pending in _visit(self.buffer, shards, estimate, beta):
             if pending is not None:
                 pending.remember(memory, beta)
             yield piece, memory
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for piece, memory in self.remember(shards, estimate, group["beta"]):
-            if group["rule"] == "sign":
+            if group["rule"] != "muon":
                 self.descend_sign(piece, memory, group)
         if group["rule"] == "muon":
             function = partial(orthogonalize, iteration=group["iteration"], power_rank=group["power_rank"])
@@ -146,16 +121,8 @@ class JaguarMuon(SpectralOptimizer):
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
-def _momentum(states: State, shard: ShardedParam) -> Tensor:
-    state = states[shard.truth]
-    if "momentum" not in state:
-        state["momentum"] = torch.zeros_like(shard.truth, dtype=torch.float32)
-    momentum: Tensor = state["momentum"]
-    return momentum
-
-
 def _visit(
-    states: State, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
+    memory: Memory, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
 ) -> Iterator[tuple[Piece, Tensor, Sum | Term | None]]:
     """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates.
 
@@ -163,7 +130,7 @@ def _visit(
         Each piece with its memory, and what the memory is still to take up; None = it is up to date.
     """
     for batch in pieces(shards):
-        memories = [_momentum(states, piece.shard)[piece.start : piece.stop] for piece in batch]
+        memories = [memory(piece.shard)[piece.start : piece.stop] for piece in batch]
         pending: list[Sum | Term | None] = [estimate.stream(piece) for piece in batch]
         drawn = [number for number, found in enumerate(pending) if found is None]
         if drawn:

@@ -5,7 +5,7 @@ the slices' ranks in another. The next bucket is on its way while one is worked 
 is about ten buffers of `CAPACITY` elements, however large the model is.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from itertools import groupby
@@ -94,15 +94,23 @@ def on_owners(
 
     def gather(bucket: Bucket) -> Callable[[], Tensor]:
         packed = torch.zeros(sum(bucket.sizes), dtype=dtype, device=mesh.device)
-        for part, spec in zip(_parts(packed, bucket), bucket.specs, strict=True):
-            part[: len(by_id[spec.id])] = local(by_id[spec.id])
+        for shard, part in _parts(packed, bucket, by_id):
+            part.copy_(local(shard))
         return mesh.exchange(packed, bucket.sizes, [bucket.sizes[mesh.shard_rank]] * mesh.shard_size)
 
-    def results(bucket: Bucket, returned: Tensor) -> Iterator[tuple[ShardedParam, Tensor]]:
-        for part, spec in zip(_parts(returned, bucket), bucket.specs, strict=True):
-            shard = by_id[spec.id]
-            yield shard, part[: len(shard)].to(shard.truth.device)
+    for bucket, returned in _results(function, buckets, gather, mesh):
+        yield from ((shard, part.to(shard.truth.device)) for shard, part in _parts(returned, bucket, by_id))
+        del returned  # before the next bucket is worked on
 
+
+def _results(
+    function: MatrixFunction, buckets: Sequence[Bucket], gather: Callable[[Bucket], Callable[[], Tensor]], mesh: Mesh
+) -> Iterator[tuple[Bucket, Tensor]]:
+    """Each bucket with this rank's slices of the results, packed; while one is worked on, two travel.
+
+    Args:
+        gather: begins to send a bucket to its owners; what it returns waits for this rank's part.
+    """
     coming = [gather(bucket) for bucket in buckets[:1]]
     going: list[tuple[Bucket, Callable[[], Tensor]]] = []
     for number, bucket in enumerate(buckets):
@@ -112,9 +120,9 @@ def on_owners(
         going.append((bucket, mesh.exchange(slices, [bucket.sizes[mesh.shard_rank]] * mesh.shard_size, bucket.sizes)))
         if number > 0:
             done, returned = going.pop(0)
-            yield from results(done, returned())
+            yield done, returned()
     for done, returned in going:
-        yield from results(done, returned())
+        yield done, returned()
 
 
 def _work(function: MatrixFunction, bucket: Bucket, rank: int, slices: Tensor) -> None:
@@ -130,9 +138,15 @@ def _work(function: MatrixFunction, bucket: Bucket, rank: int, slices: Tensor) -
         first += count * size
 
 
-def _parts(packed: Tensor, bucket: Bucket) -> Sequence[Tensor]:
-    """The slice of each matrix in what a rank packs, or gets back."""
-    return torch.split(packed, [bucket.slice_size(spec) for spec in bucket.specs])
+def _parts(packed: Tensor, bucket: Bucket, shards: Mapping[int, ShardedParam]) -> Iterator[tuple[ShardedParam, Tensor]]:
+    """This rank's slice of each matrix, without padding, in what it packs or gets back.
+
+    Args:
+        shards: by tensor id.
+    """
+    parts = torch.split(packed, [bucket.slice_size(spec) for spec in bucket.specs])
+    for spec, part in zip(bucket.specs, parts, strict=True):
+        yield shards[spec.id], part[: len(shards[spec.id])]
 
 
 def _cost(spec: TensorSpec) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
 from zoscale.optim.checks import check_beta, check_choice
 from zoscale.optim.elementwise import ElementwiseOptimizer
+from zoscale.optim.sharded import Shared
 from zoscale.probes import Piece
 from zoscale.shards import ShardedParam
 
@@ -25,13 +26,10 @@ class ZOAdam(ElementwiseOptimizer):
     Two (`max`: three) fp32 numbers per trainable element, sharded.
 
     Args:
-        lr: learning rate >= 0.
         beta1: weight of the old mean, in [0, 1).
         beta2: weight of the old mean square, in [0, 1).
         eps: > 0, added to the root.
         second_moment: `last` as Adam, or `max`, the largest v so far, as AMSGrad and the theory of ZO-AdaMM.
-        weight_decay: decoupled weight decay >= 0.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     def __init__(
@@ -44,11 +42,10 @@ class ZOAdam(ElementwiseOptimizer):
         beta2: float = 0.999,
         eps: float = 1e-8,
         second_moment: SecondMoment = "last",
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
         moments = {"beta1": beta1, "beta2": beta2, "eps": eps, "second_moment": second_moment}
-        super().__init__(shards, mesh, {"lr": lr, **moments, "weight_decay": weight_decay}, groups)
+        super().__init__(shards, mesh, {"lr": lr, **moments}, **shared)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)

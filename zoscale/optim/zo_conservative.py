@@ -38,9 +38,7 @@ class ZOSGDConservative(ZOSGD):
     that is not finite skips the step.
 
     Args:
-        lr: learning rate >= 0.
-        weight_decay: decoupled weight decay >= 0; not part of the trials.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
+        weight_decay: decoupled weight decay >= 0; not of vectors, and not part of the trials.
     """
 
     num_trials = 3

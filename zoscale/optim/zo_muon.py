@@ -1,17 +1,18 @@
 """ZO-Muon: orthogonalised descent on dense estimates, in the whole space or in a random subspace."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company, moved
+from zoscale.optim.base import moved
 from zoscale.optim.jaguar import JaguarMuon, Precision
-from zoscale.optim.newton_schulz import Iteration, Scale, orthogonalize, update_scale
-from zoscale.optim.spectral import SpectralOptimizer
+from zoscale.optim.newton_schulz import orthogonalize, update_scale
+from zoscale.optim.sharded import Company
+from zoscale.optim.spectral import Spectral, SpectralOptimizer
 from zoscale.probes import LayersDirection, Piece, SubspaceDirection, pieces, product_slice
 from zoscale.shards import ShardedParam
 
@@ -21,17 +22,6 @@ class ZOMuon(JaguarMuon):
 
     JAGUAR Muon whose memory fades everywhere, not on visited coordinates only; without memory (beta = 0) by default,
     where of a single direction only sign(rho) O(z) is left. (The memory's place is then where g is put together.)
-
-    Args:
-        lr: learning rate >= 0 of the matrices.
-        beta: weight of the old memory, in [0, 1).
-        weight_decay: decoupled weight decay >= 0.
-        scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
-        iteration: how to orthogonalise, see `jaguar_muon`.
-        power_rank: singular directions that `power` keeps.
-        precision: of the orthogonalisation, see `jaguar_muon`.
-        sign_lr_scale: lr factor of the tensors under the sign rule.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     goes_with = Company("gaussian", "two_point")
@@ -43,18 +33,10 @@ class ZOMuon(JaguarMuon):
         *,
         lr: float = 1e-2,
         beta: float = 0.0,
-        weight_decay: float = 0.0,
-        scale: Scale = "none",
-        iteration: Iteration = "quintic",
-        power_rank: int = 16,
         precision: Precision = "auto",
-        sign_lr_scale: float = 0.1,
-        groups: list[dict[str, Any]] | None = None,
+        **spectral: Unpack[Spectral],
     ) -> None:
-        super().__init__(
-            shards, mesh, lr=lr, beta=beta, weight_decay=weight_decay, scale=scale, iteration=iteration,
-            power_rank=power_rank, precision=precision, sign_lr_scale=sign_lr_scale, groups=groups,
-        )  # fmt: skip
+        super().__init__(shards, mesh, lr=lr, beta=beta, precision=precision, **spectral)
 
     def remember(
         self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
@@ -71,36 +53,15 @@ class ZOMuonSubspace(SpectralOptimizer):
     The estimate is orthogonalised in the subspace [r, n] and lifted back. Every rank draws P and Psi for itself, so the
     matrices cross no network, and there is no state. Tensors that Muon leaves out take the sign rule. Four directions
     per step, unless `num_directions` says otherwise: of a single one only sign(rho) would be left.
-
-    Args:
-        lr: learning rate >= 0 of the matrices.
-        weight_decay: decoupled weight decay >= 0.
-        scale: factor by shape: `none` (paper), `spectral` sqrt(max(1, m/n)), `rms` 0.2 sqrt(max(m, n)).
-        iteration: how to orthogonalise, see `jaguar_muon`.
-        power_rank: singular directions that `power` keeps.
-        sign_lr_scale: lr factor of the tensors under the sign rule.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     goes_with = Company("subspace", "one_sided", {"estimator": {"num_directions": 4}})
     needs = frozenset({"probe"})
 
     def __init__(
-        self,
-        shards: Sequence[ShardedParam],
-        mesh: Mesh | None = None,
-        *,
-        lr: float = 1e-2,
-        weight_decay: float = 0.0,
-        scale: Scale = "none",
-        iteration: Iteration = "quintic",
-        power_rank: int = 16,
-        sign_lr_scale: float = 0.1,
-        groups: list[dict[str, Any]] | None = None,
+        self, shards: Sequence[ShardedParam], mesh: Mesh | None = None, *, lr: float = 1e-2, **own: Unpack[Spectral]
     ) -> None:
-        self._sign_lr_scale = sign_lr_scale
-        defaults = {"lr": lr, "weight_decay": weight_decay, "scale": scale, "iteration": iteration}
-        super().__init__(shards, mesh, {**defaults, "power_rank": power_rank}, groups)
+        super().__init__(shards, mesh, {"lr": lr}, **own)
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         shards = moved(shards, estimate, group)
@@ -110,7 +71,7 @@ class ZOMuonSubspace(SpectralOptimizer):
                 for (piece,) in pieces([shard]):
                     lifted = product_slice(basis, direction, piece.range.start, piece.range.stop)
                     self.descend(piece, lifted, group)
-        for batch in pieces(shards if group["rule"] == "sign" else ()):
+        for batch in pieces(shards if group["rule"] != "muon" else ()):
             for piece, gradient in zip(batch, estimate.mean(batch), strict=True):
                 self.descend(piece, gradient.sign(), group)
 

@@ -1,14 +1,14 @@
 """Descent on the estimate itself: ZO-SGD, with momentum, and FZOO."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company
 from zoscale.optim.checks import check_beta
 from zoscale.optim.elementwise import ElementwiseOptimizer, GradientDescent
+from zoscale.optim.sharded import Company, Shared
 from zoscale.probes import Piece
 from zoscale.shards import ShardedParam
 
@@ -16,35 +16,19 @@ from zoscale.shards import ShardedParam
 class ZOSGD(GradientDescent):
     """x <- x - lr (g + weight_decay x), g = (1/q) sum_k rho_k z_k (MeZO, arXiv 2305.17333, Algorithm 1).
 
-    Without state. Vectors (biases, LayerNorm) are not decayed.
-
-    Args:
-        lr: learning rate >= 0.
-        weight_decay: decoupled weight decay >= 0.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
+    Without state.
     """
 
     def __init__(
-        self,
-        shards: Sequence[ShardedParam],
-        mesh: Mesh | None = None,
-        *,
-        lr: float = 1e-6,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        self, shards: Sequence[ShardedParam], mesh: Mesh | None = None, *, lr: float = 1e-6, **shared: Unpack[Shared]
     ) -> None:
-        super().__init__(shards, mesh, {"lr": lr, "weight_decay": weight_decay}, groups)
+        super().__init__(shards, mesh, {"lr": lr}, **shared)
 
 
 class FZOO(ZOSGD):
     """x <- x - lr (g / sigma + weight_decay x): ZO-SGD normalised by the losses' spread (FZOO, arXiv 2506.09034).
 
     The division by sigma, the standard deviation of the losses, is in the projected gradients of the estimator `fzoo`.
-
-    Args:
-        lr: learning rate >= 0.
-        weight_decay: decoupled weight decay >= 0.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     goes_with = Company("rademacher", "fzoo")
@@ -55,10 +39,7 @@ class ZOSGDMomentum(ElementwiseOptimizer):
     """v <- momentum v + g; x <- x - lr (v + weight_decay x) (Acc-ZOM in ZO-Bench, arXiv 2402.11592).
 
     Args:
-        lr: learning rate >= 0.
         momentum: weight of the old v, in [0, 1).
-        weight_decay: decoupled weight decay >= 0.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     def __init__(
@@ -68,10 +49,9 @@ class ZOSGDMomentum(ElementwiseOptimizer):
         *,
         lr: float = 1e-6,
         momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(shards, mesh, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, groups)
+        super().__init__(shards, mesh, {"lr": lr, "momentum": momentum}, **shared)
 
     def check(self, options: Mapping[str, Any]) -> None:
         super().check(options)

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
-from zoscale.optim.base import Company
 from zoscale.optim.elementwise import ElementwiseOptimizer, GradientDescent
+from zoscale.optim.sharded import Company, Shared
 from zoscale.probes import Piece
 from zoscale.shards import ShardedParam
 
@@ -20,46 +20,26 @@ class ZOSignSGD(ElementwiseOptimizer):
 
     Args:
         lr: learning rate >= 0: the step of every coordinate.
-        weight_decay: decoupled weight decay >= 0.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     rests_at_zero = True
 
     def __init__(
-        self,
-        shards: Sequence[ShardedParam],
-        mesh: Mesh | None = None,
-        *,
-        lr: float = 1e-5,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        self, shards: Sequence[ShardedParam], mesh: Mesh | None = None, *, lr: float = 1e-5, **shared: Unpack[Shared]
     ) -> None:
-        super().__init__(shards, mesh, {"lr": lr, "weight_decay": weight_decay}, groups)
+        super().__init__(shards, mesh, {"lr": lr}, **shared)
 
     def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
         return gradient.sign()
 
 
 class ZOSignRho(GradientDescent):
-    """x <- x - lr ((1/q) sum_k sign(rho_k) z_k + weight_decay x): what ZO-Bench's code (arXiv 2402.11592) calls sign.
-
-    Args:
-        lr: learning rate >= 0.
-        weight_decay: decoupled weight decay >= 0.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
-    """
+    """x <- x - lr ((1/q) sum_k sign(rho_k) z_k + weight_decay x): the sign of ZO-Bench's code (arXiv 2402.11592)."""
 
     def __init__(
-        self,
-        shards: Sequence[ShardedParam],
-        mesh: Mesh | None = None,
-        *,
-        lr: float = 1e-5,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        self, shards: Sequence[ShardedParam], mesh: Mesh | None = None, *, lr: float = 1e-5, **shared: Unpack[Shared]
     ) -> None:
-        super().__init__(shards, mesh, {"lr": lr, "weight_decay": weight_decay}, groups)
+        super().__init__(shards, mesh, {"lr": lr}, **shared)
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         signs = tuple(math.copysign(1.0, rho) if rho else 0.0 for rho in estimate.projected_grads)
@@ -70,23 +50,12 @@ class ZOMuonOrthogonal(ZOSignRho):
     """x <- x - lr (sign(rho) U V^T + weight_decay x), z = U V^T orthonormal (arXiv 2506.04430, Algorithm 4).
 
     The estimate along an orthogonal direction is orthogonal already; with q directions their mean is taken.
-
-    Args:
-        lr: learning rate >= 0.
-        weight_decay: decoupled weight decay >= 0.
-        groups: overrides by name, see `ZeroOrderOptimizer`.
     """
 
     goes_with = Company("orthogonal", "two_point")
     needs = frozenset({"probe"})
 
     def __init__(
-        self,
-        shards: Sequence[ShardedParam],
-        mesh: Mesh | None = None,
-        *,
-        lr: float = 1e-2,
-        weight_decay: float = 0.0,
-        groups: list[dict[str, Any]] | None = None,
+        self, shards: Sequence[ShardedParam], mesh: Mesh | None = None, *, lr: float = 1e-2, **shared: Unpack[Shared]
     ) -> None:
-        super().__init__(shards, mesh, lr=lr, weight_decay=weight_decay, groups=groups)
+        super().__init__(shards, mesh, lr=lr, **shared)
