@@ -106,7 +106,7 @@ def replay(engine: ZeroOrderEngine, records: Sequence[Record], progress: Callabl
         if not record.skipped:
             _set_lrs(engine, record.lrs)
             directions = tuple(engine.directions(record.step))
-            loss = sum(record.losses) / len(record.losses)
+            loss = engine.estimator.loss(record.losses)
             engine.optimizer.step(GradientEstimate(directions, record.projected_grads, loss))
         engine.end_step()
         progress()
