@@ -33,8 +33,10 @@ from jobs import (
 )
 from processes import ROOT, environment, free_port
 
+from zoscale.config import parse
 from zoscale.journal import Journal
-from zoscale.run_directory import _empty
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.run_directory import RunDirectory, _empty
 
 STEPS = 24
 LENGTH = [f"train.steps={STEPS}", "checkpoint.every=5"]
@@ -279,6 +281,16 @@ def test_resume_from_a_named_checkpoint_and_a_moved_run(server: JobServer, whole
     assert result_bytes(moved) == result_bytes(reference)
     text = server.run(2, *command("sign_lora", out, f"resume={moved}/nowhere"), expect=2)
     assert "the folder of a run or of a checkpoint" in text
+
+
+def test_a_run_in_a_folder_named_checkpoints_is_no_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "checkpoints" / "run"
+    for folder in (run, run / "checkpoints/step_00000005"):
+        config = parse([*SHORT, f"resume={folder}"], TABLES, DEFAULTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").touch()
+        assert RunDirectory.of(config).path == run
+        assert RunDirectory.of(config).chosen_checkpoint(config) == (None if folder == run else folder)
 
 
 def test_an_overwrite_that_was_cut_short_leaves_no_past(server: JobServer, whole: Any) -> None:

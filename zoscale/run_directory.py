@@ -31,7 +31,8 @@ class RunDirectory:
         if config.resume in ("auto", "never"):
             return cls(config.run_dir)
         given = Path(config.resume)
-        return cls(given.parent.parent if given.parent.name == "checkpoints" else given)
+        is_checkpoint = given.parent.name == "checkpoints" and not cls(given).config.exists()
+        return cls(given.parent.parent if is_checkpoint else given)
 
     @property
     def config(self) -> Path:
