@@ -235,6 +235,5 @@ class Trainer:
             "forwards": steps * self.engine.num_forwards,
             "backwards": steps * self.engine.estimator.num_backwards,
             "final_train_loss": self._metrics(records[-1])["train/loss"] if records else None,
-            "seconds": seconds,
-            **self.meters.summary(),
+            **self.meters.summary(seconds),
         }
