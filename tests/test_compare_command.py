@@ -117,14 +117,15 @@ def test_every_moment_of_training_is_in_one_phase(home: Path) -> None:
             assert all(phases[name] > 0 for name in PHASES)
             assert phases["forward"] + phases["gather"] > 0.2 * sum(phases.values())
         total = sum(summary["ranks"][0]["seconds_by_phase"].values())
-        assert total == pytest.approx(summary["training_seconds"], rel=0.01)
+        assert total == pytest.approx(summary["session"]["training_seconds"], rel=0.01)
         logged = {name: value for record in read_metrics(run_dir) for name, value in record.metrics.items()}
         assert all(logged[f"{split}/seconds"] > 0 for split in ("dev", "validation/before", "validation/final"))
         assert {f"rank_{rank}/seconds_per_step/{name}" for rank in (0, 1) for name in PHASES} <= set(logged)
 
 
 def test_running_totals_go_on_when_a_run_is_resumed(home: Path) -> None:
-    resumed = 0
+    """In the metrics and in the summary, whose session is that which finished the run."""
+    resumed, tokens = 0, dict[str, float]()
     for run_dir in run_dirs(home):
         totals = [record.metrics for record in read_metrics(run_dir) if "train/seconds" in record.metrics]
         seconds = [metrics["train/seconds"] for metrics in totals]
@@ -133,9 +134,19 @@ def test_running_totals_go_on_when_a_run_is_resumed(home: Path) -> None:
             assert metrics["train/device_hours"] == pytest.approx(metrics["train/seconds"] * 2 / 3600)
         assert [m["train/forwards"] for m in totals] == [4.0, 8.0, 12.0, 16.0]
         summary = json.loads((run_dir / "summary.json").read_text())
+        whole, session = summary["training_seconds"], summary["session"]
+        assert whole == pytest.approx(seconds[-1], rel=0.1) and whole >= seconds[-1], "the time before the stop counts"
+        assert summary["device_hours"] == pytest.approx(whole * 2 / 3600)
+        assert summary["tokens_per_second"] == pytest.approx(totals[-1]["train/tokens"] / whole)
+        assert session["steps_per_second"] == pytest.approx(session["steps"] / session["training_seconds"])
+        assert session["seconds"] > session["training_seconds"]
+        (seed,) = re.findall(r"^seed: (\d)$", (run_dir / "config.yaml").read_text(), re.MULTILINE)
+        assert tokens.setdefault(seed, totals[-1]["train/tokens"]) == totals[-1]["train/tokens"] > 0, "stopped or not"
         if summary["resumed_at_step"]:
             resumed += 1
-            assert seconds[-1] > summary["training_seconds"], "the time before the stop counts"
+            assert session["steps"] == 4 and session["training_seconds"] < 0.9 * whole
+        else:
+            assert session["steps"] == 8 and session["training_seconds"] == pytest.approx(whole)
     assert resumed == 1
 
 

@@ -1,5 +1,6 @@
 """Faults of one rank: the whole job ends in under a minute, and its cause and rank are named."""
 
+import errno
 import signal
 import time
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 from jobs import SHORT, SIGN, Job, JobServer, result_bytes, run_dir_of, steps_done, wait_for_step
 
+from zoscale import cli
 from zoscale.journal import Journal
+from zoscale.preemption import Preempted
 
 OPTIONS = [*SHORT, *SIGN, "train.steps=300"]
 FEW = [*SHORT, *SIGN, "train.steps=12"]
@@ -37,6 +40,46 @@ def test_rank_that_raises(server: JobServer) -> None:
     assert seconds < 20
     assert job.statuses == [1, 1]
     assert "rank 1: RuntimeError: planted" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 74, "once there is room, the same command continues"),
+        (OSError(errno.EIO, "out could not be written"), 74, "once there is room, the same command continues"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "words.txt"), 1, "FileNotFoundError: [Errno 2] No such file"),
+        (ConnectionResetError(errno.ECONNRESET, "reset by peer"), 1, "ConnectionResetError: "),
+        (Preempted(None), 75, "told to stop between its steps"),
+    ],
+)
+def test_the_status_says_what_ended_a_run(
+    error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not every file that is missing, in an objective of the user's for instance, is a full disk."""
+
+    def run(config: object) -> None:
+        raise error
+
+    monkeypatch.setattr("zoscale.run.run", run)
+    assert cli.train(OPTIONS) == status
+    text = capsys.readouterr().err
+    assert said in text and ("there is room" in text) == (status == 74) and ("Traceback" in text) == (status == 1)
+
+
+def test_ranks_that_are_told_to_stop_while_they_read_data(server: JobServer) -> None:
+    """They end at once, with the status of a run that can be started again, and have left nothing."""
+    out = server.folder / "reading"
+    plant = (
+        "import datasets, time; datasets.load_dataset = lambda *_, **__: (print('reading', flush=True), time.sleep(60))"
+    )
+    job = server.start(2, *OPTIONS, f"output_dir={out}", plant=plant)
+    while job.log.read_text().count("reading") < 2:
+        time.sleep(0.05)
+    job.kill(number=signal.SIGTERM)
+    seconds, text = end_of(job)
+    assert job.statuses == [75, 75] and seconds < 20
+    assert "the same command continues the run" in text and "check task.path" not in text
+    assert not out.exists()
 
 
 def test_rank_that_is_killed(server: JobServer) -> None:

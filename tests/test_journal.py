@@ -477,7 +477,7 @@ def test_a_record_costs_less_than_a_hundredth_of_a_step(server: JobServer) -> No
     server.run(2, "--config", "launch/recipes/quickstart.yaml", *options, f"output_dir={server.folder}")
     run_dir = run_dir_of(server.folder)
     assert run_dir is not None
-    step_seconds = 1 / json.loads((run_dir / "summary.json").read_text())["steps_per_second"]
+    step_seconds = 1 / json.loads((run_dir / "summary.json").read_text())["session"]["steps_per_second"]
     journal = Journal.read(run_dir / "journal.bin")
     assert len(journal.records) == 10
     writer = JournalWriter.create(run_dir / "copy.bin", journal.header)

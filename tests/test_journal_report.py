@@ -29,7 +29,7 @@ FULL = {
     **HEADER.config,
     "task": {"name": "sst2"},
     "probe": {"name": "block", "rows": 0.5},
-    "estimator": {"name": "two_point"},
+    "estimator": {"name": "two_point", "tau": 0.001, "num_directions": 2},
 }
 
 
@@ -184,6 +184,40 @@ def test_json_has_every_step_as_a_line_that_strict_readers_take(call: Call, run_
         if expected.step != 3:
             assert row["loss"] == sum(expected.losses) / 4 and tuple(row["losses"]) == expected.losses
     assert (rows[3]["loss"], rows[3]["losses"]) == ("nan", [3.1, "inf", "nan", "-inf"])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "loss"),
+    [
+        ({"name": "two_point", "num_directions": 1}, 1.5),  # of ZO-SGD-Cons: three trials follow
+        ({"name": "two_point", "num_directions": 2}, 3.75),
+        ({"name": "one_sided", "num_directions": 2}, 1.0),
+        ({"name": "fzoo", "num_directions": 2}, 1.0),
+        ({"name": "forward_grad", "num_directions": 1}, 1.0),
+        ({"name": "backpropagation"}, 1.0),
+        ({"name": "two_point", "num_directions": 9}, 6.2),
+        ({"name": "two_point", "num_directions": 1.5}, 6.2),
+        ({"name": "of tomorrow"}, 6.2),
+        ({"name": ["fzoo"]}, 6.2),
+        ("fzoo", 6.2),
+        ({}, 6.2),
+    ],
+)
+def test_the_loss_is_what_the_estimator_makes_of_the_losses(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: Any, loss: float
+) -> None:
+    """In the table, in JSON and in the picture; of an estimator that is none of ours, their mean."""
+    from matplotlib.axes import Axes
+
+    drawn: list[Any] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: [drawn.append(a[1]), *plot(self, *a, **k)])
+    losses = (1.0, 2.0, 4.0, 8.0, 16.0)
+    header = replace(HEADER, config={"estimator": estimator}, num_losses=len(losses))
+    some(tmp_path / "j", [Record(0, losses, 1.0, (0.5,) * 2, (0.5,) * 2, False)], header)
+    assert table(call(tmp_path / "j", "--plot", tmp_path / "a.png"))[1][1] == f"{loss:g}"
+    assert json.loads(call(tmp_path / "j", "--json"))["loss"] == loss
+    assert drawn[0].tolist() == [[loss]]
 
 
 # ------------------------------------------------------------ picture

@@ -24,7 +24,7 @@ from zoscale import checkpoint
 from zoscale.assembly import check_methods
 from zoscale.config import ConfigError, parse
 from zoscale.engine import ZeroOrderEngine
-from zoscale.estimators import ForwardGrad, GradientEstimate, NormalizedOneSided, TwoPoint
+from zoscale.estimators import ESTIMATORS, ForwardGrad, GradientEstimate, NormalizedOneSided, TwoPoint
 from zoscale.export import save_trained
 from zoscale.forward import perturbed
 from zoscale.journal import Journal
@@ -35,7 +35,7 @@ from zoscale.optim import OPTIMIZERS, ElementwiseOptimizer, Shared, ZOSGDConserv
 from zoscale.optim.newton_schulz import orthogonalize
 from zoscale.optim.power_iteration import partially_orthogonalize
 from zoscale.probes import PROBES, Gaussian, Layers, Piece, Rademacher
-from zoscale.recovery import replay
+from zoscale.recovery import record_of, replay
 from zoscale.replay import rebuild
 from zoscale.shards import ShardedParam
 
@@ -145,10 +145,48 @@ def test_fzoo_divides_by_the_standard_deviation_of_the_losses() -> None:
     np.testing.assert_allclose(scaled.projected_grads, expected, rtol=1e-12, err_msg="the loss's unit drops out")
 
 
-@pytest.mark.parametrize("losses", [[1.0, 2.0, 2.0], [1.0, math.inf, 2.0], [math.nan, 1.0, 2.0]])
-def test_fzoo_skips_a_step_without_a_spread(losses: list[float]) -> None:
-    directions: Any = ["z", "z"]
-    assert not NormalizedOneSided(num_directions=2).estimate(directions, losses).is_finite
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_fzoo_skips_a_step_with_a_loss_that_is_not_finite(bad: float) -> None:
+    directions: Any = ["z", "z", "z"]
+    for losses in (
+        [1.0, bad, 2.0, 2.0],
+        [1.0, 2.0, 2.0, bad],
+        [bad, 1.0, 2.0, 3.0],
+        [bad, 2.0, 2.0, 2.0],
+        [1.0, *[bad] * 3],
+    ):
+        assert not NormalizedOneSided(num_directions=3).estimate(directions, losses).is_finite
+
+
+@pytest.mark.parametrize("losses", [[1.0, 2.0, 2.0, 2.0], [0.3, 0.1, 0.1, 0.1]])
+def test_fzoo_without_a_spread_has_no_gradient(losses: list[float]) -> None:
+    """The mean of three times 0.1 is not 0.1: its rounding is no spread."""
+    directions: Any = ["z", "z", "z"]
+    assert NormalizedOneSided(num_directions=3).estimate(directions, losses).projected_grads == (0.0,) * 3
+
+
+@pytest.mark.parametrize("name", ["fzoo", "one_sided", "two_point"])
+def test_equal_losses_are_a_step_without_an_update_and_not_a_skip(name: str) -> None:
+    """As a loss of few values gives them, or bf16 with a small tau; its replay is the same step."""
+
+    def constant(logprobs: Any, batch: Any) -> Any:
+        total, count = classification(logprobs, batch)
+        return 0.0 * total + 0.1 * count, count
+
+    def engine() -> ZeroOrderEngine:
+        optimizer = OPTIMIZERS["fzoo" if name == "fzoo" else "zo_sgd"]
+        estimator = ESTIMATORS[name](num_directions=3)
+        return ZeroOrderEngine(
+            test_forward.tiny("opt-lora"), optimizer=optimizer, estimator=estimator, objective=constant
+        )
+
+    trained, replayed = engine(), engine()
+    before = [shard.truth.clone() for shard in trained.shards]
+    result = trained.step(test_forward.batches())
+    assert not result.skipped and result.estimate.projected_grads == (0.0,) * 3
+    assert all(torch.equal(value, shard.truth) for value, shard in zip(before, trained.shards, strict=True))
+    replay(replayed, [record_of(result)])
+    assert all(torch.equal(a.truth, b.truth) for a, b in zip(trained.shards, replayed.shards, strict=True))
 
 
 # --- Forward gradients. ---

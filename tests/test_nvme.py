@@ -1,7 +1,9 @@
 """What an offload to NVMe is given, and what it is refused; `test_zero3.py` runs it."""
 
+import errno
 import fcntl
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from processes import ROOT
 
+from zoscale import nvme
 from zoscale.config import ConfigError, RunConfig
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import ModelSize
@@ -53,6 +56,43 @@ def test_a_folder_of_its_own_and_buffers_for_two_blocks(tmp_path: Path) -> None:
         ["mine", "zoscale-held", own.name]
     )
     os.close(held)
+
+
+def test_ranks_that_start_together_have_a_folder_each(tmp_path: Path) -> None:
+    """They clear away what killed processes left, and nothing of each other's."""
+    fork, num, rounds = multiprocessing.get_context("fork"), 8, 20
+    start, made = fork.Barrier(num, timeout=60), fork.Barrier(num, timeout=60)
+
+    def rank(number: int) -> None:
+        for turn in range(rounds):
+            left = tmp_path / f"zoscale-left_{number}_{turn}"
+            left.mkdir()
+            left.with_suffix(".lock").touch()
+            start.wait()
+            own = nvme._own_folder(tmp_path)
+            made.wait()
+            assert own.is_dir() and own.with_suffix(".lock").is_file()
+
+    processes = [fork.Process(target=rank, args=(number,)) for number in range(num)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * num
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == num * rounds
+
+
+def test_a_folder_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lock cannot be opened: the default place, the folder for temporary files, is everybody's."""
+    (tmp_path / "zoscale-theirs").mkdir()
+    (tmp_path / "zoscale-theirs.lock").touch()
+
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(nvme, "open", refuse, raising=False)
+    assert nvme._own_folder(tmp_path).is_dir()
+    assert (tmp_path / "zoscale-theirs").is_dir()
 
 
 @pytest.mark.usefixtures("reader")

@@ -199,3 +199,16 @@ def test_the_model_runs_in_the_phase_forward(
         model.register_forward_pre_hook(lambda *_: seen.append(meters.phases._open[-1]))
         engine.step(tiny.batch(0))
     assert set(seen) == {"forward"}
+
+
+def test_a_run_that_is_resumed_after_its_last_step_keeps_its_totals() -> None:
+    """This session has trained nothing; the run has."""
+    earlier = {"train/seconds": 50.0, "train/device_hours": 2.0, "train/tokens": 4000.0, "train/loss": 1.0}
+    meters = RunMeters(ZeroOrderEngine(model_of("opt")), earlier)
+    with meters.training():
+        pass
+    found = meters.summary(7.0)
+    assert found["training_seconds"] == pytest.approx(50.0, abs=0.5)
+    assert (found["device_hours"], found["tokens_per_second"]) == (pytest.approx(2.0), pytest.approx(80.0, rel=0.01))
+    assert (found["session"]["steps"], found["session"]["seconds"]) == (0, 7.0)
+    assert found["session"]["steps_per_second"] == found["session"]["tokens_per_second"] == 0.0

@@ -4,10 +4,14 @@ import os
 import signal
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 
+from zoscale.fused import _compile
 from zoscale.mesh import Mesh
 from zoscale.preemption import Preempted, end_on_signals, stop_on_signals
+from zoscale.tasks.sources import Source
 
 
 @pytest.mark.parametrize(("number", "left"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
@@ -19,6 +23,21 @@ def test_outside_the_steps_a_signal_ends_the_run_at_once(number: int, left: bool
         signal.pause()
     assert mark.exists() == left
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("what", ["load_dataset", "compile"])
+def test_what_a_signal_interrupts_does_not_take_it_for_an_error_of_its_own(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(datasets if what == "load_dataset" else torch, what, interrupted)
+    with pytest.raises(Preempted), end_on_signals(tmp_path / "mark"):
+        if what == "load_dataset":
+            Source("someone/rows").records("train")
+        else:
+            _compile(abs, [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -4,6 +4,7 @@ Real processes and a real process group; `job_server.py` only spares the imports
 """
 
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -32,7 +33,10 @@ from jobs import (
 )
 from processes import ROOT, environment, free_port
 
+from zoscale.config import parse
 from zoscale.journal import Journal
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.run_directory import RunDirectory, _empty
 
 STEPS = 24
 LENGTH = [f"train.steps={STEPS}", "checkpoint.every=5"]
@@ -279,6 +283,16 @@ def test_resume_from_a_named_checkpoint_and_a_moved_run(server: JobServer, whole
     assert "the folder of a run or of a checkpoint" in text
 
 
+def test_a_run_in_a_folder_named_checkpoints_is_no_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "checkpoints" / "run"
+    for folder in (run, run / "checkpoints/step_00000005"):
+        config = parse([*SHORT, f"resume={folder}"], TABLES, DEFAULTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").touch()
+        assert RunDirectory.of(config).path == run
+        assert RunDirectory.of(config).chosen_checkpoint(config) == (None if folder == run else folder)
+
+
 def test_an_overwrite_that_was_cut_short_leaves_no_past(server: JobServer, whole: Any) -> None:
     """Whatever of the old run is still there: it is neither continued nor believed."""
     reference, _ = whole("chosen")
@@ -292,6 +306,31 @@ def test_an_overwrite_that_was_cut_short_leaves_no_past(server: JobServer, whole
     text = server.run(2, *command("chosen", out, "overwrite=true"))
     assert "resumed" not in text and "finished" not in text
     assert_equal(out, reference)
+
+
+def test_an_overwrite_may_be_cut_short_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is left with anything but its configuration is not finished, and has evaluations without a journal."""
+    names = {"config.yaml", "evaluations.jsonl", "journal.bin", "metrics.jsonl", "summary.json", "checkpoints"}
+    for turn in range(len(names)):
+        folder = tmp_path / str(turn)
+        (folder / "checkpoints").mkdir(parents=True)
+        for name in names - {"checkpoints"}:
+            (folder / name).touch()
+        removed = itertools.count()
+
+        def cut(path: Path, *_: object, turn: int = turn, removed: Any = removed) -> None:
+            if next(removed) == turn:
+                raise OSError("cut short")
+            path.rmdir() if path.is_dir() else os.unlink(path)
+
+        monkeypatch.setattr(Path, "unlink", cut)
+        monkeypatch.setattr(shutil, "rmtree", cut)
+        with pytest.raises(OSError, match="cut short"):
+            _empty(folder)
+        left = {path.name for path in folder.iterdir()}
+        assert len(left) == len(names) - turn
+        assert turn == 0 or "summary.json" not in left
+        assert turn < 2 or left == {"config.yaml"} or ("evaluations.jsonl" in left and "journal.bin" not in left)
 
 
 def test_the_best_weights_are_rebuilt_if_their_checkpoint_is_damaged(server: JobServer, whole: Any) -> None:
@@ -351,23 +390,28 @@ def break_checkpoint(folder: Path, damage: str) -> None:
         manifest.write_text("{")
 
 
-@pytest.mark.parametrize("what", ["journal", "evaluations", "summary", "config"])
+@pytest.mark.parametrize("what", ["journal", "no journal", "a checkpoint without", "evaluations", "summary", "config"])
 def test_damaged_records_are_refused_and_left_as_they_are(what: str, server: JobServer, whole: Any) -> None:
     """Exit status 2, no traceback, nothing changed."""
     reference, _ = whole("sign_lora")
-    out = server.folder / f"records_{what}"
+    out = server.folder / f"records_{what.replace(' ', '_')}"
     shutil.copytree(reference, out)
     run_dir = run_dir_of(out)
     assert run_dir is not None
     if what != "summary":
         (run_dir / "summary.json").unlink()
-    path = run_dir / {"journal": "journal.bin", "evaluations": "evaluations.jsonl", "summary": "summary.json"}.get(
-        what, "config.yaml"
-    )
+    files = {"evaluations": "evaluations.jsonl", "summary": "summary.json", "config": "config.yaml"}
+    path = run_dir / files.get(what, "journal.bin")
     content = path.read_bytes()
     more: list[str] = []
     if what == "config":  # another configuration in the same folder
         more = [f"resume={run_dir}", "optimizer.lr=2e-3"]
+    elif what == "no journal":
+        path.unlink()
+    elif what == "a checkpoint without":
+        path.unlink()
+        (run_dir / "evaluations.jsonl").unlink()
+        more = [f"resume={run_dir}/checkpoints/step_00000015"]
     else:
         place = len(content) // 2 if what == "journal" else 0
         path.write_bytes(content[:place] + b"#}" + content[place + 2 :])

@@ -164,6 +164,11 @@ def test_a_first_order_run_that_dies_goes_on_from_its_checkpoint(server: JobServ
         replay_command([str(again)])
     card = model_card(RunRecord.read(again), summary, kind="adapter", name="me/mine", dtype="float32")
     assert "trained with zoscale by backpropagation through DeepSpeed ZeRO-3, fo_adamw." in card
+    assert "| peak memory of a rank, since step 4 |" in card and " 0 tokens/s" not in card
+    after = model_card(
+        RunRecord.read(again), summary | {"resumed_at_step": 5}, kind="adapter", name="me/mine", dtype="float32"
+    )
+    assert "peak memory" not in after and "gathered per rank" not in after, "it measured no step"
     text = server.run(1, "evaluate", "--run", str(again), "--checkpoint", "last")
     assert "step 5" in text, "the last step has a checkpoint"
     kept = json.loads((again / "choices/step_00000004.json").read_text())["kept"]

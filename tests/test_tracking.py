@@ -73,14 +73,14 @@ def test_everything_arrives_in_sqlite(store: Path, tmp_path: Path) -> None:
     (tmp_path / "plot.txt").write_text("plot")
     (tmp_path / "adapter" / "deep").mkdir(parents=True)
     (tmp_path / "adapter" / "deep" / "a.bin").write_bytes(b"a")
-    with start(run_dir, params=params, tags={"commit": "abc"}) as tracker:
-        assert tracker.mlflow_on and tracker.run_id
-        for step in range(3):
-            tracker.log(step, {"loss": 2.0 - step, "rank_0/tokens_per_second": 10.0 * step, "../acc@1 (dev)//x": 0.5})
-        tracker.log_artifact(tmp_path / "plot.txt")
-        tracker.log_artifacts(tmp_path / "adapter", "adapter")
-        tracker.log_artifact(tmp_path / "absent")
-        tracker.set_tags({"done": "yes"})
+    tracker = start(run_dir, params=params, tags={"commit": "abc"})
+    assert tracker.mlflow_on and tracker.run_id
+    for step in range(3):
+        tracker.log(step, {"loss": 2.0 - step, "rank_0/tokens_per_second": 10.0 * step, "../acc@1 (dev)//x": 0.5})
+    tracker.log_artifact(tmp_path / "plot.txt")
+    tracker.log_artifacts(tmp_path / "adapter", "adapter")
+    tracker.log_artifact(tmp_path / "absent")
+    tracker.finish()
     client = sqlite(run_dir)
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "jaguar")
@@ -88,7 +88,7 @@ def test_everything_arrives_in_sqlite(store: Path, tmp_path: Path) -> None:
     assert run.data.params["optim.lr"] == "1e-06" and run.data.params["none"] == "None"
     assert run.data.params["wide.p229"] == "229" and len(run.data.params) == 235
     assert run.data.params["optim.names"] == "x" * 6000
-    assert run.data.tags["commit"] == "abc" and run.data.tags["done"] == "yes"
+    assert run.data.tags["commit"] == "abc"
     assert history(client, tracker.run_id, "loss") == [(0, 2.0), (1, 1.0), (2, 0.0)]
     assert history(client, tracker.run_id, "rank_0/tokens_per_second")[2] == (2, 20.0)
     assert history(client, tracker.run_id, "acc_1 _dev_/x")[0] == (0, 0.5), "an odd name must not end the tracking"
@@ -126,8 +126,9 @@ def test_a_resumed_run_is_the_same_run(store: Path, caplog: pytest.LogCaptureFix
 
 def test_non_finite_values(store: Path) -> None:
     run_dir = store / "nan"
-    with start(run_dir) as tracker:
-        tracker.log(0, {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 1})
+    tracker = start(run_dir)
+    tracker.log(0, {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 1})
+    tracker.finish()
     (line,) = (run_dir / "metrics.jsonl").read_text().splitlines()
 
     def refuse(constant: str) -> None:
@@ -147,10 +148,10 @@ def test_non_finite_values(store: Path) -> None:
 
 def test_lines_are_on_disk_at_once_and_errors_are_a_status(store: Path) -> None:
     run_dir = store / "failed"
-    with pytest.raises(ZeroDivisionError), start(run_dir) as tracker:
-        tracker.log(7, {"loss": 1.0})
-        assert [r.step for r in read_metrics(run_dir)] == [7]
-        raise ZeroDivisionError
+    tracker = start(run_dir)
+    tracker.log(7, {"loss": 1.0})
+    assert [r.step for r in read_metrics(run_dir)] == [7]
+    tracker.finish("FAILED")
     assert sqlite(run_dir).get_run(tracker.run_id).info.status == "FAILED"
     assert history(sqlite(run_dir), tracker.run_id, "loss") == [(7, 1.0)]
 
@@ -184,17 +185,18 @@ def test_import_completes_a_run_without_duplicates(store: Path) -> None:
 
 
 def test_disabled_and_null_trackers_write_no_store(tmp_path: Path) -> None:
-    with start(tmp_path / "runs" / "off", enabled=False) as tracker:
-        tracker.log(0, {"loss": 1.0})
+    tracker = start(tmp_path / "runs" / "off", enabled=False)
+    tracker.log(0, {"loss": 1.0})
+    tracker.finish()
     assert not tracker.mlflow_on and list(read_metrics(tmp_path / "runs" / "off"))[0].step == 0
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["off"]
     public = {n for n, f in vars(Tracker).items() if callable(f) and not n.startswith("_")}
     assert public <= set(vars(NullTracker)), "a method that NullTracker does not silence"
-    with NullTracker() as null:
-        null.log(0, {"loss": 1.0})
-        null.log_artifact(tmp_path / "absent")
-        null.log_artifacts(tmp_path, "all")
-        null.set_tags({"a": "b"})
+    null = NullTracker()
+    null.log(0, {"loss": 1.0})
+    null.log_artifact(tmp_path / "absent")
+    null.log_artifacts(tmp_path, "all")
+    null.finish()
     assert null.run_id is None and not null.mlflow_on and null.how_to_open() == ""
 
 
@@ -204,9 +206,10 @@ from pathlib import Path
 from zoscale.tracking import Tracker
 import mlflow, mlflow.store.tracking.sqlalchemy_store  # so that both begin together
 print("ready", flush=True); sys.stdin.readline()
-with Tracker.start(Path(sys.argv[1]), uri=None, experiment="same", run_name="r", params={"a": 1}, tags={},
-                   patience=120.0) as tracker:
-    tracker.log(0, {"loss": 1.0})
+tracker = Tracker.start(Path(sys.argv[1]), uri=None, experiment="same", run_name="r", params={"a": 1}, tags={},
+                        patience=120.0)
+tracker.log(0, {"loss": 1.0})
+tracker.finish()
 print("on" if tracker.mlflow_on else "off")
 """
 
@@ -323,10 +326,11 @@ def test_a_real_server_and_its_death(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     (tmp_path / "adapter.bin").write_bytes(b"a" * 100_000)
     run_dir = tmp_path / "runs" / "one"
-    with start(run_dir, params={f"p{i}": "v" * 600 for i in range(120)}) as tracker:
-        for step in range(50):
-            tracker.log(step, {"rank_0/loss": float(step), "nan": float("nan"), "inf": float("inf")})
-        tracker.log_artifact(tmp_path / "adapter.bin")
+    tracker = start(run_dir, params={f"p{i}": "v" * 600 for i in range(120)})
+    for step in range(50):
+        tracker.log(step, {"rank_0/loss": float(step), "nan": float("nan"), "inf": float("inf")})
+    tracker.log_artifact(tmp_path / "adapter.bin")
+    tracker.finish()
     client = mlflow.MlflowClient(tracking_uri=server.uri)
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and len(run.data.params) == 120 and math.isnan(run.data.metrics["nan"])

@@ -4,6 +4,7 @@ A checkpoint is a folder of safetensors files, one per rank with its slices, and
 and renamed.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ def _write_shards(engine: Engine, path: Path, state: bool) -> ShardFile:
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     except SafetensorError as error:  # a full disk comes as this
-        raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(errno.EIO, f"{path} could not be written: {error}") from error
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     slices = {shard.spec.name: Slice(shard.offset, len(shard)) for shard in engine.shards if len(shard)}

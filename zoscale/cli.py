@@ -13,7 +13,7 @@ from typing import NoReturn
 from zoscale.config import ConfigError, exit_with, parse_or_exit
 
 EX_IOERR = 74
-_DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}  # it is full, or fails
+_DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # which the `deepspeed` launcher adds to every command
 _USAGE = """usage: zoscale COMMAND ...          zoscale COMMAND --help: every option of a command
        zoscale --version
@@ -48,8 +48,8 @@ def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") 
     """Train as the command line says.
 
     Returns:
-        0 when done, 1 if training failed, 2 for a mistake of the user, 74 if the run directory cannot be written, 75
-        (`REQUEUE`) if the job was told to stop.
+        0 when done, 1 if training failed, 2 for a mistake of the user, 74 if the disk is full or fails, 75 (`REQUEUE`)
+        if the job was told to stop.
     """
     from zoscale.methods import DEFAULTS, TABLES
 
@@ -67,10 +67,10 @@ def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") 
         return _end(command, stopped, REQUEUE)
     except (FloatingPointError, Diverged) as error:
         return _end(command, error, 1)
-    except OSError as error:
-        remedy = f"every step in {config.run_dir} is safe; once there is room, the same command continues the run"
-        return _end(command, f"{error}: {remedy}", EX_IOERR)
     except Exception as error:
+        if _is_of_disk(error):
+            remedy = f"every step in {config.run_dir} is safe; once there is room, the same command continues the run"
+            return _end(command, f"{error}: {remedy}", EX_IOERR)
         traceback.print_exc()
         return _end(command, f"{type(error).__name__}: {error}", 1)
     return 0
@@ -198,10 +198,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _end(f"zoscale {name}: error", error, 2)
 
 
+def _is_of_disk(error: Exception) -> bool:
+    """Whether the disk is full or fails."""
+    return isinstance(error, OSError) and error.errno in _DISK
+
+
 def _remedy(error: OSError) -> tuple[str, int]:
     """What to do about an error, and the exit status: that of the disk, or of a mistake."""
-    from safetensors import SafetensorError
-
-    if error.errno in _DISK or isinstance(error.__cause__, SafetensorError):  # a full disk, without its number
+    if _is_of_disk(error):
         return ": make room on the disk or mend it, and run the same command again", EX_IOERR
     return (": check the path" if error.filename is not None else ""), 2

@@ -147,6 +147,10 @@ class Estimator(ABC):
     def estimate(self, directions: Sequence[Direction], losses: Sequence[float]) -> GradientEstimate:
         """The estimate from the K losses (float64)."""
 
+    def loss(self, losses: Sequence[float]) -> float:
+        """The estimate of f(x) from all losses of a step: those of an optimizer's trials follow the K."""
+        return self.estimate((), losses[: self.num_candidates]).loss
+
 
 class TwoPoint(Estimator):
     """rho_k = (f(x + tau z_k) - f(x - tau z_k)) / (2 tau): two forwards per direction.
@@ -194,7 +198,9 @@ class NormalizedOneSided(OneSided):
     """rho_k = (f(x + tau z_k) - f(x)) / (tau sigma), sigma the standard deviation of the q losses f(x + tau z_k).
 
     One-sided differences normalised by the losses' spread (FZOO, arXiv 2506.09034): sigma is about tau times the norm
-    of the gradient, so the step is that of normalised descent at lr / tau. Losses that are all equal skip the step.
+    of the gradient, so the step is that of normalised descent at lr / tau. Where the q losses are all equal (tau too
+    small for the dtype, a loss of few values) they tell the directions apart by nothing: rho_k = 0, as equal losses
+    give it with every estimator.
 
     Args:
         tau: smoothing radius > 0, in units of the weights.
@@ -211,7 +217,9 @@ class NormalizedOneSided(OneSided):
         perturbed = losses[1:]
         mean = sum(perturbed) / self.num_directions
         sigma = math.sqrt(sum((loss - mean) * (loss - mean) for loss in perturbed) / (self.num_directions - 1))
-        return replace(plain, projected_grads=tuple(rho / (sigma or math.nan) for rho in plain.projected_grads))
+        if max(perturbed) == min(perturbed):  # the mean's rounding is no spread
+            sigma = math.inf
+        return replace(plain, projected_grads=tuple(rho / sigma for rho in plain.projected_grads))
 
 
 class ForwardGrad(Estimator):

@@ -15,6 +15,7 @@ from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig, build, parse
 from zoscale.data import Splits, numbered_batches, part
 from zoscale.engine import ZeroOrderEngine
+from zoscale.evaluate import Evaluation
 from zoscale.export import read_origin
 from zoscale.fit import shard_size_of_run
 from zoscale.journal import Journal
@@ -65,27 +66,33 @@ def evaluate_command(argv: Sequence[str]) -> int:
     step = _restore(engine, record, which) if record is not None else None
     if step is not None:
         log(f"weights of step {step}")
+    out = Path(arguments.out) if arguments.out and engine.mesh.is_main else None
     results: dict[str, Any] = {}
     for job in jobs:
-        generator = RecordingGenerator(engine.answers, job.tokenizer, engine.mesh) if job.task.generates else None
-        metrics = job.task.metrics
-        result, predictions = score(
-            engine.answers, job.examples, job.batches, engine.mesh, metrics, generator=generator
-        )
+        result = _evaluate(job, engine, out)
         results[job.name] = result.flat()
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in result.metrics.items())
         log(f"{job.name} {arguments.split}: {shown} ({result.count} examples)")
         if told := skipped(job.task):
             log(f"{job.name}: {told}")
-        if arguments.out and engine.mesh.is_main:
-            Path(arguments.out).mkdir(parents=True, exist_ok=True)
-            write_predictions(Path(arguments.out) / f"{job.name}.jsonl", predictions)
-    if arguments.out and engine.mesh.is_main:
+    if out is not None:
         about = {"model": config.model.id, "run": arguments.run, "step": step, "split": arguments.split}
-        write_json(Path(arguments.out) / "results.json", {**about, "results": results, **provenance.facts(config)})
-        log(f"results: {arguments.out}")
+        write_json(out / "results.json", {**about, "results": results, **provenance.facts(config)})
+        log(f"results: {out}")
     runtime.stop()
     return 0
+
+
+def _evaluate(job: Job, engine: ZeroOrderEngine, out: Path | None) -> Evaluation:
+    """The result of a job, and its predictions in a folder, if one is given. A collective."""
+    generator = RecordingGenerator(engine.answers, job.tokenizer, engine.mesh) if job.task.generates else None
+    result, predictions = score(
+        engine.answers, job.examples, job.batches, engine.mesh, job.task.metrics, generator=generator
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_predictions(out / f"{job.name}.jsonl", predictions)
+    return result
 
 
 def _record(arguments: argparse.Namespace) -> RunRecord | None:

@@ -1,5 +1,6 @@
 """Writing what was trained as ordinary Hugging Face folders."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ def save_trained(engine: Engine, folder: Path | str) -> None:
             else:
                 model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         except SafetensorError as error:  # a full disk comes as this
-            raise OSError(f"{folder} could not be written: {error}") from error
+            raise OSError(errno.EIO, f"{folder} could not be written: {error}") from error
     engine.mesh.barrier()
 
 

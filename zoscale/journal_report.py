@@ -6,13 +6,17 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, Method, build
+from zoscale.estimators import Estimator
 from zoscale.journal import Journal
-from zoscale.journal_format import Record
+from zoscale.journal_format import Header, Record
+from zoscale.methods import TABLES
+
+Loss = Callable[[Record], float]
 
 _EDGE = 5  # steps shown at either end
 _FEW = 3  # numbers of a kind shown per step
@@ -33,9 +37,11 @@ def journal_command(argv: Sequence[str] | None = None) -> int:
     try:
         journal = Journal.read(_find(Path(arguments.run)))
         records = _last(journal.records, arguments.last)
+        loss = _loss_of(journal.header)
         if arguments.plot is not None:
-            _plot(records, Path(arguments.plot))
-        for line in _json_lines(records) if arguments.json else _report(journal, records, arguments.last is None):
+            _plot(records, loss, Path(arguments.plot))
+        short = arguments.last is None
+        for line in _json_lines(records, loss) if arguments.json else _report(journal, records, loss, short):
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`; what is left in the buffer must not fail again at exit
@@ -59,13 +65,21 @@ def _last(records: list[Record], num: int | None) -> list[Record]:
     return records if num is None else records[max(0, len(records) - num) :]
 
 
-def _loss(record: Record) -> float:
-    return sum(record.losses) / len(record.losses)
+def _loss_of(header: Header) -> Loss:
+    """f(x) by a step's losses, as the estimator of the configuration has it; their mean where none of ours fits."""
+    tree: Any = header.config.get("estimator")
+    try:
+        options = {key: value for key, value in tree.items() if key != "name"}
+        estimator: Estimator = build(Method(tree["name"], options), TABLES["estimator"])
+        estimator.loss((0.0,) * header.num_losses)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return lambda record: sum(record.losses) / len(record.losses)
+    return lambda record: estimator.loss(record.losses)
 
 
-def _json_lines(records: Sequence[Record]) -> Iterator[str]:
+def _json_lines(records: Sequence[Record], loss: Loss) -> Iterator[str]:
     for record in records:
-        row = {"step": record.step, "loss": _loss(record), **vars(record)}
+        row = {"step": record.step, "loss": loss(record), **vars(record)}
         yield json.dumps({key: _plain(value) for key, value in row.items()})
 
 
@@ -76,12 +90,12 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _report(journal: Journal, records: Sequence[Record], short: bool) -> Iterator[str]:
+def _report(journal: Journal, records: Sequence[Record], loss: Loss, short: bool) -> Iterator[str]:
     """The header, and a table of the steps; of a long one both ends, if `short`."""
     yield from (f"{name:<9}  {text}" for name, text in _facts(journal).items())
     yield ""
     cut = short and len(records) > 2 * _EDGE + 1
-    rows = [_row(record) for record in ([*records[:_EDGE], *records[-_EDGE:]] if cut else records)]
+    rows = [_row(record, loss) for record in ([*records[:_EDGE], *records[-_EDGE:]] if cut else records)]
     rows = [["step", "loss", "projected grads", "lr", ""], *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
@@ -106,8 +120,8 @@ def _facts(journal: Journal) -> dict[str, str]:
     return facts | ({"torn": f"{journal.num_torn:,} bytes at the end are no step"} if journal.num_torn else {})
 
 
-def _row(record: Record) -> list[str]:
-    numbers = (f"{_loss(record):.6g}", _few(record.projected_grads), _few(record.lrs))
+def _row(record: Record, loss: Loss) -> list[str]:
+    numbers = (f"{loss(record):.6g}", _few(record.projected_grads), _few(record.lrs))
     return [str(record.step), *numbers, "skipped" if record.skipped else ""]
 
 
@@ -122,7 +136,7 @@ def _text(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _plot(records: Sequence[Record], file: Path) -> None:
+def _plot(records: Sequence[Record], loss: Loss, file: Path) -> None:
     """Loss with its running mean, |projected grad| and lr against the step, into a PNG file."""
     try:
         import numpy as np
@@ -132,13 +146,17 @@ def _plot(records: Sequence[Record], file: Path) -> None:
     if not records:
         raise ConfigError("at least one step to plot", "none", "let the run make one")
     steps = [record.step for record in records]
-    columns = [[(_loss(r),) for r in records], [r.projected_grads for r in records], [r.lrs for r in records]]
-    loss, grads, lrs = (np.where(np.abs(x) < 1e100, x, np.nan) for x in map(np.array, columns))  # more: no axis has it
+    columns = [[(loss(r),) for r in records], [r.projected_grads for r in records], [r.lrs for r in records]]
+    losses, grads, lrs = (
+        np.where(np.abs(x) < 1e100, x, np.nan) for x in map(np.array, columns)
+    )  # more: no axis has it
     figure = Figure(figsize=(9, 8), layout="constrained")
     top, middle, bottom = figure.subplots(3, sharex=True)
     window = np.ones(min(100, 1 + len(steps) // 20))
-    total, count = (np.convolve(x, window)[: len(steps)] for x in (np.nan_to_num(loss[:, 0]), ~np.isnan(loss[:, 0])))
-    top.plot(steps, loss, ".", color="C0", markersize=2)
+    total, count = (
+        np.convolve(x, window)[: len(steps)] for x in (np.nan_to_num(losses[:, 0]), ~np.isnan(losses[:, 0]))
+    )
+    top.plot(steps, losses, ".", color="C0", markersize=2)
     top.plot(steps, total / np.where(count > 0, count, np.nan), color="C1", label=f"running mean ({len(window)})")
     top.legend()
     middle.plot(steps, np.abs(grads), ".", color="C0", markersize=2)

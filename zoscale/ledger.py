@@ -1,6 +1,5 @@
 """`Ledger`: what a run writes so that it can be killed at any moment: journal, evaluations, choices, checkpoints."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,16 +138,24 @@ class Ledger:
         if self._writer is not None and len(self.records) > self.engine.num_steps:
             self._writer.cut(len(self.records) - self.engine.num_steps)
 
+    def _check_new(self) -> None:
+        """Refuse to start where a run has left something: a lost journal, or an overwrite that was cut short."""
+        folder = self.directory.checkpoints
+        left = [path for kind in ("step", _BEST) for _, path in complete(folder, kind)]
+        left += [self.directory.evaluations] if self.directory.evaluations.exists() else []
+        if left:
+            remedy = "restore it from a copy, or start again with overwrite=true"
+            raise ConfigError(f"the journal {self.directory.journal}", f"{left[0]} without it", remedy)
+
     def _open_journal(self, header: Header) -> list[Record]:
         path, every = self.directory.journal, self._options.journal_sync_every
-        remove_unfinished(self.directory.checkpoints)
-        if not path.exists():  # without a journal there is no past
-            shutil.rmtree(self.directory.checkpoints, ignore_errors=True)
-            self.directory.evaluations.unlink(missing_ok=True)
+        if not path.exists():
+            self._check_new()
             self._writer = JournalWriter.create(path, header, sync_every=every)
             return []
         journal = Journal.read(path)
         check_header(journal.header, header, self._config, path)
+        remove_unfinished(self.directory.checkpoints)
         if journal.header.code != header.code:
             self.log(f"the journal was started by zoscale {journal.header.code}, this is {header.code}")
         if journal.num_torn:

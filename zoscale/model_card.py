@@ -129,10 +129,8 @@ def _history(record: RunRecord, summary: Mapping[str, Any]) -> str:
 
 
 def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
-    hardware, ranks = summary["hardware"], summary["ranks"]
+    hardware = summary["hardware"]
     devices = ", ".join(sorted(set(hardware["gpus"]))) or f"CPU ({hardware['machine']})"
-    peak = max(rank["peak_memory_bytes"] for rank in ranks)
-    gathered = max(rank["gathered_bytes_per_step"] for rank in ranks)
     optimizer = ", ".join(f"{key} {value}" for key, value in config.optimizer.args.items() if key == "lr")
     rows = [
         ("optimizer", f"{config.optimizer.name} {optimizer}".strip()),
@@ -143,13 +141,26 @@ def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
         ("skipped steps", str(summary["skipped_steps"])),
         ("ranks", f"{summary['world_size']} x {devices}"),
         ("training time", f"{summary['training_seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s"),
-        ("peak memory of a rank", f"{peak / 2**20:.0f} MiB"),
-        ("gathered per rank and step", f"{gathered / 2**20:.1f} MiB"),
+        *_of_a_rank(summary),
         ("commit of zoscale", summary["commit"]),
         ("configuration", summary["config_hash"]),
         ("versions", ", ".join(f"{package} {version}" for package, version in summary["versions"].items())),
     ]
     return _table(("", ""), rows)
+
+
+def _of_a_rank(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was measured of the ranks, which is of the steps since the run was resumed."""
+    ranks, since = summary["ranks"], summary["resumed_at_step"]
+    if since == summary["steps"]:
+        return []
+    peak = max(rank["peak_memory_bytes"] for rank in ranks)
+    gathered = max(rank["gathered_bytes_per_step"] for rank in ranks)
+    when = f", since step {since:,}" if since else ""
+    return [
+        (f"peak memory of a rank{when}", f"{peak / 2**20:.0f} MiB"),
+        (f"gathered per rank and step{when}", f"{gathered / 2**20:.1f} MiB"),
+    ]
 
 
 def _configuration(config: RunConfig) -> str:

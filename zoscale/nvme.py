@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,10 @@ def _own_folder(place: Path) -> Path:
         for lock in place.glob(f"{_PREFIX}*.lock"):
             _remove_if_left(lock)
         own = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
-        held = os.open(own.with_suffix(".lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(held, fcntl.LOCK_EX)
         atexit.register(_remove, own)
+        held = os.open(own / "held", os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (own / "held").rename(own.with_suffix(".lock"))  # from here on others find it, and find it held
         os.close(os.open(own / "direct", os.O_CREAT | os.O_RDWR | os.O_DIRECT, 0o600))
     except OSError as error:
         got = f"{place} ({error.strerror})"
@@ -112,12 +114,9 @@ def _own_folder(place: Path) -> Path:
 
 
 def _remove_if_left(lock: Path) -> None:
-    """Remove the folder of a lock that no process holds."""
-    with open(lock, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
+    """Remove the folder of a lock that no process holds, unless a neighbour does or it is another user's."""
+    with suppress(BlockingIOError, FileNotFoundError, PermissionError), open(lock, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _remove(lock.with_suffix(""))
 
 

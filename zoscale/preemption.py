@@ -18,8 +18,10 @@ REQUEUE = 75
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Preempted(Exception):
+class Preempted(BaseException):
     """The run was told to stop; it can be continued.
+
+    No `Exception`, for a signal may come wherever errors are caught: reading data, compiling, trying again.
 
     Args:
         step: steps taken, all of them kept; None if it was not the time to take steps.

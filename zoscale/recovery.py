@@ -106,7 +106,7 @@ def replay(engine: Engine, records: Sequence[Record], progress: Callable[[], Non
         if not record.skipped:
             _set_lrs(engine, record.lrs)
             directions = tuple(engine.directions(record.step))
-            loss = sum(record.losses) / len(record.losses)
+            loss = engine.estimator.loss(record.losses)
             engine.optimizer.step(GradientEstimate(directions, record.projected_grads, loss))
         engine.end_step()
         progress()
@@ -150,10 +150,7 @@ def restore(
         ConfigError: if the chosen checkpoint cannot be loaded, or lacks the optimizer's state.
     """
     if chosen is not None:
-        if not chosen.name.startswith("step_"):
-            remedy = "choose one of those, or name the run's folder"
-            raise ConfigError("a checkpoint with the optimizer's state, step_<n>", str(chosen), remedy)
-        checkpoint.load(engine, chosen, config_hash)
+        _load_chosen(engine, chosen, config_hash)
     else:
         load_newest(engine, checkpoints, len(records), config_hash, log)
     start = engine.num_steps
@@ -166,6 +163,13 @@ def restore(
     replay(engine, records[start:], progress)
     if records:
         log(f"resumed at step {len(records)}: checkpoint of step {start}, {len(records) - start} steps replayed")
+
+
+def _load_chosen(engine: Engine, chosen: Path, config_hash: str) -> None:
+    if not chosen.name.startswith("step_"):
+        remedy = "choose one of those, or name the run's folder"
+        raise ConfigError("a checkpoint with the optimizer's state, step_<n>", str(chosen), remedy)
+    checkpoint.load(engine, chosen, config_hash)
 
 
 def go_to(engine: Engine, checkpoints: Path, records: Sequence[Record], step: int, config_hash: str, log: Log) -> None:

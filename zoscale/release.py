@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import json
 import shutil
 import tempfile
@@ -79,7 +80,7 @@ def write_export(record: RunRecord, out: Path, *, kind: str, dtype: str, card: s
             write_text(aside / "README.md", card)
             write_json(aside / ORIGIN, {**note, "export": kind})
         except SafetensorError as error:  # a full disk comes as this
-            raise OSError(f"{out} could not be written: {error}") from error
+            raise OSError(errno.EIO, f"{out} could not be written: {error}") from error
         shutil.rmtree(out, ignore_errors=True)
         aside.rename(out)
 

@@ -31,7 +31,8 @@ class RunDirectory:
         if config.resume in ("auto", "never"):
             return cls(config.run_dir)
         given = Path(config.resume)
-        return cls(given.parent.parent if given.parent.name == "checkpoints" else given)
+        is_checkpoint = given.parent.name == "checkpoints" and not cls(given).config.exists()
+        return cls(given.parent.parent if is_checkpoint else given)
 
     @property
     def config(self) -> Path:
@@ -155,11 +156,14 @@ def _lock(folder: Path) -> int:
         return descriptor
 
 
-_FIRST, _LAST = {"summary.json": 0, "journal.bin": 1}, {"config.yaml": 3}
+_FIRST, _LAST = {"summary.json": 0, "journal.bin": 1}, {"evaluations.jsonl": 3, "config.yaml": 4}
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a run has left; if that is cut short, what remains is neither finished nor a run to continue."""
+    """Remove what a run has left; if that is cut short, what remains is neither finished nor a run to continue.
+
+    Evaluations without a journal say so, and go last.
+    """
     for path in sorted(folder.iterdir(), key=lambda path: (_FIRST | _LAST).get(path.name, 2)):
         if path.name == ".lock":
             continue

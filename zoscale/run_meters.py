@@ -18,8 +18,8 @@ class RunMeters:
 
     Args:
         engine: whose steps are measured.
-        earlier: metrics that the run had logged when it was stopped; its totals go on from there, without the time of
-            steps after the last that was logged.
+        earlier: metrics that the run had logged when it was stopped; its totals go on from there, without the time and
+            the tokens of steps after the last that was logged.
     """
 
     def __init__(self, engine: Engine, earlier: Mapping[str, float] | None = None) -> None:
@@ -83,19 +83,25 @@ class RunMeters:
             "gathers_per_step": self._gathered.num_calls / max(1, self._steps),
             **{f"seconds_per_step/{name}": value / num_steps for name, value in self._take_phases().items()},
         }
-        ranks = self.mesh.gather_objects(own)
+        totals = self.throughput.totals()
+        ranks, tokens = zip(*self.mesh.gather_objects((own, totals.tokens)), strict=True)
         named = {f"rank_{rank}/{name}": value for rank, row in enumerate(ranks) for name, value in row.items()}
         named["train/tokens_per_second"] = sum(row["tokens_per_second"] for row in ranks)
-        return named | self._running_totals()
+        return named | self._running_totals(totals.seconds, sum(tokens))
 
-    def _running_totals(self) -> dict[str, float]:
-        """Time spent on training by the whole run, evaluations and checkpoints left out."""
-        seconds = self.throughput.totals().seconds
-        hours = seconds * self.mesh.world_size / 3600
-        return {
-            "train/seconds": self.earlier.get("train/seconds", 0.0) + seconds,
-            "train/device_hours": self.earlier.get("train/device_hours", 0.0) + hours,
+    def _running_totals(self, seconds: float, tokens: int) -> dict[str, float]:
+        """What the whole run has spent on training, evaluations and checkpoints left out.
+
+        Args:
+            seconds: of this session.
+            tokens: of this session, of all ranks.
+        """
+        own = {
+            "train/seconds": seconds,
+            "train/device_hours": seconds * self.mesh.world_size / 3600,
+            "train/tokens": float(tokens),
         }
+        return {name: self.earlier.get(name, 0.0) + value for name, value in own.items()}
 
     def _take_phases(self) -> dict[str, float]:
         taken = self.phases.take()
@@ -112,26 +118,42 @@ class RunMeters:
     def _add_traffic(self) -> None:
         self._gathered += self._take_traffic()
 
-    def summary(self) -> dict[str, Any]:
-        """Totals of the training loop, per rank where ranks differ. A collective."""
-        totals = self._totals
+    def summary(self, session_seconds: float) -> dict[str, Any]:
+        """Totals of the whole run's training, and what this session was like, by rank too. A collective.
+
+        Args:
+            session_seconds: that this session took, evaluations included.
+        """
+        seconds = self._totals.seconds
         self._add_traffic()
         own = {
-            "tokens_per_second": totals.tokens / totals.seconds if totals.seconds else 0.0,
+            "tokens_per_second": _rate(self._totals.tokens, seconds),
             "peak_memory_bytes": self.memory.phases.get("train", self.memory.read().peak),
             "peak_memory_bytes_by_phase": dict(self.memory.phases),
             "gathered_bytes_per_step": self._gathered.num_bytes / max(1, self._steps),
             "gathers_per_step": self._gathered.num_calls / max(1, self._steps),
             "seconds_by_phase": dict(self._seconds_by_phase),
         }
-        ranks = self.mesh.gather_objects(own)
+        ranks, tokens = zip(*self.mesh.gather_objects((own, self._totals.tokens)), strict=True)
+        run = self._running_totals(seconds, sum(tokens))
         return {
-            "training_seconds": totals.seconds,
-            "steps_per_second": self._steps / totals.seconds if totals.seconds else 0.0,
-            "tokens_per_second": sum(row["tokens_per_second"] for row in ranks),
+            "training_seconds": run["train/seconds"],
+            "device_hours": run["train/device_hours"],
+            "tokens_per_second": _rate(run["train/tokens"], run["train/seconds"]),
             "world_size": self.mesh.world_size,
-            "ranks": ranks,
+            "session": {
+                "steps": self._steps,
+                "seconds": session_seconds,
+                "training_seconds": seconds,
+                "steps_per_second": _rate(self._steps, seconds),
+                "tokens_per_second": _rate(sum(tokens), seconds),
+            },
+            "ranks": list(ranks),
         }
+
+
+def _rate(count: float, seconds: float) -> float:
+    return count / seconds if seconds else 0.0
 
 
 def _spans(engine: Engine, timer: PhaseTimer) -> list[AbstractContextManager[None]]:

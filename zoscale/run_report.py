@@ -76,10 +76,12 @@ def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: 
         f"({validation['before']['count']} examples)"
     )
     peaks = [_mb(rank["peak_memory_bytes"]) for rank in summary["ranks"]]
-    print(
-        f"{summary['steps_per_second']:.2f} steps/s, {summary['tokens_per_second']:.0f} tokens/s; "
-        f"peak memory while training: {', '.join(peaks)}"
-    )
+    session, since = summary["session"], summary["resumed_at_step"]
+    if session["steps"]:
+        print(
+            f"{f'since step {since}: ' if since else ''}{session['steps_per_second']:.2f} steps/s, "
+            f"{session['tokens_per_second']:.0f} tokens/s; peak memory while training: {', '.join(peaks)}"
+        )
     print(f"{'adapter' if config.adapter is not None else 'model'}: {directory.adapter}")
     print(f"summary: {directory.summary}")
     print(f"to look at it: {shown}")

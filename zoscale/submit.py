@@ -30,19 +30,7 @@ def submit_command(argv: Sequence[str]) -> int:
     check(runs)
     if options.setup is not None and not options.setup.is_file():
         raise ConfigError("a readable file for --setup", str(options.setup), "correct the path")
-    request = slurm.Request(
-        name=runs[0].name,
-        nodes=options.nodes,
-        gpus_per_node=options.gpus_per_node,
-        processes_per_node=options.processes_per_node or options.gpus_per_node or 1,
-        time=options.time,
-        num_runs=len(runs),
-        max_parallel=options.max_parallel,
-        requeue=not options.no_requeue,
-        warn_seconds=options.warn_seconds,
-        more=tuple(options.sbatch),
-    )
-    folder = _next_folder(runs)
+    request, folder = _request(options, runs), _next_folder(runs)
     scripts = request.scripts(folder)
     print("\n".join(f"==> {folder / name} <==\n{text}" for name, text in scripts.items()))
     print("\n".join(["runs:", *(str(RunDirectory.of(run).path) for run in runs)]))
@@ -58,6 +46,21 @@ def submit_command(argv: Sequence[str]) -> int:
         raise
     print(f"job {number}: {len(runs)} run{'s' * (len(runs) > 1)}; logs in {folder / 'logs'}")
     return 0
+
+
+def _request(options: argparse.Namespace, runs: Sequence[RunConfig]) -> slurm.Request:
+    return slurm.Request(
+        name=runs[0].name,
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        processes_per_node=options.processes_per_node or options.gpus_per_node or 1,
+        time=options.time,
+        num_runs=len(runs),
+        max_parallel=options.max_parallel,
+        requeue=not options.no_requeue,
+        warn_seconds=options.warn_seconds,
+        more=tuple(options.sbatch),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from zoscale.mlflow_sender import Call, Sender
-from zoscale.mlflow_store import Card, Record, flatten, open_run, send, send_records, sent_before, shown, store_uri
+from zoscale.mlflow_store import Card, Record, flatten, open_run, send_records, sent_before, shown, store_uri
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ def import_run(run_dir: Path, *, uri: str | None = None, status: str = "FINISHED
 class Tracker:
     """One training run's tracking, on rank 0; the other ranks hold a `NullTracker`.
 
-    `past` has the last value of every metric that the run had logged when it was stopped. As a context manager the
-    tracker finishes the run as FINISHED, FAILED (error) or KILLED (interrupt, exit).
+    `past` has the last value of every metric that the run had logged when it was stopped.
     """
 
     def __init__(self, run_dir: Path, sender: Sender | None, *, patience: float) -> None:
@@ -131,11 +130,6 @@ class Tracker:
         """Store a directory's content under `name`. As `log_artifact`."""
         self._upload(directory, lambda client, run_id: client.log_artifacts(run_id, str(directory), name))
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Add tags to the run or overwrite them."""
-        frozen = dict(tags)
-        self._put(Call("set_tags", lambda client, run_id: send(client, run_id, tags=frozen)))
-
     def finish(self, status: str = "FINISHED") -> None:
         """Send what is waiting, close the run with FINISHED, FAILED or KILLED, close the file. Idempotent."""
         if self._file.closed:
@@ -164,13 +158,6 @@ class Tracker:
         else:
             _log.warning("artifact %s does not exist; it is not logged", path)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        failed = "FAILED" if isinstance(error, Exception) else "KILLED"
-        self.finish("FINISHED" if error is None else failed)
-
 
 class NullTracker(Tracker):
     """The tracker of all ranks but the first: does nothing."""
@@ -184,8 +171,6 @@ class NullTracker(Tracker):
     def log_artifact(self, path: Path) -> None: ...
 
     def log_artifacts(self, directory: Path, name: str) -> None: ...
-
-    def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
     def finish(self, status: str = "FINISHED") -> None: ...
 

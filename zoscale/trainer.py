@@ -171,10 +171,9 @@ class Trainer:
 
     def _metrics(self, record: Record) -> dict[str, float]:
         """What the journal knows of a step."""
-        rhos, own = record.projected_grads, record.losses[: self.engine.estimator.num_candidates]
-        adapters = self.engine.adapters
+        rhos, adapters = record.projected_grads, self.engine.adapters
         return ({} if adapters is None else {"train/adapters": float(len(adapters.connected))}) | {
-            "train/loss": self.engine.estimator.estimate((), own).loss,
+            "train/loss": self.engine.estimator.loss(record.losses),
             "train/lr": record.lrs[0],
             "train/forwards": float((record.step + 1) * self.engine.num_forwards),
             "train/skipped_steps": float(self._skips.total),
@@ -236,6 +235,5 @@ class Trainer:
             "forwards": steps * self.engine.num_forwards,
             "backwards": steps * self.engine.estimator.num_backwards,
             "final_train_loss": self._metrics(records[-1])["train/loss"] if records else None,
-            "seconds": seconds,
-            **self.meters.summary(),
+            **self.meters.summary(seconds),
         }
