@@ -100,8 +100,8 @@ class Probe:
     """The direction z of one step."""
 
     kind: str  # "gaussian", or signs on the support that the method of this name gives
-    rows: float = 0.1  # the block's fractions
-    cols: float = 0.1
+    rows: float = 0.5  # the block's fractions
+    cols: float = 0.5
     fraction: float = 0.5  # of the tensors
     signs: str = "random"  # or "ones"
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +21,13 @@ from test_zero3 import BLOCK, FOUR, FULL, LLAMA, LORA, MUON, ONE_SIDED, SIGN, TW
 
 from zoscale import fit
 from zoscale.budget import Job
-from zoscale.config import ConfigError, RunConfig
+from zoscale.config import ConfigError, RunConfig, build, parse
 from zoscale.division import Division
 from zoscale.footprint import Footprint, ModelShapes
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import read_model_config
+from zoscale.run_report import repeated_work
 from zoscale.runtime import Runtime, start
 
 FAN = {"forward": "fan_out"}
@@ -203,6 +205,32 @@ def test_every_loss_is_taken_once(
     *losses, counts = divisions[0].gather(torch.empty(0))
     assert losses == [[100.0 * batch + k for batch in range(num_batches)] for k in range(5)]
     assert counts == [float(batch) for batch in range(num_batches)]
+
+
+REPEATED = [
+    (8, [], "4 of 8 ranks have none of their own and repeat what others compute. Set data.micro_batch_size=2"),
+    (8, ["data.micro_batch_size=2"], None),
+    (2, [], None),
+    (8, ["mesh.candidates=2"], None),
+    (32, [], "28 of 32 ranks have none of their own and repeat what others compute. "
+             "Set data.micro_batch_size=1 mesh.candidates=2"),
+    (32, ["optimizer.name=fo_adamw"],
+     "28 of 32 ranks have none of their own and repeat what others compute. Set data.micro_batch_size=1"),
+    (3, ["data.micro_batch_size=1"], "11% of what the 3 ranks compute is repeated. Set mesh.candidates=2"),
+    (3, ["data.micro_batch_size=1", "mesh.candidates=2"],
+     "3% of what the 3 ranks compute is repeated. "
+     "Set data.batch_size to a multiple of 3, or take another number of ranks"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "options", "expected"), REPEATED)
+def test_a_run_says_which_ranks_repeat_the_work_of_others(world: int, options: list[str], expected: str | None) -> None:
+    config = parse(["model.id=x", *options], TABLES, DEFAULTS)
+    estimator = build(config.estimator, TABLES["estimator"])
+    engine: Any = SimpleNamespace(mesh=Mesh(ranks=(0, world)), estimator=estimator, forward=None)
+    said = repeated_work(config, engine)
+    size = config.data.micro_batch_size
+    assert said == (expected and f"repeated work: a step has {16 // size} micro-batches; {expected}")
 
 
 def _numbers(part: slice) -> range:

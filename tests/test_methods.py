@@ -344,6 +344,24 @@ def test_directions_of_a_subspace_are_four_unless_another_number_is_given() -> N
     assert config_of("optimizer.name=zo_muon").estimator.args["num_directions"] == 1
 
 
+def test_defaults_of_a_run_are_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """`launch/RESULTS.md`: blocks of a half, a linear schedule; tau with an adapter and without."""
+    config = config_of()
+    assert (config.probe.args["rows"], config.probe.args["columns"], config.schedule.name) == (0.5, 0.5, "linear")
+    for estimator in ("two_point", "one_sided", "fzoo"):
+        chosen = f"estimator.name={estimator}"
+        assert config_of(chosen).estimator.args["tau"] == 1e-2
+        assert config_of(chosen, "adapter.peft_type=ia3").estimator.args["tau"] == 1e-2
+        assert config_of("adapter=null", chosen).estimator.args["tau"] == 1e-3
+        assert config_of(chosen, "estimator.tau=0.5").estimator.args["tau"] == 0.5
+    assert "tau" not in config_of("estimator.name=forward_grad", "mesh.shard_size=1").estimator.args
+    with pytest.raises(SystemExit):
+        config_of("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "units of the weights. Left out, it is 0.01 unless adapter=null. (type: float, default: 0.001)" in text
+    assert "Left out, it is 4 with optimizer.name=zo_muon_subspace. (type: int, default: 1)" in text
+
+
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "fzoo"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_layers_without_a_direction_cost_no_update(name: str, weight_decay: float) -> None:

@@ -226,6 +226,22 @@ def test_merged_model_is_base_and_adapter(at_nine: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sentiment", "sentiment.tmp"], "one is the user's"
 
 
+def test_a_merged_model_is_where_a_longer_run_begins(
+    server: JobServer, at_nine: Path, last: Path, tmp_path: Path
+) -> None:
+    """As the FAQ has it; on four ranks, of which two have no micro-batch of their own, as the run says."""
+    assert cli.main(["export", str(at_nine), "--merge", "--out", str(tmp_path / "begun")]) == 0
+    options = [f"model.id={tmp_path / 'begun'}", *SIGN, "train.steps=2", "data.num_validation=11"]
+    text = server.run(4, *SHORT, *options, f"output_dir={tmp_path / 'runs'}")
+    run_dir = run_dir_of(tmp_path / "runs")
+    assert run_dir is not None
+    before = summary(run_dir)["validation"]["before"]
+    assert before["accuracy"] == read(last)["accuracy"]
+    assert before["loss"] == pytest.approx(read(last)["loss"], rel=1e-5)
+    what = "a step has 2 micro-batches; 2 of 4 ranks have none of their own and repeat what others compute"
+    assert f"repeated work: {what}. Set data.micro_batch_size=1\n" in text
+
+
 @torch.no_grad()
 def test_adapter_loads_as_its_card_says(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of the card as it stands, in the folder where the export lies."""

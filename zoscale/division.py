@@ -44,6 +44,16 @@ class Division:
         self._width = -(-num_batches // group) * group  # columns of a part; those beyond the micro-batches are repeats
         self._num_columns = len(self.parts) * self._width
 
+    @property
+    def num_turns(self) -> int:
+        """Items of each rank."""
+        return self.mesh.share(self._num_columns)[1]
+
+    @property
+    def num_repeats(self) -> int:
+        """Items over all ranks that are not their own."""
+        return self.num_turns * self.mesh.world_size - len(self.parts) * self.num_batches
+
     def items(self) -> list[Item]:
         """This rank's, one per turn; all ranks take as many turns."""
         mine, turns = self.mesh.share(self._num_columns)

@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from zoscale.assembly import Plan
 from zoscale.config import RunConfig
+from zoscale.division import Division
 from zoscale.forward import SequentialForward
 from zoscale.mesh import Mesh
 from zoscale.objectives import GeneratedLoss
@@ -54,6 +55,38 @@ def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirect
             else "what is trained cannot be fanned out"
         )
         log(f"forward: sequential, because {reason}")
+    repeated = repeated_work(config, engine)
+    if repeated is not None:
+        log(repeated)
+
+
+def repeated_work(config: RunConfig, engine: Engine) -> str | None:
+    """What ranks repeat because a step has too little work of their own for all of them, and what to set; or None."""
+    batch, size, ranks = config.data.batch_size, config.data.micro_batch_size, engine.mesh.world_size
+    num_candidates, together = engine.estimator.num_candidates, isinstance(engine.forward, SequentialForward)
+
+    def division(size: int, parts: int) -> Division:
+        return Division(engine.mesh, batch // size, num_candidates, parts, together=together)
+
+    def share(choice: tuple[int, int]) -> float:
+        return division(*choice).num_repeats / division(*choice).num_turns
+
+    now = size, config.mesh.candidates
+    own = division(*now)
+    if not own.num_repeats:
+        return None
+    sizes = [smaller for smaller in range(size, 0, -1) if batch % smaller == 0]
+    parts = range(now[1], 1 + (now[1] if engine.estimator.num_backwards else max(now[1], num_candidates)))
+    best = min(((smaller, more) for more in parts for smaller in sizes), key=share)
+    changes = [f"data.micro_batch_size={best[0]}"] * (best[0] != now[0])
+    changes += [f"mesh.candidates={best[1]}"] * (best[1] != now[1])
+    remedy = " ".join(changes) or f"data.batch_size to a multiple of {ranks * size}, or take another number of ranks"
+    what = (
+        f"{own.num_repeats} of {ranks} ranks have none of their own and repeat what others compute"
+        if own.num_turns == 1
+        else f"{own.num_repeats / own.num_turns / ranks:.0%} of what the {ranks} ranks compute is repeated"
+    )
+    return f"repeated work: a step has {batch // size} micro-batches; {what}. Set {remedy}"
 
 
 def skipped(task: Task) -> str:

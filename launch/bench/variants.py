@@ -17,11 +17,12 @@ from zoscale.estimators import TwoPoint
 from zoscale.forward import Forward, SequentialForward
 from zoscale.models import ModelSize, add_adapter, count_parameters, load_model, read_model_config
 from zoscale.optim import JaguarSignSGD
-from zoscale.probes import PROBES
+from zoscale.probes import Block, Gaussian, Rademacher
 from zoscale.runtime import Runtime, read_deepspeed_config, start
 from zoscale.shards import order_gathers_after_writes
 
 _LR = 1e-7  # so small that a hundred steps leave a random model's loss finite
+_PROBES = {"block": Block(rows=0.1, columns=0.1), "rademacher": Rademacher(), "gaussian": Gaussian()}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _engine(cell: Cell, config: ModelConfig, architecture: object, size: ModelSi
         model,
         accelerator=accelerator,
         optimizer=lambda shards, mesh: JaguarSignSGD(shards, mesh, lr=_LR),
-        probe=PROBES[cell.probe](),
+        probe=_PROBES[cell.probe],
         estimator=TwoPoint(num_directions=cell.q, tau=1e-3),
         seed=cell.seed,
         master=cell.master,  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from zoscale.config.merging import Given, Schema
@@ -12,6 +13,7 @@ from zoscale.config.schema import MISSING, Field, Method, fields_of, is_section
 from zoscale.config.strict_yaml import ConfigError, Text, load_yaml, plain, show
 
 COMMAND_LINE = "the command line"
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass
@@ -82,9 +84,10 @@ def help_text(schema: Schema, usage: str) -> str:
             continue
         default = schema.defaults.get(key, "none, it must be set") + _goes_with(schema, key)
         blocks.append(f"{key}.name: {', '.join(schema.tables[key])} (default: {default})\n")
+        notes = _other_defaults(schema, key)
         for name, method in schema.tables[key].items():
             arguments = fields_of(method, keyword_only=True).values()
-            blocks.append(_block(f"{key}.name={name}: {_summary(method)}", f"{key}.", method, arguments))
+            blocks.append(_block(f"{key}.name={name}: {_summary(method)}", f"{key}.", method, arguments, notes))
     return "\n".join(blocks)
 
 
@@ -98,12 +101,26 @@ def _goes_with(schema: Schema, section: str) -> str:
     return "".join(f"; {default} with {', '.join(names)}" for default, names in found.items())
 
 
+def _other_defaults(schema: Schema, section: str) -> dict[str, str]:
+    """By option of a section, the defaults that it has with what is chosen elsewhere."""
+    brought = [(options, f"unless {key}=null") for key, options in schema.brings.items()]
+    for other, table in schema.tables.items():
+        for name, cls in table.items():
+            options = getattr(getattr(cls, "goes_with", None), "options", {})
+            brought.append((options, f"with {other}.name={name}"))
+    notes: dict[str, str] = {}
+    for options, when in brought:
+        for arg, value in options.get(section, {}).items():
+            notes[arg] = f"{notes.get(arg, '')} Left out, it is {value} {when}."
+    return notes
+
+
 def _summary(cls: type) -> str:
     return (inspect.getdoc(cls) or "").strip().partition("\n")[0]
 
 
-def _block(title: str, prefix: str, cls: type, fields: Iterable[Field]) -> str:
-    """The help of some fields of `cls`, with what its docstring says of them."""
+def _block(title: str, prefix: str, cls: type, fields: Iterable[Field], notes: Mapping[str, str] = _NONE) -> str:
+    """The help of some fields of `cls`, with what its docstring says of them and `notes` by name behind it."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter  # here: only --help pays for it
 
     class Formatter(DefaultHelpFormatter):
@@ -117,7 +134,7 @@ def _block(title: str, prefix: str, cls: type, fields: Iterable[Field]) -> str:
         default = None if required else field_.default
         parser.add_argument(
             f"--{prefix}{field_.name}", type=field_.hint, default=default, required=required,
-            help=meanings.get(field_.name),
+            help=meanings.get(field_.name, "") + notes.get(field_.name, "") or None,
         )  # fmt: skip
     return parser.format_help().replace("options:\n", "").lstrip("\n")
 

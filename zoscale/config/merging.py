@@ -47,7 +47,8 @@ class Schema:
     """A root dataclass, and for its method sections their tables (name -> class) and default names.
 
     A class may have `goes_with`, whose attributes are the default names of other sections where it is chosen, and its
-    `options` by section the defaults of what these sections' classes have of them.
+    `options` by section the defaults of what these sections' classes have of them. The root's `brings` has such options
+    by field: they hold unless the field, which stands before the method sections, is null.
     """
 
     root: type
@@ -60,10 +61,10 @@ class Schema:
         Raises:
             ConfigError: An unknown key or method, a value of the wrong type, or a required value missing.
         """
-        values = {}
+        values: dict[str, Any] = {}
         for key, spec in self._known("", given.values, fields_of(self.root), given).items():
             if spec.hint is Method:
-                values[key] = self._method(key, given)
+                values[key] = self._method(key, given, values)
             elif is_section(spec.hint):
                 values[key] = self._section(key, spec.hint, given)
             else:
@@ -75,7 +76,7 @@ class Schema:
         fields = self._known(key + ".", tree, fields_of(cls), given)
         return cls(**{name: _value(f"{key}.{name}", spec, tree, given) for name, spec in fields.items()})
 
-    def _method(self, section: str, given: Given) -> Method:
+    def _method(self, section: str, given: Given, values: Mapping[str, Any]) -> Method:
         tree = dict(_mapping(section, given, f"{section}.name=..."))
         name = self._method_name(section, tree.pop("name", self.default_name(section, given)), given)
         fields = fields_of(self.tables[section][name], keyword_only=True)
@@ -83,7 +84,7 @@ class Schema:
             if arg not in fields:
                 self._refuse_argument_of_another(section, name, arg, given)
         fields = self._known(section + ".", tree, fields, given)
-        tree = {**self._default_options(section, fields, given), **tree}
+        tree = {**self._default_options(section, fields, given, values), **tree}
         args = {arg: _value(f"{section}.{arg}", spec, tree, given) for arg, spec in fields.items()}
         return Method(name, args)
 
@@ -92,10 +93,19 @@ class Schema:
         names = (getattr(company, section, None) for company in self._companies(given))
         return next((name for name in names if name is not None), self.defaults.get(section, MISSING))
 
-    def _default_options(self, section: str, fields: Container[str], given: Given) -> dict[str, Any]:
+    def _default_options(
+        self, section: str, fields: Container[str], given: Given, values: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """The options of a method section whose defaults are others with what is chosen elsewhere."""
-        brought = (getattr(company, "options", {}).get(section, {}) for company in self._companies(given))
+        beside = [options for key, options in self.brings.items() if values[key] is not None]
+        beside += [getattr(company, "options", {}) for company in self._companies(given)]
+        brought = (options.get(section, {}) for options in beside)
         return {arg: value for options in brought for arg, value in options.items() if arg in fields}
+
+    @property
+    def brings(self) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """That of the root."""
+        return getattr(self.root, "brings", {})
 
     def _companies(self, given: Given) -> Iterator[Any]:
         """`goes_with` of the classes that are chosen."""

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
 from zoscale.config.command_line import help_text, read_command_line
 from zoscale.config.merging import Given, Schema, Tables
@@ -72,6 +72,9 @@ class RunConfig:
             function (answer, accepted answers) -> number. Left out in files and on the command line, it is lm for tasks
             whose options differ from record to record or whose answer is written.
     """
+
+    brings: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {"adapter": {"estimator": {"tau": 1e-2}}}
+    """By field, options of method sections whose defaults are others unless it is null."""
 
     name: str = "run"
     seed: int = 0

@@ -97,7 +97,7 @@ class ScheduleConfig:
         warmup_steps: Steps of linear growth from 0 at the start; not with constant.
     """
 
-    name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
     warmup_steps: int = 0
 
 

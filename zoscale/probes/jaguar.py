@@ -258,7 +258,7 @@ class Block(JaguarProbe):
         signs: `rademacher` or `ones`.
     """
 
-    def __init__(self, *, rows: float = 0.1, columns: float = 0.1, signs: Signs = "rademacher") -> None:
+    def __init__(self, *, rows: float = 0.5, columns: float = 0.5, signs: Signs = "rademacher") -> None:
         super().__init__(signs=signs)
         self.rows = check_share("rows", rows)
         self.columns = check_share("columns", columns)
