@@ -13,6 +13,7 @@ from processes import needs_compiler
 from test_weight_fan import model_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoscale import fused, noise, philox, rehearsal
 from zoscale.engine import ZeroOrderEngine
@@ -195,3 +196,12 @@ def test_scalars_are_kept_by_their_bits() -> None:
     tenth, infinite = fused.scalars(0.1, 1e300)
     assert tenth.dtype == torch.float32 and tenth.dim() == 0 and tenth.item() == torch.tensor(0.1).item()
     assert math.isinf(infinite.item())
+
+
+def test_what_is_on_the_device_stays_there() -> None:
+    """On tensors without memory: only those of the CPU can be pinned."""
+    with FakeTensorMode():  # type: ignore[no-untyped-call]
+        tensor = torch.ones(3, device="cuda")
+        assert fused.on_device(tensor, tensor.device) is tensor
+    tensor = torch.ones(3)
+    assert fused.on_device(tensor, "cpu") is tensor

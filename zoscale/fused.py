@@ -141,9 +141,10 @@ def _scalars(content: bytes) -> tuple[Tensor, ...]:
 
 
 def on_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on a device, in the order of its other work: the CPU does not wait for it."""
-    is_cuda = torch.device(device).type == "cuda"
-    return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
+    """A tensor on a device, in the order of its other work: the CPU does not wait for what it sends there."""
+    if values.device.type != "cpu" or torch.device(device).type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @functools.cache
