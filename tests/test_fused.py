@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from processes import needs_compiler
+from packaging.requirements import Requirement
+from processes import ROOT, needs_compiler
 from test_weight_fan import model_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -205,3 +207,13 @@ def test_what_is_on_the_device_stays_there() -> None:
         assert fused.on_device(tensor, tensor.device) is tensor
     tensor = torch.ones(3)
     assert fused.on_device(tensor, "cpu") is tensor
+
+
+def test_torch_knows_what_the_compiler_is_told() -> None:
+    """It refuses an option that it does not know, and noise would stay eager: older ones are not installed with us."""
+    assert set(fused._EAGER_NUMERICS) <= set(torch._inductor.list_options())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (wanted,) = [line for line in map(Requirement, project["dependencies"]) if line.name == "torch"]
+    assert not any(wanted.specifier.contains(version) for version in ("2.10.0", "2.14.0"))
+    assert all(wanted.specifier.contains(version) for version in ("2.11.0", "2.13.1"))
+    assert "torch 2.11 to 2.13" in (ROOT / "README.md").read_text()
