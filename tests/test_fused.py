@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoscale import fused, noise, philox, rehearsal
-from zoscale.engine import ZeroOrderEngine
+from zoscale.engine import ZeroOrderEngine, is_compiled
 from zoscale.estimators import GradientEstimate, TwoPoint
 from zoscale.noise import Noise
 from zoscale.optim import ZOSGD, JaguarSignSGD
@@ -112,6 +112,12 @@ def test_no_step_compiles_after_the_rehearsal(monkeypatch: pytest.MonkeyPatch, f
     assert graphs[0] > 0 and graphs == [graphs[0]] * 3
     for one, other in zip(*(engine.shards for engine in engines), strict=True):
         assert torch.equal(one.truth, other.truth) and torch.equal(one.live, other.live)
+
+
+def test_noise_is_compiled_on_a_gpu_and_for_many_elements() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert is_compiled("auto", 1, gpu) and is_compiled("auto", 2**20, cpu) and not is_compiled("auto", 2**20 - 1, cpu)
+    assert is_compiled("compiled", 1, cpu) and not is_compiled("eager", 2**30, gpu)
 
 
 def test_sizes_that_are_fused_are_rehearsed() -> None:

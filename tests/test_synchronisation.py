@@ -79,7 +79,8 @@ def test_the_device_meta_shows_who_reads() -> None:
 
 
 @pytest.mark.gpu
-def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("noise", ["compiled", "eager"])
+def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch, noise: Any) -> None:
     """As CUDA itself sees it, from the second step on."""
     read = Mesh.gather_items
 
@@ -90,7 +91,7 @@ def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     model = get_peft_model(model_of("llama", torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
-    engine = ZeroOrderEngine(model.to("cuda"), forward="fan_out")
+    engine = ZeroOrderEngine(model.to("cuda"), forward="fan_out", noise=noise)
     engine.step(tiny.options(merged=False))
     monkeypatch.setattr(Mesh, "gather_items", allowed)
     torch.cuda.set_sync_debug_mode("error")

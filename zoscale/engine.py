@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ZeroOrderOptimizer]
 NoiseBackend = Literal["auto", "eager", "compiled"]
 Batch = Mapping[str, Any] | MicroBatch | Sequence[MicroBatch] | Sequence[Mapping[str, Any]]
 
-_COMPILE_ABOVE = 2**20  # trainable elements from which a compiled generator pays for its compilation
+_COMPILE_ABOVE = 2**20  # trainable elements from which a compiled generator pays for its compilation on a CPU
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class ZeroOrderEngine:
         objective: the loss of a micro-batch; one that is no `GeneratedLoss` may be replaced later.
         seed: of all directions.
         master: keep the truth of 16-bit trainable slices in fp32 (4 bytes per local element), or none.
-        noise: compile the generator: `auto` does from about a million trainable elements on.
+        noise: compile the generator: `auto` does on a GPU, and on a CPU from about a million trainable elements on.
         forward: `fan_out` takes all candidates in one pass; `sequential` takes one pass each; `auto` fans out where
             it can, which is wherever modules keep the rows of a batch in order.
         max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
@@ -123,7 +124,7 @@ class ZeroOrderEngine:
         self.estimator = estimator or ESTIMATORS[company.estimator](**company.options.get("estimator", {}))
         self.optimizer.check_company(self.probe, self.estimator)
         self.objective = objective
-        self.noise = Noise(seed, compiled=is_compiled(noise, self.num_trainable))
+        self.noise = Noise(seed, compiled=is_compiled(noise, self.num_trainable, self.shards[0].truth.device))
         self.answers = AnswerModel(module, model)
         self.generator = Generator(self.answers, tokenizer, self.mesh) if tokenizer is not None else None
         self._new_forward = partial(self._choose_forward, forward, max_rows, candidate_parts, compile)
@@ -251,9 +252,12 @@ class ZeroOrderEngine:
         return self.forward.losses(batches, self.estimator.candidates(directions), self.objective)
 
 
-def is_compiled(noise: NoiseBackend, num_trainable: int) -> bool:
-    """Whether noise for so many trainable elements is drawn by a compiled generator."""
-    return noise == "compiled" or (noise == "auto" and num_trainable >= _COMPILE_ABOVE)
+def is_compiled(noise: NoiseBackend, num_trainable: int, device: torch.device) -> bool:
+    """Whether noise for so many trainable elements on a device is drawn by a compiled generator.
+
+    On a GPU it also saves launches, of which a step of small adapters is made.
+    """
+    return noise == "compiled" or (noise == "auto" and (device.type == "cuda" or num_trainable >= _COMPILE_ABOVE))
 
 
 def micro_batches(batch: Batch) -> list[MicroBatch]:

@@ -177,7 +177,7 @@ class RuntimeConfig:
         stall_seconds: Seconds without progress of a rank in training after which the job is stopped; a rank whose
             forward passes take long is given 20 of them.
         threads: CPU threads of torch per rank; null is torch's own choice.
-        noise: Backend of the random numbers; auto is compiled where it can be.
+        noise: Backend of the random numbers; auto is compiled on a GPU, and on a CPU where many elements are trained.
     """
 
     deepspeed: str | None = None
