@@ -87,7 +87,10 @@ class FirstOrderEngine(ZeroOrderEngine):
     def _place(self, model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, Mesh]:
         is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
         if accelerator is None or not is_sharded or isinstance(accelerator, GroupedAccelerator):
-            raise ValueError("expected ZeRO-3 over all ranks (mesh.shard_size null) for first-order training")
+            raise ValueError(
+                "expected ZeRO-3 over all ranks (mesh.shard_size null) for first-order training, got a whole model; a "
+                "single rank must ask for it: Runtime(deepspeed=runtime.ZERO3)"
+            )
         mesh, plugin = Mesh(accelerator.device), cast(Any, accelerator.state.deepspeed_plugin)
         self._deepspeed: Mapping[str, Any] = plugin.deepspeed_config
         return start_engine(model, self._factory(_outlines(model, mesh), mesh), self._deepspeed), mesh
