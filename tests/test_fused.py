@@ -215,6 +215,26 @@ def test_what_is_on_the_device_stays_there() -> None:
     assert fused.on_device(tensor, "cpu") is tensor
 
 
+@pytest.mark.usefixtures("fresh_compiled")
+def test_a_device_without_a_compiler_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles(function: Any, **_: Any) -> Any:
+        def fused_one(x: Tensor) -> Tensor:
+            if x.device.type == "cpu":
+                raise RuntimeError("no g++")
+            calls.append(x.device.type)
+            return function(x)
+
+        return fused_one
+
+    calls: list[str] = []
+    monkeypatch.setattr(torch, "compile", compiles)
+    double = fused.compiled(lambda x: 2 * x)
+    with pytest.warns(UserWarning, match="torch.compile failed: no g"):
+        assert torch.equal(double(torch.ones(4)), torch.full((4,), 2.0))
+    double(torch.ones(4, device="meta"))
+    assert double(torch.ones(4)).sum() == 8 and calls == ["meta"] * 2, "once to try, once"
+
+
 def test_torch_knows_what_the_compiler_is_told() -> None:
     """It refuses an option that it does not know, and noise would stay eager: older ones are not installed with us."""
     assert set(fused._EAGER_NUMERICS) <= set(torch._inductor.list_options())
