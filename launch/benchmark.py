@@ -3,6 +3,7 @@
     python launch/benchmark.py [--json FILE] [--model opt-125m] [--schemes lora full]
         [--probes block rademacher gaussian]
         [--dtypes fp32 bf16] [--ranks 1 2] [--q 1 4] [--batch 16] [--tokens 48] [--repetitions 5] [--threads N]
+        [--compile off | blocks | cuda_graphs]
     python launch/benchmark.py --scale [FILE] --link GB/s [--node-link GB/s] [--latency MICROSECONDS] [--group G]
 
 Each cell runs in processes of its own (with torchrun for several ranks), on GPUs if there are any. All variants share

@@ -92,7 +92,7 @@ class Weights:
         direction = self._directions(probe)[0]
 
         def work() -> None:
-            for group in pieces([self.shard]):
+            for group in pieces([self.shard], stream=direction.stream):
                 for piece, segment in zip(group, direction.segments(group), strict=True):
                     if segment is not None:
                         segment.write(self.shard.live, self.shard.truth, piece.start, 1e-3)

@@ -72,7 +72,15 @@ def test_all_weights_in_bf16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--tokens", "65"], ["--ranks", "0"], ["--scale"], ["--scale", "absent.json"], ["--scale", "--link", "0"]],
+    [
+        ["--tokens", "65"],
+        ["--ranks", "0"],
+        ["--scale"],
+        ["--scale", "absent.json"],
+        ["--scale", "--link", "0"],
+        ["--compile", "blocks", "--schemes", "lora"],
+        ["--compile", "blocks", "--ranks", "1"],
+    ],
 )
 def test_mistakes_are_told(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

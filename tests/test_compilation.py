@@ -45,10 +45,10 @@ def traced(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: stance_(strict.get(stance, stance)))
 
 
-def engine_of(arch: str, compile: str, *, lora: bool = True, **options: Any) -> ZeroOrderEngine:
-    model: nn.Module = model_of(arch, num_hidden_layers=2)
+def engine_of(arch: str, compile: str, *, lora: bool = True, device: str = "cpu", **options: Any) -> ZeroOrderEngine:
+    model: nn.Module = model_of(arch, num_hidden_layers=2).to(device)
     if lora:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **tiny.LORA)).to(device)
     default: dict[str, Any] = {"probe": Gaussian(), "estimator": TwoPoint(tau=0.05, num_directions=2)}
     return ZeroOrderEngine(model, compile=compile, **{**default, "optimizer": JaguarSignSGD, **options})  # type: ignore[arg-type]
 
@@ -71,6 +71,22 @@ def test_losses_are_those_of_eager_blocks() -> None:
             compiled.answers.answer_logprobs(one[0])
         assert counters["stats"]["unique_graphs"] == number, "one for both blocks"
     assert not counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("compile", ["off", "blocks", "cuda_graphs"])
+def test_candidates_in_one_pass_are_those_one_by_one_on_a_gpu(compile: str) -> None:
+    """With directions in registers, however few elements are trained."""
+    engines = [engine_of("llama", compile, forward=name, device="cuda") for name in ("fan_out", "sequential")]
+    assert all(engine.noise.compiled for engine in engines)
+    for engine in engines:
+        engine.rehearse(batches(0))
+    for step in range(4):
+        ours, theirs = (engine.losses(batches(step), engine.directions(step)).values for engine in engines)
+        assert ours == pytest.approx(theirs, rel=1e-4) and len(set(ours)) == 4
+    for engine in engines:
+        assert not engine.step(batches(0)).skipped
 
 
 WAYS: dict[str, dict[str, Any]] = {

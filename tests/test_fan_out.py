@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Estimator, OneSided, TwoPoint
-from zoscale.fan_out import FanOutForward
+from zoscale.fan_out import WAITING, FanOutForward
 from zoscale.forward import SequentialForward, perturbed
 from zoscale.lora_fan import LoraFan, find_lora_pairs
 from zoscale.models import tokens_per_pass
@@ -154,3 +154,22 @@ def rows_of_blocks(model: nn.Module) -> list[int]:
         if name.endswith("self_attn"):
             module.register_forward_hook(lambda m, args, output: rows.append(len(output[0])))
     return rows
+
+
+@pytest.mark.parametrize("q", [1, 2, 5, 9])
+def test_how_often_a_step_goes_through_the_model(q: int) -> None:
+    """Once while its tokens are those of four full passes at most, and once more for each four: what is gathered."""
+    engine = ZeroOrderEngine(
+        model_of("opt", torch.float32), estimator=TwoPoint(num_directions=q), forward="fan_out", noise="eager"
+    )
+    forward: Any = engine.forward
+    batches, calls = micro_batches(tiny.batch(0, 2)), list[int]()
+    run = forward.lanes.run
+    forward.lanes.run = lambda passes: calls.append(len(passes)) or run(passes)
+    whole = engine.losses(batches, engine.directions(0))
+    assert calls == [2] and WAITING * forward.max_tokens > 2 * (2 * 9) * 2 * 8, "a pass per micro-batch"
+    forward.max_tokens = 2 * 8  # a pass of one candidate
+    tokens = 2 * (2 * q) * 2 * 8  # micro-batches, candidates, rows of the widest
+    cut = engine.losses(batches, engine.directions(0))
+    assert len(calls) == 1 + -(-tokens // (WAITING * forward.max_tokens)) == 1 + q
+    assert sum(calls[1:]) == 2 * (2 * q) and cut.values == pytest.approx(whole.values, abs=2e-6)

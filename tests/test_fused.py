@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from processes import needs_compiler
+from packaging.requirements import Requirement
+from processes import ROOT, needs_compiler
 from test_weight_fan import model_of
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoscale import fused, noise, philox, rehearsal
-from zoscale.engine import ZeroOrderEngine
+from zoscale.engine import ZeroOrderEngine, is_compiled
 from zoscale.estimators import GradientEstimate, TwoPoint
 from zoscale.noise import Noise
 from zoscale.optim import ZOSGD, JaguarSignSGD
@@ -111,6 +114,12 @@ def test_no_step_compiles_after_the_rehearsal(monkeypatch: pytest.MonkeyPatch, f
         assert torch.equal(one.truth, other.truth) and torch.equal(one.live, other.live)
 
 
+def test_noise_is_compiled_on_a_gpu_and_for_many_elements() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert is_compiled("auto", 1, gpu) and is_compiled("auto", 2**20, cpu) and not is_compiled("auto", 2**20 - 1, cpu)
+    assert is_compiled("compiled", 1, cpu) and not is_compiled("eager", 2**30, gpu)
+
+
 def test_sizes_that_are_fused_are_rehearsed() -> None:
     """Matrices and vectors, even and odd, from the size on from which steps call graphs."""
     sizes = [math.prod(shape) for shape in rehearsal._SHAPES]
@@ -195,3 +204,42 @@ def test_scalars_are_kept_by_their_bits() -> None:
     tenth, infinite = fused.scalars(0.1, 1e300)
     assert tenth.dtype == torch.float32 and tenth.dim() == 0 and tenth.item() == torch.tensor(0.1).item()
     assert math.isinf(infinite.item())
+
+
+def test_what_is_on_the_device_stays_there() -> None:
+    """On tensors without memory: only those of the CPU can be pinned."""
+    with FakeTensorMode():  # type: ignore[no-untyped-call]
+        tensor = torch.ones(3, device="cuda")
+        assert fused.on_device(tensor, tensor.device) is tensor
+    tensor = torch.ones(3)
+    assert fused.on_device(tensor, "cpu") is tensor
+
+
+@pytest.mark.usefixtures("fresh_compiled")
+def test_a_device_without_a_compiler_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles(function: Any, **_: Any) -> Any:
+        def fused_one(x: Tensor) -> Tensor:
+            if x.device.type == "cpu":
+                raise RuntimeError("no g++")
+            calls.append(x.device.type)
+            return function(x)
+
+        return fused_one
+
+    calls: list[str] = []
+    monkeypatch.setattr(torch, "compile", compiles)
+    double = fused.compiled(lambda x: 2 * x)
+    with pytest.warns(UserWarning, match="torch.compile failed: no g"):
+        assert torch.equal(double(torch.ones(4)), torch.full((4,), 2.0))
+    double(torch.ones(4, device="meta"))
+    assert double(torch.ones(4)).sum() == 8 and calls == ["meta"] * 2, "once to try, once"
+
+
+def test_torch_knows_what_the_compiler_is_told() -> None:
+    """It refuses an option that it does not know, and noise would stay eager: older ones are not installed with us."""
+    assert set(fused._EAGER_NUMERICS) <= set(torch._inductor.list_options())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (wanted,) = [line for line in map(Requirement, project["dependencies"]) if line.name == "torch"]
+    assert not any(wanted.specifier.contains(version) for version in ("2.10.0", "2.14.0"))
+    assert all(wanted.specifier.contains(version) for version in ("2.11.0", "2.13.1"))
+    assert "torch 2.11 to 2.13" in (ROOT / "README.md").read_text()

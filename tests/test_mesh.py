@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +29,7 @@ from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models import read_model_config
 from zoscale.run_report import repeated_work
-from zoscale.runtime import Runtime, start
+from zoscale.runtime import Runtime, default_shard_size, start
 
 FAN = {"forward": "fan_out"}
 TWO_BY_TWO = {"shard_size": 2}
@@ -317,6 +318,34 @@ def test_auto_looks_at_the_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     half = fit.memory_of_a_rank(2)
     assert half == 0.5 == fit.memory_of_a_rank(1) / 2, "ranks of a node share it"
+
+
+def test_a_single_rank_holds_the_model_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Unless ZeRO-3 is asked for: by a file that the run names, an offload, or a method that is ZeRO-3's."""
+    zero3, offload = (str(ROOT / f"ds_configs/{name}.json") for name in ("zero3", "zero3_offload"))
+
+    def size_of(**sections: Any) -> int | None:
+        config = config_of({}, **{"mesh": {"shard_size": None}, **sections})
+        found = fit.shard_size_of_run(config, None)
+        if config.optimizer.name == "jaguar_sign_sgd":
+            assert default_shard_size(int(os.environ["WORLD_SIZE"]), config.runtime.deepspeed) == found
+        return found
+
+    for name in ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert size_of() == 1
+    assert size_of(runtime={"deepspeed": zero3}) is None
+    assert size_of(optimizer={"name": "fo_adamw"}) is None
+    for file, expected in ((zero3, 1), (offload, None)):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
+        assert size_of() == expected
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
+    assert size_of() is None
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert size_of() is None
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,18 @@ def test_power_iteration_makes_nothing_of_rounding() -> None:
     assert not partially_orthogonalize(torch.zeros(4, 5), rank=2).any()
 
 
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_power_iteration_takes_many_matrices_at_once(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as it is alone, whatever the size of the others, with one decomposition: on a GPU the host waits for it."""
+    generator, svd, calls = torch.Generator().manual_seed(0), torch.linalg.svd, []
+    many = torch.randn(5, *shape, generator=generator) * torch.tensor([1.0, 1e-20, 0.0, 1e20, 3.0]).view(-1, 1, 1)
+    alone = torch.stack([partially_orthogonalize(one, rank=2) for one in many])
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **options: calls.append(1) or svd(*args, **options))
+    together = orthogonalize(many, iteration="power", power_rank=2)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    assert len(calls) == 1 and not together[2].any()
+
+
 def test_jaguar_muon_moves_by_the_dominant_directions_of_its_memory() -> None:
     """The memory itself is compared with the oracle's in test_optim.py."""
     shapes = {"wide": (5, 9), "tall": (8, 4)}

@@ -101,12 +101,23 @@ def test_integers_choices_and_permutation_equal_the_reference() -> None:
     for key in [Key(0), KEY, Key(2**32 - 1)]:
         streams = {t: ref.Stream(SEED, key.step, key.direction, t, int(key.domain)) for t in (0, 3, 2**32 - 1, 9)}
         assert noise.integers(key, limits) == [streams[tensor].big_integer(n) for tensor, n in limits]
-        wanted = [(0, 100, 7), (3, 1, 1), (9, 33, 33), (0, 50, 0), (3, 1000, 999)]
+        wanted = [(0, 100, 7), (3, 1, 1), (9, 33, 33), (0, 50, 0), (3, 1000, 999), (9, 100, 7), (2**32 - 1, 100, 8)]
         for (tensor, n, k), chosen in zip(wanted, noise.choices(key, wanted), strict=True):
             assert chosen.dtype == torch.int64
             assert chosen.tolist() == streams[tensor].choice(n, k).tolist()
         for n in (1, 2, 333):
             assert noise.permutation(key, n).tolist() == streams[0].permutation(n).tolist()
+
+
+def test_choices_of_equal_words_are_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: words as unsigned numbers, then positions; tensors of one size go together, whatever lies between."""
+    words = {0: [5, -1, 5, 0, 5, 5], 1: [3, 3, 3], 2: [-1, -1, 7, -1, 7, 0], 3: [1, 1, 1], 4: [7, 6, 5, 4, 3, 2]}
+    monkeypatch.setattr(Noise, "words", lambda self, key, ranges: [
+        torch.tensor(words[tensor], dtype=torch.int32) for tensor, _, _ in ranges
+    ])  # fmt: skip
+    wanted = [(0, 6, 3), (1, 3, 2), (2, 6, 3), (3, 3, 3), (4, 6, 3), (1, 3, 0)]
+    expected = [[0, 2, 3], [0, 1], [2, 4, 5], [0, 1, 2], [3, 4, 5], []]
+    assert [chosen.tolist() for chosen in Noise(0).choices(Key(0), wanted)] == expected
 
 
 def test_choices_and_permutation_are_uniform() -> None:

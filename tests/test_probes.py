@@ -287,6 +287,29 @@ def test_pieces_cover_every_element_once(limit: int) -> None:
     assert list(pieces([])) == []
 
 
+def test_what_is_streamed_is_cut_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is larger than a chunk, and no tensor that is drawn shares its group: it would be drawn with it."""
+    monkeypatch.setattr("zoscale.shards.CHUNK", 10)
+    monkeypatch.setattr("zoscale.probes.base.STREAMED", 1000)
+    shards = [whole(spec) for spec in specs_of([(4,), (1100,), (4,), (5,), (25,), (9,)])]
+
+    def cut(streamed: set[int]) -> list[list[tuple[int, int]]]:
+        found = pieces(shards, stream=lambda piece: piece if piece.shard.spec.id in streamed else None)
+        return [[(piece.shard.spec.id, piece.stop - piece.start) for piece in group] for group in found]
+
+    assert cut({1, 3, 5}) == [
+        [(0, 4)],
+        [(1, 1000)],
+        [(1, 100)],
+        [(2, 4), (3, 5)],
+        [(4, 10)],
+        [(4, 10)],
+        [(4, 5)],
+        [(5, 9)],
+    ]
+    assert cut(set()) == [[(p.shard.spec.id, p.stop - p.start) for p in group] for group in pieces(shards)]
+
+
 def test_piece_range_is_in_the_whole_tensor() -> None:
     shard = slice_of(TensorSpec(3, "w", (5, 4)), rank=1, world_size=3)
     (group,) = pieces([shard])

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +12,7 @@ import pytest
 import torch
 import yaml
 from jobs import JobServer
-from processes import ROOT, run
+from processes import ROOT, needs_compiler, run
 
 from zoscale.tasks import Example
 
@@ -190,26 +189,66 @@ def test_verdict(repeated: ModuleType, factor: float, name: str) -> None:
     assert found["factor_per_round"] == pytest.approx(factor, rel=0.03)
 
 
-@pytest.mark.slow
-def test_the_checks_for_a_gpu_run_at_a_toy_size(tmp_path: Path) -> None:
-    """Its parts but the tests themselves, in an environment that is installed already."""
-    tools = tmp_path / "copy/.venv/bin"
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The repository without an environment."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("launch", "tests", "zoscale", "ds_configs", "pyproject.toml"):
+        (copy / name).symlink_to(ROOT / name)
+    return copy
+
+
+def interpreter(checkout: Path, script: str) -> None:
+    """Something in the place of the environment's python."""
+    tools = checkout / ".venv/bin"
     tools.mkdir(parents=True)
-    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tools / "python").write_text(f"#!/bin/bash\n{script}\n")
     (tools / "python").chmod(0o755)
-    (tmp_path / "copy/launch").mkdir()
-    for name in ("gpu_checks.sh", "environment.sh"):
-        shutil.copy(ROOT / "launch" / name, tmp_path / "copy/launch")
-    for name in ("benchmark.py", "benchmark_noise.py", "bench"):
-        (tmp_path / "copy/launch" / name).symlink_to(ROOT / "launch" / name)
-    (tmp_path / "copy/pyproject.toml").touch()
-    (tmp_path / "copy/.venv/.installed-_test_").touch()
+
+
+@pytest.mark.slow
+def test_the_checks_for_a_gpu_run_at_a_toy_size(checkout: Path, tmp_path: Path) -> None:
+    """With the interpreter that is there; all that needs a GPU is skipped by name, and what is left out not judged."""
+    needs_compiler()
     out = tmp_path / "out"
-    printed = run(
-        ["bash", str(tmp_path / "copy/launch/gpu_checks.sh"), str(out)], SMALL="1", PARTS="passes opt-13b"
-    ).stdout
-    assert printed.endswith(f"results: {out}\n")
+    command = ["bash", str(checkout / "launch/gpu_checks.sh"), str(out)]
+    parts = "passes opt-13b opt-13b-blocks tests"
+    printed = run(command, SMALL="1", PARTS=parts, PYTHON=sys.executable).stdout
+    assert printed.startswith(f"as it is: {sys.executable}, torch") and printed.endswith(f"results: {out}\n")
     reports = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
-    assert reports.keys() == {"passes", "opt-13b"}
-    assert all(len(report["rows"]) == 4 for name, report in reports.items() if name != "passes")
+    assert reports.keys() == {"passes", "opt-13b", "opt-13b-blocks"}
+    for name, compiled in (("opt-13b", "off"), ("opt-13b-blocks", "blocks")):
+        assert [row["compile"] for row in reports[name]["rows"]] == 4 * [compiled]
     assert "fan_out" in (out / "opt-13b.txt").read_text()
+    told = printed[printed.index("== verdicts") :]
+    assert "   opt-13b, bf16 LoRA: at least 18 steps/s: " in told, "whichever"
+    assert "FAIL          passes over weights: at least 80% of a copy's bandwidth: " in told
+    assert "not measured  opt-13b-cuda_graphs, bf16 LoRA: at least 18 steps/s\n" in told
+    if not torch.cuda.is_available():
+        number = sum(path.read_text().count("\n@pytest.mark.gpu") for path in (ROOT / "tests").glob("*.py"))
+        assert told.count("needs a CUDA device") == number > 5
+    assert run([*command[:2], str(out)], PARTS="opt-14b", PYTHON=sys.executable, check=False).returncode == 2
+
+
+def test_no_environment_is_taken_for_installed_that_is_not(checkout: Path, tmp_path: Path) -> None:
+    """Pip fails: the checks end there, and the next call installs again."""
+    interpreter(checkout, 'echo "$@" >> "$(dirname "$0")/../asked"; exit 1')
+    for calls in (1, 2):
+        found = run(["bash", str(checkout / "launch/gpu_checks.sh"), str(tmp_path)], check=False)
+        assert found.returncode == 1 and "no environment" in found.stdout
+        assert (checkout / ".venv/asked").read_text() == calls * "-m pip install --quiet -e .[test]\n"
+
+
+def test_verdicts_on_a_gpu(tmp_path: Path) -> None:
+    verdicts = recipe("gpu_verdicts").verdicts
+    assert [verdict.is_reached for verdict in verdicts(tmp_path)] == 8 * [None]
+    row = {"variant": "fan_out", "ranks": 1, "seconds_per_step": 0.05, "peak_bytes": 2.9e9, "model_bytes": 2.6e9}
+    for name, changes in (("opt-13b", {}), ("opt-1.3b", {}), ("opt-13b-blocks", {"seconds_per_step": 0.06})):
+        rows = [row | {"variant": "bare", "peak_bytes": 1.0}, row | changes]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "passes.json").write_text(json.dumps({"perturb, gaussian": 0.7, "zo_sgd, gaussian": 0.9}))
+    assert [str(verdict)[:12].strip() for verdict in verdicts(tmp_path)] == [
+        "FAIL", "pass", "FAIL", "FAIL", "FAIL", "not measured", "not measured", "pass",
+    ]  # fmt: skip
+    assert "perturb, gaussian 70.0%" in str(verdicts(tmp_path)[0])

@@ -1,5 +1,7 @@
 """No step waits for its device but where it reads the losses; and the masks that nobody has to look at."""
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +15,20 @@ from torch.overrides import TorchFunctionMode
 
 from zoscale.answers import AnswerModel
 from zoscale.attention import check_attention
-from zoscale.batch import MicroBatch
+from zoscale.backward import BackwardForward
+from zoscale.batch import MicroBatch, Question
 from zoscale.config import ConfigError, ModelConfig
 from zoscale.engine import ZeroOrderEngine
-from zoscale.estimators import TwoPoint
+from zoscale.estimators import Backpropagation, TwoPoint
+from zoscale.evaluate import evaluate
 from zoscale.mesh import Mesh
-from zoscale.models import load_model, read_model_config
+from zoscale.models import is_block, load_model, read_model_config
+from zoscale.noise import Noise
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
+from zoscale.probes.gradient import Gradient
+from zoscale.shards import ShardedParam, shard_parameters
 
 torch.set_num_threads(1)
 
@@ -80,7 +87,8 @@ def test_the_device_meta_shows_who_reads() -> None:
 
 
 @pytest.mark.gpu
-def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("noise", ["compiled", "eager"])
+def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch, noise: Any) -> None:
     """As CUDA itself sees it, from the second step on."""
     read = Mesh.gather_items
 
@@ -91,7 +99,7 @@ def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     model = get_peft_model(model_of("llama", torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
-    engine = ZeroOrderEngine(model.to("cuda"), forward="fan_out")
+    engine = ZeroOrderEngine(model.to("cuda"), forward="fan_out", noise=noise)
     engine.step(tiny.options(merged=False))
     monkeypatch.setattr(Mesh, "gather_items", allowed)
     torch.cuda.set_sync_debug_mode("error")
@@ -108,6 +116,122 @@ def test_gathers_wait_for_writes_on_gpus() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs: a rank alone gathers nothing")
     torchrun(2, str(ROOT / "tests" / "race_worker.py"), timeout=300)
+
+
+class Ordered(nn.Module):
+    """What ZeRO-3's engine is to the passes; a pass that reads shards whose writes no gather waits for is an error.
+
+    Args:
+        model: the model within.
+        has_optimizer: whether it is an engine that trains by backpropagation.
+    """
+
+    def __init__(self, model: Any, *, has_optimizer: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.num_passes = self.num_writes = 0
+        self.is_written = True
+        self.zero = SimpleNamespace(
+            forward_hooks=[], fwd_pre_hook=model.register_forward_pre_hook(lambda *_: None), module=self,
+            get_param_coordinator=lambda: SimpleNamespace(reset_step=lambda: None),
+            _DeepSpeedZeRoOffload__allgather_stream=SimpleNamespace(wait_stream=self.wait),
+        )  # fmt: skip
+        outer = SimpleNamespace(parameter_offload=self.zero, zero_grad=lambda: None)
+        self.optimizer: Any = outer if has_optimizer else self.zero
+        next(m for m in model.modules() if is_block(model, m)).register_forward_pre_hook(lambda *_: self.read())
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def wait(self, stream: str) -> None:
+        assert stream == "the one that computes"
+        self.is_written = False
+
+    def write(self) -> None:
+        self.is_written = True
+        self.num_writes += 1
+
+    def read(self) -> None:
+        assert not self.is_written, "a gather may read a shard before it is written"
+        self.num_passes += 1
+
+    def set_gradient_accumulation_boundary(self, is_last: bool) -> None: ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+class OrderedEngine(ZeroOrderEngine):
+    """An engine on such a model."""
+
+    def _place(self, model: nn.Module, accelerator: Any) -> tuple[nn.Module, Mesh]:
+        return Ordered(model), Mesh(ranks=(0, 1))
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's streams, to `zoscale.shards` alone; and who writes shards says so to `Ordered`."""
+    cuda = SimpleNamespace(is_available=lambda: True, current_stream=lambda: "the one that computes")
+    monkeypatch.setattr("zoscale.shards.torch", SimpleNamespace(**vars(torch) | {"cuda": cuda}))
+
+
+def engine_on_streams(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[ZeroOrderEngine, Ordered]:
+    engine = OrderedEngine(model_of("opt"), **options)
+    ordered: Any = engine.answers.module
+    monkeypatch.setattr(ShardedParam, "reach_next_forward", lambda shard: ordered.write())
+    return engine, ordered
+
+
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize(("forward", "passes", "writes"), [("sequential", 3 * 4, 2 * 4 + 1), ("fan_out", 3, 1)])
+def test_gathers_of_a_step_and_of_an_evaluation_wait_for_writes(
+    monkeypatch: pytest.MonkeyPatch, forward: Any, passes: int, writes: int
+) -> None:
+    """Of every candidate and micro-batch; passes side by side gather once, for the first one."""
+    engine, ordered = engine_on_streams(monkeypatch, forward=forward, estimator=TwoPoint(num_directions=2))
+    for step in (1, 2):
+        engine.step(tiny.batch(step))
+        assert ordered.num_passes == step * passes
+        assert ordered.num_writes == step * writes * len(engine.shards)
+    evaluate(engine.answers, tiny.options(merged=False), engine.mesh, ["loss"])
+    assert ordered.num_passes == 2 * passes + 3
+
+
+class Letters:
+    """A tokenizer that knows no word."""
+
+    pad_token_id, eos_token_id, unk_token_id = 0, None, 3
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [3]
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        return " ".join(map(str, tokens))
+
+
+@pytest.mark.usefixtures("streams")
+def test_gathers_of_a_generation_wait_for_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, ordered = engine_on_streams(monkeypatch, tokenizer=Letters())
+    (batch,) = tiny.options(merged=False, num_micro_batches=1)
+    asked = replace(batch, questions=(Question(("a", "b"), ("a",), (5, 6), 2),) * 2)
+    assert engine.generator is not None
+    for _ in range(2):
+        ordered.write()
+        assert len(engine.generator.texts(asked)) == 2
+    assert ordered.num_passes >= 2 * 2, "a pass per token"
+
+
+@pytest.mark.usefixtures("streams")
+def test_gathers_of_a_first_order_pass_wait_for_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("opt")
+    ordered, shards = Ordered(model, has_optimizer=True), shard_parameters(model)
+    monkeypatch.setattr("zoscale.backward.local_gradient", lambda shard: shard.param.grad)
+    forward = BackwardForward(AnswerModel(ordered, model), shards, Mesh(ranks=(0, 1)))
+    candidates = Backpropagation().candidates([Gradient().draw(Noise(0), [], 0, 0)])
+    for _ in range(2):
+        ordered.write()
+        forward.losses(tiny.options(merged=False), candidates, language_modeling)
+    assert ordered.num_passes == 2 * 3
 
 
 class _Masks(TorchFunctionMode):

@@ -9,6 +9,7 @@ import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from test_fan_out import ARCHITECTURES
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoscale.engine import ZeroOrderEngine
@@ -126,6 +127,37 @@ def test_candidates_are_cut_to_max_rows(max_rows: int) -> None:
     model, estimator = model_of("opt"), OneSided(tau=0.05, num_directions=3)
     fan = losses(model, "fan_out", estimator, Gaussian(), max_rows=max_rows)
     assert fan.values == pytest.approx(losses(model, "sequential", estimator, Gaussian()).values, abs=2e-6)
+
+
+class _Copies(TorchFunctionMode):
+    """Counts the copies of tokens that are made for the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.Tensor.cpu and args[0].dtype == torch.int64
+        return func(*args, **(kwargs or {}))
+
+
+def test_tokens_are_asked_for_once_per_micro_batch() -> None:
+    """However many passes it takes; and never where no table is trained. A batch may be on a GPU already."""
+    batches, estimator = micro_batches(tiny.batch(0)), OneSided(tau=0.05, num_directions=3)
+    for train, count in ((lambda model: model, len(batches)), (biases, 0)):
+        engine = ZeroOrderEngine(train(model_of("opt")), estimator=estimator, forward="fan_out", max_rows=2)
+        directions = engine.directions(0)
+        with _Copies() as copies:
+            engine.losses(batches, directions)
+        assert copies.count == count
+
+
+@pytest.mark.gpu
+def test_a_batch_may_be_on_the_gpu_already() -> None:
+    engine = ZeroOrderEngine(model_of("opt").to("cuda"), probe=Gaussian(), forward="fan_out")
+    batches, directions = micro_batches(tiny.batch(0)), engine.directions(0)
+    there = [batch.to(engine.mesh.device) for batch in batches]
+    assert engine.losses(there, directions) == engine.losses(batches, directions)
 
 
 def test_blocks_before_the_first_perturbed_weight_are_run_once() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import zoscale.shards
 from zoscale import fused, rehearsal, streams
 from zoscale.estimators import Candidate, GradientEstimate, TwoPoint
 from zoscale.forward import perturbed
@@ -129,12 +130,15 @@ def shards_of(master: Master) -> list[ShardedParam]:
 def steps() -> None:
     """Whole steps with every z in registers are those with z in memory, whoever perturbs and updates."""
     calls: list[str] = []
+    lengths: set[int] = set()
     launch = streams._launch
     torch.compile = lambda function, **_: function
+    zoscale.shards.CHUNK = 64  # z in registers is cut larger
 
-    def counted(name: str, *rest: Any) -> None:
+    def counted(name: str, stream: Stream, *rest: Any) -> None:
         calls.append(name)
-        launch(name, *rest)
+        lengths.add(len(stream))
+        launch(name, stream, *rest)
 
     streams._launch = counted
     cases: list[tuple[Any, Probe, int, Master, set[str]]] = [
@@ -155,6 +159,7 @@ def steps() -> None:
         for one, other in zip(*ends, strict=True):
             same(one, other, distribution)
         assert expected <= set(calls), (make, calls)
+    assert {64, 250} <= lengths
 
 
 def run_steps(make: Any, probe: Probe, q: int, master: Master, noise: Noise) -> list[Tensor]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ from zoscale.step import Engine
 OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ShardedOptimizer]
 NoiseBackend = Literal["auto", "eager", "compiled"]
 
-_COMPILE_ABOVE = 2**20  # trainable elements from which a compiled generator pays for its compilation
+_COMPILE_ABOVE = 2**20  # trainable elements from which a compiled generator pays for its compilation on a CPU
 
 
 class ZeroOrderEngine(Engine):
@@ -42,7 +43,7 @@ class ZeroOrderEngine(Engine):
         objective: the loss of a micro-batch; one that is no `GeneratedLoss` may be replaced later.
         seed: of all directions.
         master: keep the truth of 16-bit trainable slices in fp32 (4 bytes per local element), or none.
-        noise: compile the generator: `auto` does from about a million trainable elements on.
+        noise: compile the generator: `auto` does on a GPU, and on a CPU from about a million trainable elements on.
         forward: `fan_out` takes all candidates in one pass; `sequential` takes one pass each; `auto` fans out where
             it can, which is wherever modules keep the rows of a batch in order.
         max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
@@ -83,7 +84,8 @@ class ZeroOrderEngine(Engine):
         company = rule.goes_with
         probe = probe or PROBES[company.probe](**company.options.get("probe", {}))
         estimator = estimator or ESTIMATORS[company.estimator](**company.options.get("estimator", {}))
-        numbers = Noise(seed, compiled=is_compiled(noise, sum(shard.spec.numel for shard in shards)))
+        num_trainable = sum(shard.spec.numel for shard in shards)
+        numbers = Noise(seed, compiled=is_compiled(noise, num_trainable, shards[0].truth.device))
         super().__init__(
             model, module, mesh, shards, rule, probe=probe, estimator=estimator, objective=objective, noise=numbers,
             tokenizer=tokenizer, selection=selection,
@@ -112,6 +114,9 @@ class ZeroOrderEngine(Engine):
         self.forward = self._new_forward()
 
 
-def is_compiled(noise: NoiseBackend, num_trainable: int) -> bool:
-    """Whether noise for so many trainable elements is drawn by a compiled generator."""
-    return noise == "compiled" or (noise == "auto" and num_trainable >= _COMPILE_ABOVE)
+def is_compiled(noise: NoiseBackend, num_trainable: int, device: torch.device) -> bool:
+    """Whether noise for so many trainable elements on a device is drawn by a compiled generator.
+
+    On a GPU it also saves launches, of which a step of small adapters is made.
+    """
+    return noise == "compiled" or (noise == "auto" and (device.type == "cuda" or num_trainable >= _COMPILE_ABOVE))

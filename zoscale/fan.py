@@ -22,15 +22,14 @@ class Rows:
         rows: rows R of each.
         positions: answer positions P of each, which the head is computed for.
         shared: modules that see one copy of the rows, because no candidate differs yet.
-        tokens: int64 [R, T], what the input embedding looks up for each candidate, wherever the batch came from (the
-            host, which then need not ask the device); None = not known.
+        tokens: gives int64 [R, T] on the host, what the input embedding looks up for each candidate; None = not known.
     """
 
     copies: int
     rows: int
     positions: int
     shared: frozenset[nn.Module] = frozenset()
-    tokens: Tensor | None = field(default=None, compare=False)
+    tokens: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def seen_by(self, module: nn.Module) -> "Rows":
         """The rows that reach a module."""

@@ -1,9 +1,10 @@
 """`FanOutForward`: the losses of all candidates in one pass; each layer is gathered once per step."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
+from torch import Tensor
 
 from zoscale.answers import AnswerModel
 from zoscale.batch import MicroBatch
@@ -57,11 +58,12 @@ class FanOutForward:
         passing = self.fan.prepare([candidates[number] for number in places])
         num_passes = max(self._num_passes(part, batch) for part in division.parts for batch in batches)
         table = division.new_table(items)
+        tokens_of = cache(lambda number: batches[number].input_ids.cpu())  # a wait, where a batch is on a GPU already
 
         def losses_of(turn: int, item: Item, which: slice) -> None:
             batch = batches[item.batch].to(self.mesh.device)
             shared = self.shared.blocks(candidates[which])
-            rows = _rows(batches[item.batch], which.stop - which.start, shared)
+            rows = _rows(batch, which.stop - which.start, shared, partial(tokens_of, item.batch))
             prepared = slice(places[which.start], places[which.start] + rows.copies)
             with self.shared.once(shared, rows), passing(prepared, rows):
                 answers = self.model.answer_logprobs(batch.repeat(rows.copies)).chunk(rows.copies)
@@ -115,6 +117,6 @@ def _places(items: Sequence[Item]) -> dict[int, int]:
     return {number: place for place, number in enumerate(numbers)}
 
 
-def _rows(batch: MicroBatch, copies: int, shared: Sequence[torch.nn.Module]) -> Rows:
+def _rows(batch: MicroBatch, copies: int, shared: Sequence[torch.nn.Module], tokens: Callable[[], Tensor]) -> Rows:
     inside = frozenset(module for block in shared for module in block.modules())
-    return Rows(copies, len(batch.input_ids), len(batch.position_row), inside, batch.input_ids)
+    return Rows(copies, len(batch.input_ids), len(batch.position_row), inside, tokens)

@@ -19,8 +19,9 @@ from zoscale.models import hidden_size, tokens_per_pass
 from zoscale.noise import Noise
 from zoscale.nvme import check_offload, offload_device
 from zoscale.optim import OPTIMIZERS
+from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.probes import PROBES
-from zoscale.runtime import fill_deepspeed_config, read_deepspeed_config
+from zoscale.runtime import default_shard_size, fill_deepspeed_config, read_deepspeed_config
 from zoscale.shards import ShardedParam, TensorSpec
 
 USABLE = 0.85
@@ -34,11 +35,14 @@ def shard_size_of_run(config: RunConfig, architecture: Any) -> int | None:
     """`mesh.shard_size`; "auto" becomes the fewest of the launched ranks that can hold the model together.
 
     Groups lie within a node or are of whole nodes; it is all ranks if the model fits nowhere, and None, ZeRO-3 over all
-    ranks, for weights that it offloads.
+    ranks, for weights that it offloads. None becomes what `default_shard_size` says, but for first-order methods, which
+    are ZeRO-3's.
     """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.mesh.shard_size is None and config.optimizer.name not in FIRST_ORDER:
+        return default_shard_size(ranks, config.runtime.deepspeed)
     if config.mesh.shard_size != "auto":
         return config.mesh.shard_size
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     shapes = ModelShapes(config.model, architecture, config.adapter, config.trainable)
     job = job_of(config, shapes, ranks, config.data.max_length, copies=not torch.cuda.is_available())

@@ -103,7 +103,7 @@ def perturbed(shards: Sequence[ShardedParam], candidate: Candidate) -> Iterator[
         yield
         return
     try:
-        for group in pieces(shards):
+        for group in pieces(shards, stream=candidate.direction.stream):
             for piece, segment in zip(group, candidate.direction.segments(group), strict=True):
                 if segment is not None:
                     piece.shard.perturb(piece.start, segment, candidate.radius)

@@ -141,30 +141,34 @@ def _scalars(content: bytes) -> tuple[Tensor, ...]:
 
 
 def on_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on a device, in the order of its other work: the CPU does not wait for it."""
-    is_cuda = torch.device(device).type == "cuda"
-    return (values.pin_memory() if is_cuda else values).to(device, non_blocking=is_cuda)
+    """A tensor on a device, in the order of its other work: the CPU does not wait for what it sends there."""
+    if values.device.type != "cpu" or torch.device(device).type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @functools.cache
 def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
     """The function under torch.compile (one graph for all sizes), or itself, with one warning, where that fails.
 
+    A machine may have a compiler for its GPU and none for its CPU, on which few numbers of a step are drawn.
+
     Args:
         function: of tensors; those that it changes in place do not overlap, but one may be given twice.
         smallest: elements of the first from which the graph is called.
     """
-    found: list[Callable[..., Any]] = []
+    found: dict[str, Callable[..., Any]] = {}
 
     @torch.no_grad()  # a graph is bound to the mode
     def call(*inputs: Any) -> Any:
         if inputs[0].numel() < smallest:
             return function(*inputs)
-        if not found:
-            found.append(_compile(function, inputs))
+        kind = inputs[0].device.type
+        if kind not in found:
+            found[kind] = _compile(function, inputs)
         bare = {id(value): value.data for value in inputs if isinstance(value, Tensor)}
         try:  # not as views: a graph would be bound to the shape of what they are views of
-            return found[0](*(bare.get(id(value), value) for value in inputs))
+            return found[kind](*(bare.get(id(value), value) for value in inputs))
         except RuntimeError as error:
             if type(error).__name__ != "FailOnRecompileLimitHit":  # more combinations of types than one run has
                 raise

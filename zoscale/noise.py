@@ -15,6 +15,7 @@ from enum import IntEnum
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ _KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements 
 _KEPT_DRAW = 2**13  # blocks of several ranges whose counters are kept for the next step: 64 KiB
 _KEPT_RANGES = 128  # more are those of a lookup, which no other step has
 _KEPT_DRAWS = 1024
+_SIGN = -(2**31)  # words without it sort as signed numbers like unsigned ones
 _LONG = 2**14  # elements from which signs stay bits
 
 Device = torch.device | str
@@ -130,7 +132,13 @@ class Noise:
             if not 0 <= k <= n:
                 raise ValueError(f"expected 0 <= k <= n for tensor {tensor}, got k={k}, n={n}")
         words = self.words(key, [Range(tensor, 0, n) for tensor, n, _ in wanted])
-        return [_smallest(drawn, k) for drawn, (_, _, k) in zip(words, wanted, strict=True)]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for place, (_, n, k) in enumerate(wanted):
+            alike.setdefault((n, k), []).append(place)
+        found: dict[int, Tensor] = {}
+        for (_, k), places in alike.items():
+            found |= zip(places, _smallest(torch.stack([words[place] for place in places]), k), strict=True)
+        return [found[place] for place in range(len(wanted))]
 
     def permutation(self, key: Key, n: int) -> Tensor:
         """A random order of [0, n), uniform: int64 [n] on the CPU."""
@@ -249,6 +257,17 @@ def _ranks(words: Tensor) -> Tensor:
 
 
 def _smallest(words: Tensor, k: int) -> Tensor:
-    if k == len(words):
-        return torch.arange(k)
-    return torch.topk(_ranks(words), k, largest=False, sorted=False).indices.sort().values
+    """Positions of the k smallest (unsigned word, position) of each row, ascending: int64 [m, k] of int32 [m, n].
+
+    NumPy finds the k-th word by vector instructions, an order of magnitude faster than `torch.topk` or `kthvalue`.
+    """
+    rows, n = words.shape
+    if k in (0, n):
+        return torch.arange(k).repeat(rows, 1)
+    ordered = words ^ _SIGN
+    last = torch.from_numpy(np.partition(ordered.numpy(), k - 1)[:, k - 1, None])
+    marks = ordered <= last
+    if int(marks.sum()) > rows * k:  # other words are the same as the last one: the first of them
+        below, same = ordered < last, ordered == last
+        marks = below | (same & (same.cumsum(-1) <= k - below.sum(-1, keepdim=True)))
+    return marks.nonzero()[:, 1].view(rows, k)

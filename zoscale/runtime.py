@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from zoscale.config import ConfigError
 from zoscale.launcher import obey
 from zoscale.models import ModelSize
-from zoscale.nvme import fill_offload, ready_nvme
+from zoscale.nvme import fill_offload, offload_device, ready_nvme
 from zoscale.shard_groups import GroupedAccelerator
 
 ZERO3: dict[str, Any] = {
@@ -45,9 +45,9 @@ class Runtime:
 
     Args:
         dtype: compute dtype of the frozen weights: float32, bfloat16 or float16.
-        deepspeed: DeepSpeed configuration (ZeRO-3, no optimizer); None = `ZERO3`.
-        shard_size: consecutive ranks that hold one copy of the model together: all of them (None), fewer, or 1,
-            where each holds it whole and nothing is gathered.
+        deepspeed: DeepSpeed configuration (ZeRO-3, no optimizer); None = what the launcher names, or `ZERO3`.
+        shard_size: consecutive ranks that hold one copy of the model together: all of them, fewer, or 1, where each
+            holds it whole and nothing is gathered. None = as `default_shard_size` says.
         timeout_minutes: of collectives; a rank that waits longer takes the job down.
         threads: torch CPU threads per rank; None = torch's default.
     """
@@ -154,11 +154,25 @@ def start(runtime: Runtime | None = None, *, size: ModelSize | None = None) -> A
     for name in ("all_gather_into", "reduce_scatter"):
         warnings.filterwarnings("ignore", message=f".*{name}_tensor.*deprecated", category=FutureWarning)
     launched = int(os.environ["WORLD_SIZE"])
+    if runtime.shard_size is None:
+        runtime = replace(runtime, shard_size=default_shard_size(launched, runtime.deepspeed))
     timeout = timedelta(minutes=runtime.timeout_minutes)
     accelerator = _accelerator(runtime, size, whole_groups(runtime.shard_size, launched), timeout)
     if accelerator.num_processes != launched:
         raise ConfigError(f"{launched} processes", str(accelerator.num_processes), "check the launcher")
     return accelerator
+
+
+def default_shard_size(ranks: int, deepspeed: Mapping[str, Any] | str | None) -> int | None:
+    """None, ZeRO-3 over all ranks; but 1 for a single rank, which ZeRO-3 would only make wait for its own weights.
+
+    Args:
+        ranks: that were launched.
+        deepspeed: what a run names of its own, which asks for ZeRO-3. A launcher's configuration does so only if it
+            offloads the weights.
+    """
+    is_alone = ranks == 1 and deepspeed is None and offload_device(read_deepspeed_config(None)) == "none"
+    return 1 if is_alone else None
 
 
 def whole_groups(shard_size: int | None, ranks: int) -> int:

@@ -16,6 +16,9 @@ CHUNK = 2**20
 """Elements handled at once: bounds the temporaries of perturbing and updating (a few fp32 buffers of this size)."""
 _TIMES_ON_A_GPU = 16  # where a pass over fewer elements takes less time than its launch
 
+STREAMED = 2**28
+"""Elements handled at once by kernels that make z in registers: there are no temporaries, and positions are int32."""
+
 _NOBODY = -1  # no module of DeepSpeed's has this number
 
 

@@ -11,7 +11,7 @@ from zoscale.engine import ZeroOrderEngine
 from zoscale.meters import CommMeter, count_allgathers
 from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
 from zoscale.optim import JaguarSignSGD
-from zoscale.runtime import Runtime, start, stop
+from zoscale.runtime import ZERO3, Runtime, start, stop
 
 _STEPS = 4  # stale copies of edited shards show from the second on
 _SHAPES = {
@@ -29,7 +29,7 @@ def smoke() -> dict[str, object]:
     started = time.monotonic()
     config = ModelConfig(config=_SHAPES, dtype="float32")
     architecture = read_model_config(config)
-    accelerator = start(Runtime(timeout_minutes=1), size=count_parameters(architecture))
+    accelerator = start(Runtime(deepspeed=ZERO3, timeout_minutes=1), size=count_parameters(architecture))
     torch.manual_seed(0)
     model = add_adapter(load_model(config, architecture), {"r": 4, "target_modules": ["q_proj", "v_proj"]})
     engine = ZeroOrderEngine(

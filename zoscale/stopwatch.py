@@ -89,7 +89,8 @@ def time_step(config: RunConfig, course: Course) -> StepSeconds | None:
     _check(config)
     architecture = read_model_config(config.model)
     model = replace(config.model, id=None, tokenizer=None, revision=None, config=architecture.to_dict())
-    noise: NoiseBackend = "compiled" if is_compiled(config.runtime.noise, course.trainable) else "eager"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    noise: NoiseBackend = "compiled" if is_compiled(config.runtime.noise, course.trainable, device) else "eager"
     parts = config.mesh.candidates if course.ranks > 1 else 1
     mesh = replace(config.mesh, shard_size=course.shard_size, candidates=parts)
     config = replace(config, model=model, runtime=replace(config.runtime, noise=noise), mesh=mesh)

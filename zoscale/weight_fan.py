@@ -119,10 +119,11 @@ class LookupUnit(Unit):
         return []
 
     def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
-        if rows.tokens is None or args[0].shape != (rows.copies * rows.rows, rows.tokens.shape[1]):
+        tokens = None if rows.tokens is None else rows.tokens()
+        if tokens is None or args[0].shape != (rows.copies * rows.rows, tokens.shape[1]):
             raise rows.error(args[0])
         ((param, spec),) = self.weights.items()
-        used, places = torch.unique(rows.tokens, return_inverse=True)
+        used, places = torch.unique(tokens, return_inverse=True)
         outlines = [
             ShardedParam.outline(spec, first * spec.columns, last * spec.columns, param.device)
             for first, last in _runs(used.tolist())

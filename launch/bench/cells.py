@@ -55,6 +55,7 @@ class Cell:
         repetitions: timed steps of each variant.
         threads: CPU threads of a rank.
         master: truth of the trained weights: fp32, or none.
+        compile: of the engine's variants: `off`, or their blocks compiled, `cuda_graphs` replayed too.
         seed: of weights, tokens and directions.
     """
 
@@ -69,6 +70,7 @@ class Cell:
     repetitions: int = 5
     threads: int = 1
     master: str = "fp32"
+    compile: str = "off"
     seed: int = 0
 
     @classmethod
@@ -95,6 +97,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="timed steps of each variant")
     parser.add_argument("--threads", type=int, help="CPU threads per rank; default: cores / ranks")
     parser.add_argument("--master", default="fp32", choices=["fp32", "none"], help="truth of the trained weights")
+    parser.add_argument("--compile", default="off", choices=["off", "blocks", "cuda_graphs"],
+                        help="of the engine's variants; needs --schemes lora --ranks 1")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -108,11 +112,15 @@ def select(options: argparse.Namespace) -> list[Cell]:
     if min(numbers) < 1 or options.tokens < 2:
         expected = "ranks, q, batch, repetitions and threads of at least 1, tokens of at least 2"
         raise ConfigError(expected, str(min(*numbers, options.tokens)), "correct the number")
+    if options.compile != "off" and (options.schemes != ["lora"] or options.ranks != [1]):
+        got = f"--schemes {' '.join(options.schemes)} --ranks {' '.join(map(str, options.ranks))}"
+        raise ConfigError(f"--schemes lora --ranks 1 beside --compile {options.compile}", got, "leave others out")
     longest = SHAPES[options.model].get("max_position_embeddings", 2048)
     if options.tokens > longest:
         raise ConfigError(f"at most {longest} tokens for {options.model}", str(options.tokens), "lower --tokens")
     shared = {
-        name: getattr(options, name) for name in ("model", "batch", "tokens", "repetitions", "master", "seed")
+        name: getattr(options, name)
+        for name in ("model", "batch", "tokens", "repetitions", "master", "compile", "seed")
     }  # fmt: skip
     return [
         Cell(

@@ -41,7 +41,7 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
     blocks = [m for m in model.modules() if is_block(model, m)]
     shared = {
         "scheme": cell.scheme, "probe": cell.probe, "dtype": cell.dtype, "ranks": cell.ranks, "q": cell.q,
-        "batch": cell.batch, "tokens": cell.tokens,
+        "batch": cell.batch, "tokens": cell.tokens, "compile": cell.compile,
         "model_bytes": sum(true_numel(p) * p.element_size() for p in model.parameters()),
         "shard_bytes": max(mesh.gather_objects(local_bytes(model))),
         "block_bytes": max(sum(true_numel(p) * p.element_size() for p in b.parameters()) for b in blocks),

@@ -49,12 +49,16 @@ def build(cell: Cell) -> Bench:
     torch.manual_seed(cell.seed)
     engine = _engine(cell, config, architecture, size)
     batches = [MicroBatch.from_labels(_rows(cell, rank, architecture.vocab_size)) for rank in range(cell.ranks)]
-    sequential = SequentialForward(engine.answers, engine.shards, engine.mesh)
+    fan_out = engine.forward
+    sequential = SequentialForward(fan_out.model, engine.shards, engine.mesh)  # type: ignore[attr-defined]
+    for forward in (sequential, fan_out):
+        engine.forward = forward
+        engine.rehearse(batches)
     steps = {
         "bare": _bare(engine, batches[engine.mesh.rank].to(engine.mesh.device), 2 * cell.q),
         "mezo": _mezo(engine, _rows(cell, engine.mesh.rank, architecture.vocab_size), cell),
         "sequential": _engine_step(engine, sequential, batches),
-        "fan_out": _engine_step(engine, engine.forward, batches),
+        "fan_out": _engine_step(engine, fan_out, batches),
     }
     return Bench(engine, size, steps)
 
@@ -80,6 +84,7 @@ def _engine(cell: Cell, config: ModelConfig, architecture: object, size: ModelSi
         seed=cell.seed,
         master=cell.master,  # type: ignore[arg-type]
         forward="fan_out",
+        compile=cell.compile,  # type: ignore[arg-type]
     )
 
 

@@ -126,8 +126,8 @@ class MeshConfig:
 
     Args:
         shard_size: Ranks that hold one copy of the model together, which divides their number; null is all of them
-            (ZeRO-3), 1 puts the whole model on every rank, which then gathers nothing; auto is as few as have the
-            memory, as `zoscale plan` says.
+            (ZeRO-3; a single rank without runtime.deepspeed holds the model as with 1), 1 puts the whole model on every
+            rank, which then gathers nothing; auto is as few as have the memory, as `zoscale plan` says.
         candidates: Parts that the candidates are cut into, so that ranks take different candidates of the same
             micro-batch; for more ranks than micro-batches.
         check_every: Steps between comparisons of the replicas' weights, which stop the run if they differ.
@@ -180,7 +180,7 @@ class RuntimeConfig:
         stall_seconds: Seconds without progress of a rank in training after which the job is stopped; a rank whose
             forward passes take long is given 20 of them.
         threads: CPU threads of torch per rank; null is torch's own choice.
-        noise: Backend of the random numbers; auto is compiled where it can be.
+        noise: Backend of the random numbers; auto is compiled on a GPU, and on a CPU where many elements are trained.
     """
 
     deepspeed: str | None = None

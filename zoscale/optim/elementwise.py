@@ -37,6 +37,6 @@ class GradientDescent(ElementwiseOptimizer):
         return gradient
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        for batch in pieces(moved(shards, estimate, group)):
+        for batch in pieces(moved(shards, estimate, group), stream=estimate.stream):
             for piece, gradient in zip(batch, estimate.gradients(batch), strict=True):
                 self.descend(piece, gradient, group)

@@ -1,6 +1,6 @@
 """JAGUAR SignSGD and JAGUAR Muon (arXiv 2506.04430): descent along a memory of partial derivatives."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Unpack, get_args
 
@@ -56,7 +56,8 @@ class JaguarSignSGD(ZeroOrderOptimizer):
         check_beta(options["beta"])
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        for piece, memory, pending in _visit(self.buffer, shards, estimate, group["beta"]):
+        batches = pieces(shards, stream=estimate.stream)
+        for piece, memory, pending in _visit(self.buffer, batches, estimate, group["beta"]):
             if pending is None:
                 self.descend_sign(piece, memory, group)
             else:
@@ -99,7 +100,7 @@ class JaguarMuon(SpectralOptimizer):
         self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
     ) -> Iterator[tuple[Piece, Tensor]]:
         """Bring the memory up to date; yields each piece with it."""
-        for piece, memory, pending in _visit(self.buffer, shards, estimate, beta):
+        for piece, memory, pending in _visit(self.buffer, pieces(shards), estimate, beta):
             if pending is not None:
                 pending.remember(memory, beta)
             yield piece, memory
@@ -122,14 +123,14 @@ class JaguarMuon(SpectralOptimizer):
 
 
 def _visit(
-    memory: Memory, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
+    memory: Memory, batches: Iterable[Sequence[Piece]], estimate: GradientEstimate, beta: float
 ) -> Iterator[tuple[Piece, Tensor, Sum | Term | None]]:
     """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates.
 
     Yields:
         Each piece with its memory, and what the memory is still to take up; None = it is up to date.
     """
-    for batch in pieces(shards):
+    for batch in batches:
         memories = [memory(piece.shard)[piece.start : piece.stop] for piece in batch]
         pending: list[Sum | Term | None] = [estimate.stream(piece) for piece in batch]
         drawn = [number for number, found in enumerate(pending) if found is None]

@@ -35,8 +35,7 @@ def orthogonalize(
         [..., m, n] of the same dtype.
     """
     if iteration == "power":
-        each = [partially_orthogonalize(one, rank=power_rank) for one in matrix.reshape(-1, *matrix.shape[-2:])]
-        return torch.stack(each).reshape(matrix.shape)
+        return partially_orthogonalize(matrix, rank=power_rank)
     a, b, c = _QUINTIC if iteration == "quintic" else _CUBIC
     default = 5 if iteration == "quintic" else 10
     tall = matrix.shape[-2] > matrix.shape[-1]

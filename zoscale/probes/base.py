@@ -1,14 +1,14 @@
 """`Direction` and `Probe`: z of one (step, k) on any slice of any tensor, without ever holding z whole."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from zoscale.noise import Domain, Key, Noise, Range
 from zoscale.segments import Segment
-from zoscale.shards import ShardedParam, TensorSpec, chunk
+from zoscale.shards import STREAMED, ShardedParam, TensorSpec, chunk
 from zoscale.streams import Stream
 
 
@@ -26,18 +26,24 @@ class Piece(NamedTuple):
         return Range(self.shard.spec.id, offset + self.start, offset + self.stop)
 
 
-def pieces(shards: Iterable[ShardedParam], limit: int | None = None) -> Iterator[list[Piece]]:
+def pieces(
+    shards: Iterable[ShardedParam], limit: int | None = None, *, stream: Callable[[Piece], object] = lambda _: None
+) -> Iterator[list[Piece]]:
     """All elements of the local slices, in groups of at most `limit` elements (None = a chunk of their device).
 
-    One group is drawn in one pass of the generator: many small tensors share it, a large one is cut.
+    One group is drawn in one pass of the generator: many small tensors share it, a large one is cut. What is larger
+    than a chunk and never drawn to memory, because `stream` has coordinates of it, is cut into pieces of `STREAMED`
+    elements, each of which begins a group.
     """
     group: list[Piece] = []
     size = 0
     for shard in shards:
         most = limit or chunk(shard.truth.device)
+        is_streamed = limit is None and len(shard) > most and stream(Piece(shard, 0, len(shard))) is not None
+        most = STREAMED if is_streamed else most
         for start in range(0, len(shard), most):
             piece = Piece(shard, start, min(start + most, len(shard)))
-            if size + piece.stop - piece.start > most and group:
+            if group and (is_streamed or size + piece.stop - piece.start > most):
                 yield group
                 group, size = [], 0
             group.append(piece)
