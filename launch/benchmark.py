@@ -164,7 +164,8 @@ def given_layers(options: argparse.Namespace) -> tuple[str, Layers]:
     import torch
 
     from zoscale.config import ModelConfig
-    from zoscale.models import count_parameters, read_model_config
+    from zoscale.models.loading import read_model_config
+    from zoscale.models.sizes import count_parameters
 
     architecture = read_model_config(ModelConfig(config=SHAPES[options.model]))
     size = count_parameters(architecture)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from zoscale.config import ModelConfig
 from zoscale.engine import ZeroOrderEngine
-from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
+from zoscale.models.loading import add_adapter, load_model, read_model_config
+from zoscale.models.sizes import count_parameters
 from zoscale.optim import JaguarMuon, orthogonalize
 from zoscale.optim.owners import CAPACITY, on_owners
 from zoscale.runtime import Runtime, start, stop

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from zoscale.estimators import GradientEstimate
-from zoscale.noise import Key, Noise, Range
+from zoscale.noise.generator import Key, Noise, Range
 from zoscale.optim import ZOSGD, JaguarSignSGD
 from zoscale.probes import Block, Direction, Gaussian, Probe, Rademacher, pieces
 from zoscale.shards import ShardedParam, TensorSpec

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import yaml
 
-from zoscale.answers import AnswerModel
-from zoscale.batch import MicroBatch
 from zoscale.config import ModelConfig
-from zoscale.models import load_model, read_model_config
-from zoscale.prefixes import Row, share_prefixes
+from zoscale.data.batch import MicroBatch
+from zoscale.data.prefixes import Row, share_prefixes
+from zoscale.models.answers import AnswerModel
+from zoscale.models.loading import load_model, read_model_config
 
 OPT_125M: dict[str, Any] = {"model_type": "opt"}
 EXAMPLES = 4

@@ -31,13 +31,14 @@ from zoscale.engine import ZeroOrderEngine
 from zoscale.first_order import FirstOrderEngine
 from zoscale.meters import CommMeter, MemoryMeter, count_allgathers
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import count_parameters, read_model_config
-from zoscale.plan_report import make_plan
-from zoscale.quantization import bytes_of_constants
+from zoscale.models.loading import read_model_config
+from zoscale.models.quantization import bytes_of_constants
+from zoscale.models.sizes import count_parameters
+from zoscale.plan.report import make_plan
+from zoscale.plan.stopwatch import Method
 from zoscale.runtime import Runtime, read_deepspeed_config, start, stop
 from zoscale.shards import local_bytes
 from zoscale.step import Engine
-from zoscale.stopwatch import Method
 
 OPT_125M: dict[str, Any] = {"model_type": "opt", "dropout": 0.0}
 """The defaults of `OPTConfig` are OPT-125M's shapes."""

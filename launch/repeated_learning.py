@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from zoscale import provenance
-from zoscale.batch import MicroBatch
 from zoscale.config import ModelConfig
-from zoscale.data import Encoder
+from zoscale.data.batch import MicroBatch
+from zoscale.data.splits import Encoder
 from zoscale.engine import OptimizerFactory, ZeroOrderEngine
 from zoscale.estimators import TwoPoint
-from zoscale.models import add_adapter, load_model, load_tokenizer, read_model_config
-from zoscale.noise import Domain, Key, Noise, Range
+from zoscale.models.loading import add_adapter, load_model, load_tokenizer, read_model_config
+from zoscale.noise.generator import Domain, Key, Noise, Range
 from zoscale.objectives import option_scores
 from zoscale.optim import ZOSGD, JaguarMuon
 from zoscale.probes import Block

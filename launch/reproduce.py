@@ -25,7 +25,7 @@ from reproduction.study import Study
 from zoscale.comparison.report_run import FOLDER, log_report
 from zoscale.comparison.runs import open_experiment
 from zoscale.config import ConfigError
-from zoscale.mlflow_store import store_uri
+from zoscale.tracking.mlflow_store import store_uri
 
 COMMANDS = {"accuracy": accuracy, "memory": memory, "sensitivity": sensitivity}
 

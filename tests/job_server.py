@@ -20,7 +20,7 @@ import mlflow  # noqa: F401
 import torch
 from processes import free_port
 
-from zoscale import assembly, cli, evaluation_job, ledger, run, trainer  # noqa: F401
+from zoscale import assembly, cli, evaluation_job, run, trainer  # noqa: F401
 from zoscale.methods import TABLES  # noqa: F401
 
 LAUNCHER_PATIENCE = 10.0  # seconds; ranks whose process group is complete end sooner by themselves

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from processes import ROOT, environment
 from safetensors.torch import load_file
 
-from zoscale.journal import Journal
+from zoscale.recovery.journal import Journal
 
 SHORT = [
     "--config", "launch/recipes/quickstart.yaml", "data.num_train=32", "data.num_dev=0", "data.num_validation=8",

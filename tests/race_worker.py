@@ -3,10 +3,10 @@
 import tiny
 import torch
 
-from zoscale.batch import MicroBatch
 from zoscale.config import ModelConfig
+from zoscale.data.batch import MicroBatch
 from zoscale.engine import ZeroOrderEngine
-from zoscale.models import load_model, read_model_config
+from zoscale.models.loading import load_model, read_model_config
 from zoscale.runtime import Runtime, start, stop
 
 _CYCLES = 2 * 10**9  # about a second

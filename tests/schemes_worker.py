@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 
 from zoscale.assembly import Plan, build_engine, plan
 from zoscale.config import RunConfig, parse
-from zoscale.data import evaluation_batches
+from zoscale.data.splits import evaluation_batches
+from zoscale.data.train_batches import TrainBatches
 from zoscale.evaluate import evaluate
-from zoscale.export import save_trained
 from zoscale.methods import DEFAULTS, TABLES
+from zoscale.release.export import save_trained
 from zoscale.runtime import Runtime, start, stop
-from zoscale.train_batches import TrainBatches
 
 STEPS = 4
 COMMON = [

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from zoscale.answers import AnswerModel
-from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, DataConfig
-from zoscale.data import Encoder, Splits, evaluation_batches, part
+from zoscale.data.batch import MicroBatch
+from zoscale.data.prefixes import Row, share_prefixes
+from zoscale.data.splits import Encoder, Splits, evaluation_batches, part
+from zoscale.data.train_batches import TrainBatches
 from zoscale.evaluate import evaluate
 from zoscale.mesh import Mesh
+from zoscale.models.answers import AnswerModel
 from zoscale.objectives import (
     OBJECTIVES,
     classification,
@@ -32,10 +34,8 @@ from zoscale.objectives import (
     sums_by,
     sums_in_order,
 )
-from zoscale.prefixes import Row, share_prefixes
 from zoscale.tasks import SST2, TASKS, Classification, Completion, Example, Task
 from zoscale.tasks.sources import Source
-from zoscale.train_batches import TrainBatches
 
 torch.set_num_threads(1)
 

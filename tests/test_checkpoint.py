@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from zoscale import checkpoint
 from zoscale.agreement import check_agreement
-from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError
+from zoscale.data.batch import MicroBatch
 from zoscale.engine import ZeroOrderEngine
 from zoscale.fingerprint import Diverged, check_replicas, checksum, of_model
-from zoscale.manifest import Manifest, complete, crc32, keep_last, name_of, read_manifest
 from zoscale.mesh import Mesh
 from zoscale.objectives import language_modeling
 from zoscale.optim import JaguarMuon, JaguarSignSGD, ZeroOrderOptimizer
-from zoscale.recovery import record_of, replay
+from zoscale.recovery import checkpoint
+from zoscale.recovery.manifest import Manifest, complete, crc32, keep_last, name_of, read_manifest
+from zoscale.recovery.resume import record_of, replay
 from zoscale.shards import local_slices
 
 

@@ -22,7 +22,7 @@ from test_tracking import Server
 from zoscale import cli
 from zoscale.comparison.runs import REPORT_TAG, Run, read_runs
 from zoscale.phases import PHASES
-from zoscale.tracking import import_run, read_metrics
+from zoscale.tracking.tracker import import_run, read_metrics
 
 SHORT = [
     "--config", "launch/recipes/quickstart.yaml", "data.num_train=64", "data.num_dev=24", "data.num_validation=24",

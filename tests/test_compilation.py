@@ -12,17 +12,17 @@ from test_weight_fan import model_of
 from torch import nn
 from torch._dynamo.utils import counters
 
-from zoscale.batch import MicroBatch
-from zoscale.compilation import CompiledAnswers, check_compile
 from zoscale.config import ConfigError, DataConfig, RunConfig
-from zoscale.data import Encoder
+from zoscale.data.batch import MicroBatch
+from zoscale.data.splits import Encoder
+from zoscale.data.train_batches import TrainBatches
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ForwardGrad, TwoPoint
+from zoscale.forward.compilation import CompiledAnswers, check_compile
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.optim import JaguarSignSGD, ZOSGDConservative
 from zoscale.probes import Gaussian, Layers, Rademacher
 from zoscale.tasks import Example
-from zoscale.train_batches import TrainBatches
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from processes import run
 
-from zoscale import cli, doctor, fused
+from zoscale import cli, doctor
 from zoscale.doctor import CHECKS, Finding, Setup
+from zoscale.noise import fused
 
 DOCTOR = [sys.executable, "-m", "zoscale", "doctor"]
 

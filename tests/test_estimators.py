@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zoscale.estimators import ESTIMATORS, Candidate, Estimator, GradientEstimate, OneSided, TwoPoint
-from zoscale.forward import perturbed
-from zoscale.fused import remember_mean
-from zoscale.noise import Noise
+from zoscale.forward.sequential import perturbed
+from zoscale.noise.fused import remember_mean
+from zoscale.noise.generator import Noise
+from zoscale.noise.segments import Segment
 from zoscale.optim import ZOSGD, JaguarSignSGD
 from zoscale.probes import Block, Direction, DrawnDirection, Gaussian, Piece, Probe, Rademacher, Row, Tensors, pieces
-from zoscale.segments import Segment
 from zoscale.shards import CHUNK, ShardedParam, TensorSpec
 
 torch.set_num_threads(1)

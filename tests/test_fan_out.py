@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Estimator, OneSided, TwoPoint
-from zoscale.fan_out import WAITING, FanOutForward
-from zoscale.forward import SequentialForward, perturbed
-from zoscale.lora_fan import LoraFan, find_lora_pairs
-from zoscale.models import tokens_per_pass
+from zoscale.forward.fan_out import WAITING, FanOutForward
+from zoscale.forward.lora_fan import LoraFan, find_lora_pairs
+from zoscale.forward.sequential import SequentialForward, perturbed
+from zoscale.models.sizes import tokens_per_pass
 from zoscale.probes import Block, Gaussian, Probe
 from zoscale.step import micro_batches
 

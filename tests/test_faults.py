@@ -9,8 +9,8 @@ import pytest
 from jobs import SHORT, SIGN, Job, JobServer, result_bytes, run_dir_of, steps_done, wait_for_step
 
 from zoscale import cli
-from zoscale.journal import Journal
 from zoscale.preemption import Preempted
+from zoscale.recovery.journal import Journal
 
 OPTIONS = [*SHORT, *SIGN, "train.steps=300"]
 FEW = [*SHORT, *SIGN, "train.steps=12"]

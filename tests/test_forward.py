@@ -16,19 +16,19 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from zoscale.answers import AnswerModel
-from zoscale.batch import MicroBatch
+from zoscale.data.batch import MicroBatch
+from zoscale.data.prefixes import Row
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS, Candidate, OneSided, TwoPoint
 from zoscale.evaluate import evaluate
-from zoscale.forward import SequentialForward, perturbed
+from zoscale.forward.sequential import SequentialForward, perturbed
 from zoscale.mesh import Mesh
-from zoscale.noise import Noise
+from zoscale.models.answers import AnswerModel
+from zoscale.noise.generator import Noise
+from zoscale.noise.segments import Segment
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD
-from zoscale.prefixes import Row
 from zoscale.probes import PROBES, Block, Coordinate, Direction, Entry, Gaussian, Piece, Probe, Rademacher, Tensors
-from zoscale.segments import Segment
 from zoscale.shards import Master, ShardedParam, shard_parameters, trainable_specs
 
 torch.set_num_threads(1)

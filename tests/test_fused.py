@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zoscale import fused, noise, philox, rehearsal
+from zoscale import rehearsal
 from zoscale.engine import ZeroOrderEngine, is_compiled
 from zoscale.estimators import GradientEstimate, TwoPoint
-from zoscale.noise import Noise
+from zoscale.noise import fused, philox
+from zoscale.noise import generator as noise
+from zoscale.noise.generator import Noise
+from zoscale.noise.segments import Segment
 from zoscale.optim import ZOSGD, JaguarSignSGD
 from zoscale.probes import Block, Direction, Gaussian, Piece, Probe, Rademacher
-from zoscale.segments import Segment
 from zoscale.shards import ShardedParam, TensorSpec
 
 torch.set_num_threads(1)

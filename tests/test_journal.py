@@ -22,10 +22,10 @@ import pytest
 from jobs import JobServer, run_dir_of
 from processes import ROOT, environment, run
 
-import zoscale.journal
+import zoscale.recovery.journal
 from zoscale.config import ConfigError
-from zoscale.journal import Journal, JournalWriter
-from zoscale.journal_format import FORMAT, Header, Record
+from zoscale.recovery.journal import Journal, JournalWriter
+from zoscale.recovery.journal_format import FORMAT, Header, Record
 
 HEADER = Header(
     seed=7,
@@ -210,7 +210,7 @@ def test_a_long_end_without_records_is_searched_only_so_far(
     path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that may hold records is no torn end: a writer would cut them off."""
-    monkeypatch.setattr(zoscale.journal, "_MAX_SEARCH", 400 * SIZE)  # 400 places
+    monkeypatch.setattr(zoscale.recovery.journal, "_MAX_SEARCH", 400 * SIZE)  # 400 places
     assert read(path, content + bytes(400 + SIZE - 1)).num_torn == 400 + SIZE - 1
     message = refusal(path, content + bytes(400 + SIZE))
     assert f"corruption at byte {len(content)} (step {NUM_STEPS}), before {SIZE} bytes too many" in message
@@ -384,7 +384,7 @@ def test_a_full_disk_leaves_the_last_whole_record(path: Path, monkeypatch: pytes
 FULL_DISK = """
 import pathlib, resource, signal, sys
 import test_journal as t
-from zoscale.journal import Journal, JournalWriter
+from zoscale.recovery.journal import Journal, JournalWriter
 path = pathlib.Path(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -446,7 +446,7 @@ def test_fsync_is_called_once_for_every_so_many_records(
 ENDLESS = """
 import itertools, pathlib, sys
 import test_journal as t
-from zoscale.journal import JournalWriter
+from zoscale.recovery.journal import JournalWriter
 writer = JournalWriter.create(pathlib.Path(sys.argv[1]), t.HEADER, sync_every=int(sys.argv[2]))
 for step in itertools.count():
     writer.append(t.record(step))

@@ -20,9 +20,9 @@ import pytest
 from processes import ROOT, environment
 from test_journal import HEADER, INF, NAN, NUM_STEPS, RECORDS, START, record, write
 
-from zoscale.journal import Journal, JournalWriter
-from zoscale.journal_format import Header, Record
-from zoscale.journal_report import journal_command
+from zoscale.recovery.journal import Journal, JournalWriter
+from zoscale.recovery.journal_format import Header, Record
+from zoscale.recovery.journal_report import journal_command
 
 Call = Callable[..., str]
 FULL = {
@@ -340,7 +340,7 @@ def test_a_bad_option_ends_with_status_2(run_dir: Path, capsys: pytest.CaptureFi
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, num_steps: int) -> None:
     """`zoscale journal RUN --json | head -0`, with less and with more than a buffer of output."""
     some(tmp_path / "j", [constant(step, 0.5) for step in range(num_steps)])
-    code = "import sys; from zoscale.journal_report import journal_command; sys.exit(journal_command())"
+    code = "import sys; from zoscale.recovery.journal_report import journal_command; sys.exit(journal_command())"
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-c", code, str(tmp_path / "j"), "--json"]

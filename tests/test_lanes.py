@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from zoscale.answers import AnswerModel
-from zoscale.fan import replaced_forward
+from zoscale.forward.fan import replaced_forward
 from zoscale.lanes import Lanes, lane
-from zoscale.models import is_block
+from zoscale.models.answers import AnswerModel
+from zoscale.models.sizes import is_block
 from zoscale.step import micro_batches
 
 

@@ -20,14 +20,14 @@ from processes import ROOT, torchrun
 from safetensors.torch import load_file
 from test_zero3 import BLOCK, FOUR, FULL, LLAMA, LORA, MUON, ONE_SIDED, SIGN, TWO, assert_same_bits
 
-from zoscale import fit
-from zoscale.budget import Job
 from zoscale.config import ConfigError, RunConfig, build, parse
-from zoscale.division import Division
-from zoscale.footprint import Footprint, ModelShapes
+from zoscale.forward.division import Division
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import read_model_config
+from zoscale.models.loading import read_model_config
+from zoscale.plan import fit
+from zoscale.plan.budget import Job
+from zoscale.plan.footprint import Footprint, ModelShapes
 from zoscale.run_report import repeated_work
 from zoscale.runtime import Runtime, default_shard_size, start
 

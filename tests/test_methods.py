@@ -20,14 +20,11 @@ from test_optim import SHAPES, fixed_estimate, quadratic, shards_of, start_value
 from test_probes import densified, slice_of
 from torch import Tensor
 
-from zoscale import checkpoint
 from zoscale.assembly import check_methods
 from zoscale.config import ConfigError, parse
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS, ForwardGrad, GradientEstimate, NormalizedOneSided, TwoPoint
-from zoscale.export import save_trained
-from zoscale.forward import perturbed
-from zoscale.journal import Journal
+from zoscale.forward.sequential import perturbed
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.objectives import classification
@@ -35,8 +32,11 @@ from zoscale.optim import OPTIMIZERS, ElementwiseOptimizer, Shared, ZOSGDConserv
 from zoscale.optim.newton_schulz import orthogonalize
 from zoscale.optim.power_iteration import partially_orthogonalize
 from zoscale.probes import PROBES, Gaussian, Layers, Piece, Rademacher
-from zoscale.recovery import record_of, replay
-from zoscale.replay import rebuild
+from zoscale.recovery import checkpoint
+from zoscale.recovery.journal import Journal
+from zoscale.recovery.replay import rebuild
+from zoscale.recovery.resume import record_of, replay
+from zoscale.release.export import save_trained
 from zoscale.shards import ShardedParam
 
 torch.set_num_threads(1)

@@ -19,8 +19,8 @@ import reference as ref
 import torch
 from processes import needs_compiler, run
 
-from zoscale import fused, philox
-from zoscale.noise import Domain, Key, Noise, Range, signs_at
+from zoscale.noise import fused, philox
+from zoscale.noise.generator import Domain, Key, Noise, Range, signs_at
 
 torch.set_num_threads(1)
 
@@ -233,7 +233,7 @@ def test_no_collisions_over_a_grid_of_small_integers() -> None:
 
 FRESH = """
 import json, torch
-from zoscale.noise import Domain, Key, Noise, Range, signs_at
+from zoscale.noise.generator import Domain, Key, Noise, Range, signs_at
 from zoscale.shards import trainable_specs
 noise, key = Noise(0x0123456789ABCDEF), Key(11, 3, Domain.SUPPORT_COLUMNS)
 wanted = [Range(5, 3, 40)]

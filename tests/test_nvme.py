@@ -16,7 +16,7 @@ from processes import ROOT
 from zoscale import nvme
 from zoscale.config import ConfigError, RunConfig
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import ModelSize
+from zoscale.models.sizes import ModelSize
 from zoscale.nvme import check_offload, ready_nvme
 from zoscale.runtime import fill_deepspeed_config, read_deepspeed_config
 

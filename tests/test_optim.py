@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate, OneSided, TwoPoint
-from zoscale.forward import perturbed
+from zoscale.forward.sequential import perturbed
 from zoscale.mesh import Mesh
-from zoscale.noise import Noise
+from zoscale.noise.generator import Noise
+from zoscale.noise.segments import Segment
 from zoscale.optim import (
     FZOO,
     OPTIMIZERS,
@@ -50,7 +51,6 @@ from zoscale.probes import (
     Tensors,
     pieces,
 )
-from zoscale.segments import Segment
 from zoscale.shards import CHUNK, Master, ShardedParam, TensorSpec, shard_parameters
 
 torch.set_num_threads(1)

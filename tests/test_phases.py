@@ -15,7 +15,7 @@ from test_weight_fan import model_of
 
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Estimator, ForwardGrad, OneSided
-from zoscale.forward_choice import ForwardName
+from zoscale.forward.choice import ForwardName
 from zoscale.phases import PHASES, HostMark, PhaseTimer, timed
 from zoscale.run_meters import RunMeters
 

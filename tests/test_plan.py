@@ -13,17 +13,19 @@ import yaml
 from processes import ROOT, torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zoscale import cli, plan_timing
-from zoscale.budget import Job
+from zoscale import cli
 from zoscale.config import ConfigError, ModelConfig, RunConfig
 from zoscale.devices import DEVICES, GIB
-from zoscale.fit import state_per_element
-from zoscale.footprint import ModelShapes
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import count_parameters, read_model_config
-from zoscale.plan_report import make_plan
-from zoscale.plan_table import table
-from zoscale.stopwatch import Course, Method, StepSeconds, extrapolate, with_depth
+from zoscale.models.loading import read_model_config
+from zoscale.models.sizes import count_parameters
+from zoscale.plan import timing as plan_timing
+from zoscale.plan.budget import Job
+from zoscale.plan.fit import state_per_element
+from zoscale.plan.footprint import ModelShapes
+from zoscale.plan.report import make_plan
+from zoscale.plan.stopwatch import Course, Method, StepSeconds, extrapolate, with_depth
+from zoscale.plan.table import table
 
 SHAPES = {
     "model_type": "opt", "vocab_size": 40_000, "hidden_size": 256, "word_embed_proj_dim": 256, "num_hidden_layers": 3,

@@ -8,8 +8,8 @@ import datasets
 import pytest
 import torch
 
-from zoscale.fused import _compile
 from zoscale.mesh import Mesh
+from zoscale.noise.fused import _compile
 from zoscale.preemption import Preempted, end_on_signals, stop_on_signals
 from zoscale.tasks.sources import Source
 

@@ -9,11 +9,11 @@ import torch
 from test_fan_out import ARCHITECTURES, model_of
 from transformers import AutoConfig
 
-from zoscale.answers import AnswerModel
 from zoscale.config import ModelConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import TwoPoint
-from zoscale.models import can_share_prefixes
+from zoscale.models.answers import AnswerModel
+from zoscale.models.loading import can_share_prefixes
 from zoscale.objectives import classification
 from zoscale.probes import Gaussian
 

@@ -12,8 +12,10 @@ import torch
 from reference_methods import oracle_probe
 from torch import nn
 
-from zoscale import fused, noise
-from zoscale.noise import Noise
+from zoscale.noise import fused
+from zoscale.noise import generator as noise
+from zoscale.noise.generator import Noise
+from zoscale.noise.segments import Segment
 from zoscale.probes import (
     PROBES,
     Block,
@@ -31,7 +33,6 @@ from zoscale.probes import (
     Tensors,
     pieces,
 )
-from zoscale.segments import Segment
 from zoscale.shards import CHUNK, ShardedParam, TensorSpec
 
 torch.set_num_threads(1)

@@ -11,13 +11,13 @@ from processes import ROOT
 from zoscale.assembly import build_engine
 from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
-from zoscale.export import save_trained
-from zoscale.fan_out import FanOutForward
-from zoscale.footprint import ModelShapes
-from zoscale.lora_fan import LoraFan
+from zoscale.forward.fan_out import FanOutForward
+from zoscale.forward.lora_fan import LoraFan
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import load_model, read_model_config
-from zoscale.quantization import bytes_of_constants, check_quantization
+from zoscale.models.loading import load_model, read_model_config
+from zoscale.models.quantization import bytes_of_constants, check_quantization
+from zoscale.plan.footprint import ModelShapes
+from zoscale.release.export import save_trained
 from zoscale.shards import local_bytes
 
 TREE: dict[str, Any] = {

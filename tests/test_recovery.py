@@ -34,8 +34,8 @@ from jobs import (
 from processes import ROOT, environment, free_port
 
 from zoscale.config import parse
-from zoscale.journal import Journal
 from zoscale.methods import DEFAULTS, TABLES
+from zoscale.recovery.journal import Journal
 from zoscale.run_directory import RunDirectory, _empty
 
 STEPS = 24

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoscale import cli
-from zoscale.data import part
+from zoscale.data.splits import part
 
 MODEL = ROOT / "launch/tiny_opt/model"
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])

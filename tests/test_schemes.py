@@ -17,20 +17,21 @@ from processes import ROOT, torchrun
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from zoscale.adapters import check_scheme, choose_trainable
-from zoscale.answers import AnswerModel
+from zoscale.adapters.schemes import check_scheme, choose_trainable
 from zoscale.assembly import build_engine
 from zoscale.config import ConfigError, ModelConfig, parse
-from zoscale.data import Encoder
-from zoscale.fan_out import FanOutForward
-from zoscale.forward import SequentialForward
-from zoscale.generation import Generator
+from zoscale.data.splits import Encoder
+from zoscale.data.train_batches import TrainBatches
+from zoscale.forward.fan_out import FanOutForward
+from zoscale.forward.sequential import SequentialForward
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
-from zoscale.release import export_command
-from zoscale.replay import replay_command
-from zoscale.train_batches import TrainBatches
+from zoscale.models.answers import AnswerModel
+from zoscale.models.generation import Generator
+from zoscale.models.loading import add_adapter, load_model, read_model_config
+from zoscale.models.sizes import count_parameters
+from zoscale.recovery.replay import replay_command
+from zoscale.release.publish import export_command
 
 MODEL = ROOT / "launch/tiny_opt/model"
 RTE = ["task.name=rte", f"task.path={ROOT}/tests/samples/rte"]

@@ -13,7 +13,7 @@ from processes import ROOT, run, torchrun
 
 from zoscale.config import parse
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import ModelSize
+from zoscale.models.sizes import ModelSize
 from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
 from zoscale.submit import submit_command
 

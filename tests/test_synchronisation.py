@@ -13,17 +13,18 @@ from test_weight_fan import model_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from zoscale.answers import AnswerModel
-from zoscale.attention import check_attention
 from zoscale.backward import BackwardForward
-from zoscale.batch import MicroBatch, Question
 from zoscale.config import ConfigError, ModelConfig
+from zoscale.data.batch import MicroBatch, Question
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Backpropagation, TwoPoint
 from zoscale.evaluate import evaluate
 from zoscale.mesh import Mesh
-from zoscale.models import is_block, load_model, read_model_config
-from zoscale.noise import Noise
+from zoscale.models.answers import AnswerModel
+from zoscale.models.attention import check_attention
+from zoscale.models.loading import load_model, read_model_config
+from zoscale.models.sizes import is_block
+from zoscale.noise.generator import Noise
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
@@ -161,13 +162,6 @@ class Ordered(nn.Module):
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-class OrderedEngine(ZeroOrderEngine):
-    """An engine on such a model."""
-
-    def _place(self, model: nn.Module, accelerator: Any) -> tuple[nn.Module, Mesh]:
-        return Ordered(model), Mesh(ranks=(0, 1))
-
-
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's streams, to `zoscale.shards` alone; and who writes shards says so to `Ordered`."""
@@ -176,7 +170,8 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine_on_streams(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[ZeroOrderEngine, Ordered]:
-    engine = OrderedEngine(model_of("opt"), **options)
+    monkeypatch.setattr("zoscale.engine.place", lambda model, accelerator: (Ordered(model), Mesh(ranks=(0, 1))))
+    engine = ZeroOrderEngine(model_of("opt"), **options)
     ordered: Any = engine.answers.module
     monkeypatch.setattr(ShardedParam, "reach_next_forward", lambda shard: ordered.write())
     return engine, ordered

@@ -12,10 +12,10 @@ from processes import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoscale.config import ConfigError
-from zoscale.journal import Journal
-from zoscale.model_card import model_card
-from zoscale.replay import replay_command
-from zoscale.run_record import RunRecord
+from zoscale.recovery.journal import Journal
+from zoscale.recovery.replay import replay_command
+from zoscale.release.model_card import model_card
+from zoscale.release.run_record import RunRecord
 
 MODEL = ["model.id=launch/tiny_opt/model", "model.dtype=float32", "tracking.mlflow=false"]
 SMALL = ["data.num_train=null", "data.max_length=64", "data.batch_size=3", "data.micro_batch_size=1"]

@@ -13,20 +13,20 @@ import torch
 from processes import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from zoscale.answers import AnswerModel
 from zoscale.assembly import find_objective
-from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, DataConfig, parse
-from zoscale.data import Encoder, Splits, evaluation_batches
+from zoscale.data.batch import MicroBatch
+from zoscale.data.splits import Encoder, Splits, evaluation_batches
 from zoscale.engine import ZeroOrderEngine
 from zoscale.evaluate import Evaluation, evaluate
-from zoscale.evaluation_log import EvaluationLog
-from zoscale.generation import Generator
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.metrics import exact_match, f1, last_f1, macro_f1, normalise, score
-from zoscale.models import add_adapter
+from zoscale.models.answers import AnswerModel
+from zoscale.models.generation import Generator
+from zoscale.models.loading import add_adapter
 from zoscale.objectives import ChosenLoss, GeneratedLoss
+from zoscale.recovery.evaluation_log import EvaluationLog
 from zoscale.run_report import skipped
 from zoscale.tasks import TASKS, Completion, Example, Task
 

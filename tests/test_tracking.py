@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from zoscale import mlflow_sender, mlflow_store
-from zoscale.tracking import NullTracker, Record, Tracker, read_metrics
+from zoscale.tracking import mlflow_sender, mlflow_store
+from zoscale.tracking.tracker import NullTracker, Record, Tracker, read_metrics
 
 mlflow = pytest.importorskip("mlflow")
 REPO = Path(__file__).resolve().parents[1]
@@ -54,7 +54,7 @@ def history(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name in ("zoscale.tracking", "zoscale.mlflow_sender")]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("zoscale.tracking.")]
 
 
 # --- a SQLite store -----------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_disabled_and_null_trackers_write_no_store(tmp_path: Path) -> None:
 PROCESS = """
 import sys, time
 from pathlib import Path
-from zoscale.tracking import Tracker
+from zoscale.tracking.tracker import Tracker
 import mlflow, mlflow.store.tracking.sqlalchemy_store  # so that both begin together
 print("ready", flush=True); sys.stdin.readline()
 tracker = Tracker.start(Path(sys.argv[1]), uri=None, experiment="same", run_name="r", params={"a": 1}, tags={},
@@ -350,7 +350,7 @@ def test_a_real_server_and_its_death(
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
     check_survives(stuck, tmp_path / "runs" / "stuck", wait=False)
     first, second = warnings_of(caplog)
-    assert "metrics failed" in first and "metrics.jsonl" in first and "-m zoscale.tracking" in first
+    assert "metrics failed" in first and "metrics.jsonl" in first and "-m zoscale.tracking.tracker" in first
     assert "finish failed" in second and "no progress for 3 s" in second
 
 
@@ -382,7 +382,7 @@ def test_nobody_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     tracker.log(0, {"loss": 1.0})
     tracker.finish()
     (warning,) = warnings_of(caplog)
-    assert "start failed" in warning and "-m zoscale.tracking" in warning and "secret" not in warning
+    assert "start failed" in warning and "-m zoscale.tracking.tracker" in warning and "secret" not in warning
     assert list(read_metrics(run_dir)) == [Record(0, pytest.approx(time.time(), abs=60), {"loss": 1.0})]
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
 

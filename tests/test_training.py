@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import zoscale
 from zoscale import cli
 from zoscale.config import parse
-from zoscale.data import part
+from zoscale.data.splits import part
 from zoscale.methods import DEFAULTS, TABLES
 
 QUICKSTART = ["--config", "launch/recipes/quickstart.yaml"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from processes import run
 
-from zoscale.noise import Key, Noise, Range
-from zoscale.streams import kernels_on, stream_of
+from zoscale.noise.generator import Key, Noise, Range
+from zoscale.noise.streams import kernels_on, stream_of
 
 DEFINITION = [sys.executable, "tests/triton_worker.py", "numbers", "steps", "rehearses"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -48,7 +48,7 @@ def test_without_right_kernels_noise_is_drawn_to_memory_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, kernels: Any, reason: str
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setitem(sys.modules, "zoscale.triton_kernels", kernels)
+    monkeypatch.setitem(sys.modules, "zoscale.noise.triton_kernels", kernels)
     kernels_on.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

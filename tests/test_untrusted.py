@@ -29,9 +29,9 @@ from test_journal import HEADER, NUM_STEPS, RECORDS, SIZE, START, record, same, 
 
 from zoscale.config import ConfigError, ModelConfig, RunConfig, load_yaml, parse
 from zoscale.config.merging import Given, Schema
-from zoscale.journal import Journal, JournalWriter
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.run_record import check_trusted, with_base
+from zoscale.recovery.journal import Journal, JournalWriter
+from zoscale.release.run_record import check_trusted, with_base
 from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
 from zoscale.tasks.sources import Source
 

@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Estimator, OneSided, TwoPoint
-from zoscale.fan import Rows
-from zoscale.fan_out import FanOutForward
-from zoscale.forward import Losses, SequentialForward
+from zoscale.forward.fan import Rows
+from zoscale.forward.fan_out import FanOutForward
+from zoscale.forward.sequential import Losses, SequentialForward
+from zoscale.forward.weight_fan import LinearUnit, LookupUnit, Unit, find_units
 from zoscale.probes import Block, Coordinate, Gaussian, Probe, Rademacher, Tensors
 from zoscale.shards import CHUNK, TensorSpec
 from zoscale.step import micro_batches
-from zoscale.weight_fan import LinearUnit, LookupUnit, Unit, find_units
 
 
 def model_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -94,8 +94,8 @@ def test_parts_of_the_weights(scheme: Callable[[nn.Module], nn.Module]) -> None:
 def test_large_weights_are_run_slab_by_slab(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slabs of whole rows, of which the scratch copy never holds more; those drawn together end within a module."""
     monkeypatch.setattr("zoscale.shards.CHUNK", 100)
-    monkeypatch.setattr("zoscale.scratch._SMALL", 40)
-    monkeypatch.setattr("zoscale.scratch._TOGETHER", 64)
+    monkeypatch.setattr("zoscale.forward.scratch._SMALL", 40)
+    monkeypatch.setattr("zoscale.forward.scratch._TOGETHER", 64)
     model = model_of("llama")
     units = find_units(model)
     assert units is not None

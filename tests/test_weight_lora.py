@@ -14,20 +14,20 @@ from processes import ROOT
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zoscale import checkpoint
-from zoscale.adapters import check_scheme, selection_of
+from zoscale.adapters.schemes import check_scheme, selection_of
+from zoscale.adapters.selection import Selection, expanded, strongest
+from zoscale.adapters.weighted_lora import weigh_adapters
 from zoscale.config import ConfigError, parse
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import GradientEstimate
-from zoscale.export import save_trained
-from zoscale.fan_out import FanOutForward
-from zoscale.journal import Journal
+from zoscale.forward.fan_out import FanOutForward
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import add_adapter
-from zoscale.selection import Selection, expanded, strongest
+from zoscale.models.loading import add_adapter
+from zoscale.recovery import checkpoint
+from zoscale.recovery.journal import Journal
+from zoscale.release.export import save_trained
 from zoscale.shards import local_bytes
 from zoscale.step import micro_batches
-from zoscale.weighted_lora import weigh_adapters
 
 PLAN = {"keep": 2, "warmup_steps": 2, "expansions": 1, "expand_every": 2}
 ADAPTER = {**tiny.LORA, "peft_type": "weight_lora", **PLAN}
@@ -270,7 +270,7 @@ RUN = [
 ]  # fmt: skip
 DIE = """
 import os
-from zoscale.ledger import Ledger
+from zoscale.recovery.ledger import Ledger
 append = Ledger.append
 def dying(self, result):
     if {recorded}: append(self, result)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zoscale.batch import MicroBatch
-from zoscale.prefixes import Row, share_prefixes
+from zoscale.data.batch import MicroBatch
+from zoscale.data.prefixes import Row, share_prefixes
 
 LORA = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 

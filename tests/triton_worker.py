@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 import zoscale.shards
-from zoscale import fused, rehearsal, streams
+from zoscale import rehearsal
 from zoscale.estimators import Candidate, GradientEstimate, TwoPoint
-from zoscale.forward import perturbed
-from zoscale.noise import Domain, Key, Noise, Range
+from zoscale.forward.scratch import Draws
+from zoscale.forward.sequential import perturbed
+from zoscale.noise import fused, streams
+from zoscale.noise.generator import Domain, Key, Noise, Range
+from zoscale.noise.streams import Distribution, Mask, Stream, Sum
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD, ZOAdam
 from zoscale.probes import Block, Gaussian, Layers, Probe, Rademacher, Tensors
-from zoscale.scratch import Draws
 from zoscale.shards import Master, ShardedParam, TensorSpec
-from zoscale.streams import Distribution, Mask, Stream, Sum
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not IS_INTERPRETED else torch.device("cpu")
@@ -201,7 +202,7 @@ class Compiled:
         import triton
         from triton.backends.compiler import GPUTarget
 
-        from zoscale import triton_kernels
+        from zoscale.noise import triton_kernels
 
         self.kernels = triton_kernels
         self.UNIT, self.SIZE = triton_kernels.UNIT, triton_kernels.SIZE

@@ -21,23 +21,24 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 from safetensors.torch import save_file
 
-from zoscale.adapters import selection_of
+from zoscale.adapters.schemes import selection_of
 from zoscale.assembly import build_model
-from zoscale.checkpoint import load, save
 from zoscale.config import ModelConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS
-from zoscale.export import save_trained
 from zoscale.fingerprint import of_model
 from zoscale.first_order import FirstOrderEngine
-from zoscale.forward import SequentialForward
+from zoscale.forward.sequential import SequentialForward
 from zoscale.meters import CommMeter, Traffic, count_allgathers
 from zoscale.methods import TABLES
-from zoscale.models import count_parameters, is_block, read_model_config
+from zoscale.models.loading import read_model_config
+from zoscale.models.sizes import count_parameters, is_block
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import orthogonalize
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.optim.owners import CAPACITY, on_owners
+from zoscale.recovery.checkpoint import load, save
+from zoscale.release.export import save_trained
 from zoscale.runtime import ZERO3, Runtime, start, stop
 from zoscale.shards import ShardedParam, local_bytes, true_numel
 from zoscale.step import Engine, micro_batches

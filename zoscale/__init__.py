@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoscale.engine import ZeroOrderEngine
     from zoscale.estimators import NormalizedOneSided, OneSided, TwoPoint
-    from zoscale.export import save_trained
     from zoscale.first_order import FirstOrderEngine
-    from zoscale.models import count_parameters
+    from zoscale.models.sizes import count_parameters
     from zoscale.optim import (
         FZOO,
         ZOSGD,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
         Subspace,
         Tensors,
     )
+    from zoscale.release.export import save_trained
     from zoscale.runtime import Runtime, start, stop
     from zoscale.step import StepResult
 
@@ -48,9 +48,9 @@ if Path("/sys/kernel/mm/transparent_hugepage").is_dir():
 _HOMES = {
     "engine": ("ZeroOrderEngine",),
     "estimators": ("NormalizedOneSided", "OneSided", "TwoPoint"),
-    "export": ("save_trained",),
+    "release.export": ("save_trained",),
     "first_order": ("FirstOrderEngine",),
-    "models": ("count_parameters",),
+    "models.sizes": ("count_parameters",),
     "optim": (
         "FZOO",
         "ZOSGD",

@@ -11,31 +11,30 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale import runtime
-from zoscale.adapters import adds_tokens, check_scheme, selection_of
-from zoscale.attention import check_attention
-from zoscale.compilation import check_compile
+from zoscale.adapters.schemes import adds_tokens, check_scheme, selection_of
 from zoscale.config import ConfigError, ModelConfig, RunConfig, build
-from zoscale.data import Encoder, Splits
+from zoscale.data.splits import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
 from zoscale.first_order import FirstOrderEngine, check_first_order
+from zoscale.forward.compilation import check_compile
 from zoscale.mesh import Mesh
 from zoscale.methods import TABLES
 from zoscale.metrics import METRICS, TALLIED, score
-from zoscale.models import (
-    ModelSize,
+from zoscale.models.attention import check_attention
+from zoscale.models.loading import (
     add_adapter,
     can_share_prefixes,
-    count_parameters,
     load_model,
     load_tokenizer,
     new_model,
     read_model_config,
 )
+from zoscale.models.quantization import check_quantization
+from zoscale.models.sizes import ModelSize, count_parameters
 from zoscale.nvme import check_offload
 from zoscale.objectives import OBJECTIVES, ChosenLoss, GeneratedLoss, Objective, language_modeling
 from zoscale.optim import ShardedOptimizer
 from zoscale.optim.first_order import FIRST_ORDER
-from zoscale.quantization import check_quantization
 from zoscale.shard_groups import GroupedAccelerator, cut_up
 from zoscale.shards import ShardedParam, TensorSpec
 from zoscale.step import Engine

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoscale.answers import AnswerModel
-from zoscale.batch import MicroBatch
-from zoscale.division import Division
+from zoscale.data.batch import MicroBatch
 from zoscale.estimators import Candidate
-from zoscale.forward import Losses, reduce_losses
+from zoscale.forward.division import Division
+from zoscale.forward.sequential import Losses, reduce_losses
 from zoscale.mesh import Mesh
+from zoscale.models.answers import AnswerModel
 from zoscale.objectives import Objective
 from zoscale.partitions import local_gradient
 from zoscale.shards import ShardedParam

@@ -119,28 +119,28 @@ def doctor(argv: Sequence[str]) -> int:
 
 def plan(argv: Sequence[str]) -> int:
     """`zoscale plan`."""
-    from zoscale.plan_report import plan_command
+    from zoscale.plan.report import plan_command
 
     return plan_command(argv)
 
 
 def export(argv: Sequence[str]) -> int:
     """`zoscale export`."""
-    from zoscale.release import export_command
+    from zoscale.release.publish import export_command
 
     return export_command(argv)
 
 
 def replay(argv: Sequence[str]) -> int:
     """`zoscale replay`."""
-    from zoscale.replay import replay_command
+    from zoscale.recovery.replay import replay_command
 
     return replay_command(argv)
 
 
 def journal(argv: Sequence[str]) -> int:
     """`zoscale journal`."""
-    from zoscale.journal_report import journal_command
+    from zoscale.recovery.journal_report import journal_command
 
     return journal_command(argv)
 

@@ -20,11 +20,11 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from zoscale.fit import memory_of_a_rank
 from zoscale.local_job import cause_of, command_of, run_here
-from zoscale.mlflow_store import short_waits, shown, store_uri
-from zoscale.noise import Key, Noise, Range
-from zoscale.streams import kernels_on
+from zoscale.noise.generator import Key, Noise, Range
+from zoscale.noise.streams import kernels_on
+from zoscale.plan.fit import memory_of_a_rank
+from zoscale.tracking.mlflow_store import short_waits, shown, store_uri
 
 _MIN_FREE = 2**30  # bytes for checkpoints and logs
 _PATIENCE = 180.0  # seconds for the smoke step

@@ -9,18 +9,18 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zoscale.compilation import CompileName
+from zoscale.adapters.selection import Selection
 from zoscale.estimators import ESTIMATORS, Estimator
-from zoscale.forward import Forward
-from zoscale.forward_choice import ForwardName, choose_forward
+from zoscale.forward.choice import ForwardName, choose_forward
+from zoscale.forward.compilation import CompileName
+from zoscale.forward.sequential import Forward
 from zoscale.mesh import Mesh
-from zoscale.noise import Noise
+from zoscale.noise.generator import Noise
 from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ShardedOptimizer
 from zoscale.placement import place
 from zoscale.probes import PROBES, Probe
 from zoscale.rehearsal import Rehearsal
-from zoscale.selection import Selection
 from zoscale.shards import Master, ShardedParam, shard_parameters, trainable_specs
 from zoscale.step import Engine
 
@@ -46,7 +46,7 @@ class ZeroOrderEngine(Engine):
         noise: compile the generator: `auto` does on a GPU, and on a CPU from about a million trainable elements on.
         forward: `fan_out` takes all candidates in one pass; `sequential` takes one pass each; `auto` fans out where
             it can, which is wherever modules keep the rows of a batch in order.
-        max_rows: most rows of one pass of `fan_out`; None = as `models.tokens_per_pass` says.
+        max_rows: most rows of one pass of `fan_out`; None = as `models.sizes.tokens_per_pass` says.
         compile: `blocks` runs transformer blocks under torch.compile, `cuda_graphs` replays what they launch too;
             `auto` compiles on a GPU where it can. Give such an engine batches of few shapes, and all to `rehearse`.
         tokenizer: of the model; needed where answers are generated.

@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zoscale.noise.segments import Segment
+from zoscale.noise.streams import Sum
 from zoscale.probes import Direction, Piece
-from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
-from zoscale.streams import Sum
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoscale.answers import AnswerModel
-from zoscale.batch import MicroBatch
-from zoscale.generation import Generator
+from zoscale.data.batch import MicroBatch
 from zoscale.mesh import Mesh
 from zoscale.metrics import TALLIED, score
+from zoscale.models.answers import AnswerModel
+from zoscale.models.generation import Generator
 from zoscale.objectives import Objective, chosen_texts, classification, language_modeling, score_sum
 
 _LOSSES: Mapping[str, Objective] = {"loss": classification, "lm_loss": language_modeling}

@@ -8,24 +8,26 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from zoscale import checkpoint, provenance, runtime
+from zoscale import provenance, runtime
 from zoscale.agreement import check_agreement
 from zoscale.assembly import build_engine, encoder_of
-from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig, build, parse
-from zoscale.data import Splits, numbered_batches, part
+from zoscale.data.batch import MicroBatch
+from zoscale.data.splits import Splits, numbered_batches, part
 from zoscale.engine import ZeroOrderEngine
 from zoscale.evaluate import Evaluation
-from zoscale.export import read_origin
-from zoscale.fit import shard_size_of_run
-from zoscale.journal import Journal
-from zoscale.manifest import complete
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import count_parameters, read_model_config
-from zoscale.recovery import check_replay, check_start, go_to, restore
+from zoscale.models.loading import read_model_config
+from zoscale.models.sizes import count_parameters
+from zoscale.plan.fit import shard_size_of_run
+from zoscale.recovery import checkpoint
+from zoscale.recovery.journal import Journal
+from zoscale.recovery.manifest import complete
+from zoscale.recovery.resume import check_replay, check_start, go_to, restore
+from zoscale.release.export import read_origin
+from zoscale.release.run_record import RunRecord, check_trusted
 from zoscale.run_directory import write_json
-from zoscale.run_record import RunRecord, check_trusted
 from zoscale.run_report import say, skipped
 from zoscale.scoring import RecordingGenerator, score, write_predictions
 from zoscale.tasks import TASKS, Example, Task

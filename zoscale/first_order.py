@@ -8,17 +8,17 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zoscale.adapter_choice import Shapes
+from zoscale.adapters.choice import Shapes
+from zoscale.adapters.selection import Selection
 from zoscale.backward import BackwardForward
 from zoscale.config import ConfigError, RunConfig
 from zoscale.estimators import Backpropagation
 from zoscale.mesh import Mesh
-from zoscale.noise import Noise
+from zoscale.noise.generator import Noise
 from zoscale.objectives import OBJECTIVES, Objective, language_modeling
 from zoscale.optim.first_order import FirstOrderOptimizer, FOAdamW
 from zoscale.partitions import shards_of_optimizer
 from zoscale.probes.gradient import Gradient
-from zoscale.selection import Selection
 from zoscale.shard_groups import GroupedAccelerator
 from zoscale.shards import ShardedParam, trainable_specs
 from zoscale.step import Engine

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zoscale.config import ConfigError, RunConfig
-from zoscale.models import ModelSize
+from zoscale.models.sizes import ModelSize
 from zoscale.optim.first_order import FIRST_ORDER
 
 _PREFIX = "zoscale-"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zoscale.batch import MicroBatch
+from zoscale.data.batch import MicroBatch
 from zoscale.metrics import Score
 
 

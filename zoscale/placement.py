@@ -6,7 +6,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from zoscale.mesh import Mesh
-from zoscale.models import is_block
+from zoscale.models.sizes import is_block
 from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up, cut_up_adapters
 
 

@@ -7,17 +7,17 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from zoscale.batch import MicroBatch
-from zoscale.compilation import CompiledAnswers
+from zoscale.data.batch import MicroBatch
 from zoscale.estimators import Candidate, Estimator
-from zoscale.fan_out import FanOutForward
-from zoscale.forward import Forward, perturbed
+from zoscale.forward.compilation import CompiledAnswers
+from zoscale.forward.fan_out import FanOutForward
+from zoscale.forward.scratch import Draws
+from zoscale.forward.sequential import Forward, perturbed
 from zoscale.mesh import Mesh
-from zoscale.noise import Noise
+from zoscale.noise.generator import Noise
 from zoscale.objectives import Objective
 from zoscale.optim import ShardedOptimizer
 from zoscale.probes import Probe
-from zoscale.scratch import Draws
 from zoscale.shards import Master, ShardedParam, shard_parameters
 
 _SHAPES = [(1024, 1024), (1024,), (127, 131), (16411,), (31, 33), (1021,)]

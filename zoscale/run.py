@@ -6,17 +6,17 @@ from zoscale import provenance, runtime
 from zoscale.agreement import check_agreement
 from zoscale.assembly import Plan, build_training_engine, plan
 from zoscale.config import ConfigError, RunConfig
-from zoscale.export import save_trained, write_origin
-from zoscale.fit import shard_size_of_run
-from zoscale.ledger import Ledger
 from zoscale.mesh import Mesh
+from zoscale.plan.fit import shard_size_of_run
 from zoscale.preemption import Preempted, end_on_signals
-from zoscale.recovery import header_of
+from zoscale.recovery.ledger import Ledger
+from zoscale.recovery.resume import header_of
+from zoscale.release.export import save_trained, write_origin
 from zoscale.run_directory import RunDirectory, write_json
 from zoscale.run_report import conclude, describe, say
 from zoscale.shard_groups import shard_size_of
 from zoscale.step import Engine
-from zoscale.tracking import NullTracker, Tracker
+from zoscale.tracking.tracker import NullTracker, Tracker
 from zoscale.trainer import Trainer
 from zoscale.watchdog import Watchdog
 

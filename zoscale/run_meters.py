@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-from zoscale.answers import AnswerModel
-from zoscale.generation import Generator
 from zoscale.meters import CommMeter, Counts, MemoryMeter, ThroughputMeter, Traffic, count_allgathers
+from zoscale.models.answers import AnswerModel
+from zoscale.models.generation import Generator
 from zoscale.phases import PHASES, PhaseTimer, timed
 from zoscale.step import Engine, StepResult
 

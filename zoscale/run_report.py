@@ -6,11 +6,11 @@ from tqdm import tqdm
 
 from zoscale.assembly import Plan
 from zoscale.config import RunConfig
-from zoscale.division import Division
-from zoscale.forward import SequentialForward
+from zoscale.forward.division import Division
+from zoscale.forward.sequential import SequentialForward
 from zoscale.mesh import Mesh
 from zoscale.objectives import GeneratedLoss
-from zoscale.recovery import Log
+from zoscale.recovery.resume import Log
 from zoscale.run_directory import RunDirectory
 from zoscale.shards import local_bytes
 from zoscale.step import Engine

@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from zoscale.config import ConfigError
 from zoscale.launcher import obey
-from zoscale.models import ModelSize
+from zoscale.models.sizes import ModelSize
 from zoscale.nvme import fill_offload, offload_device, ready_nvme
 from zoscale.shard_groups import GroupedAccelerator
 

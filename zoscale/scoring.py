@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from zoscale.answers import AnswerModel
-from zoscale.batch import MicroBatch
+from zoscale.data.batch import MicroBatch
 from zoscale.evaluate import Evaluation, evaluate
-from zoscale.generation import Generator
 from zoscale.mesh import Mesh
+from zoscale.models.answers import AnswerModel
+from zoscale.models.generation import Generator
 from zoscale.objectives import option_scores, predictions
 from zoscale.run_directory import write_text
 from zoscale.tasks import Example

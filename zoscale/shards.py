@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from zoscale.segments import Segment
+from zoscale.noise.segments import Segment
 
 Master = Literal["fp32", "none", "stochastic"]
 

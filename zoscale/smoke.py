@@ -9,7 +9,8 @@ import torch
 from zoscale.config import ModelConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.meters import CommMeter, count_allgathers
-from zoscale.models import add_adapter, count_parameters, load_model, read_model_config
+from zoscale.models.loading import add_adapter, load_model, read_model_config
+from zoscale.models.sizes import count_parameters
 from zoscale.optim import JaguarSignSGD
 from zoscale.runtime import ZERO3, Runtime, start, stop
 

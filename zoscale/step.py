@@ -10,19 +10,19 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zoscale.adapter_choice import AdapterChoice, Shapes
-from zoscale.answers import AnswerModel
-from zoscale.batch import MicroBatch
+from zoscale.adapters.choice import AdapterChoice, Shapes
+from zoscale.adapters.selection import Selection
+from zoscale.data.batch import MicroBatch
 from zoscale.estimators import Estimator, GradientEstimate
-from zoscale.forward import Forward, Losses
-from zoscale.generation import Generator
+from zoscale.forward.sequential import Forward, Losses
 from zoscale.mesh import Mesh
-from zoscale.noise import Noise
+from zoscale.models.answers import AnswerModel
+from zoscale.models.generation import Generator
+from zoscale.noise.generator import Noise
 from zoscale.objectives import Objective
 from zoscale.optim import ShardedOptimizer
 from zoscale.probes import Direction, Probe
 from zoscale.rehearsal import Rehearsal, rehearse_forward
-from zoscale.selection import Selection
 from zoscale.shard_groups import cut_up_like, forget_order
 from zoscale.shards import ShardedParam, TensorSpec
 

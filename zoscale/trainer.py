@@ -8,22 +8,22 @@ from typing import Any
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from zoscale.batch import MicroBatch
 from zoscale.config import ConfigError, RunConfig
-from zoscale.data import Encoder, Splits, evaluation_batches
+from zoscale.data.batch import MicroBatch
+from zoscale.data.splits import Encoder, Splits, evaluation_batches
+from zoscale.data.train_batches import TrainBatches
 from zoscale.evaluate import Evaluation, evaluate
 from zoscale.fingerprint import check_replicas
-from zoscale.journal_format import Record
-from zoscale.ledger import Ledger
 from zoscale.objectives import OBJECTIVES
 from zoscale.preemption import Preempted, stop_on_signals
 from zoscale.progress import BestOnDev, Score, Skips
-from zoscale.recovery import Log
+from zoscale.recovery.journal_format import Record
+from zoscale.recovery.ledger import Ledger
+from zoscale.recovery.resume import Log
 from zoscale.run_meters import RunMeters
 from zoscale.step import Engine, StepResult
 from zoscale.tasks import Task
-from zoscale.tracking import Tracker
-from zoscale.train_batches import TrainBatches
+from zoscale.tracking.tracker import Tracker
 from zoscale.watchdog import Watchdog
 
 _MULTIPLE = 32  # tokens to which rows are padded for a compiled forward

@@ -19,7 +19,7 @@ from bench.cells import Cell
 from bench.variants import Bench, build
 from zoscale.mesh import Mesh
 from zoscale.meters import CommMeter, MemoryMeter, Traffic, count_allgathers
-from zoscale.models import is_block
+from zoscale.models.sizes import is_block
 from zoscale.runtime import stop
 from zoscale.shards import local_bytes, true_numel
 

@@ -10,12 +10,13 @@ from torch.nn import functional
 
 from bench.cells import ADAPTERS, DTYPES, SHAPES, Cell, deepspeed_config
 from bench.mezo import Mezo
-from zoscale.batch import IGNORED, MicroBatch
 from zoscale.config import ModelConfig
+from zoscale.data.batch import IGNORED, MicroBatch
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import TwoPoint
-from zoscale.forward import Forward, SequentialForward
-from zoscale.models import ModelSize, add_adapter, count_parameters, load_model, read_model_config
+from zoscale.forward.sequential import Forward, SequentialForward
+from zoscale.models.loading import add_adapter, load_model, read_model_config
+from zoscale.models.sizes import ModelSize, count_parameters
 from zoscale.optim import JaguarSignSGD
 from zoscale.probes import Block, Gaussian, Rademacher
 from zoscale.runtime import Runtime, read_deepspeed_config, start

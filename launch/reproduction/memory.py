@@ -20,11 +20,11 @@ from zoscale.comparison.palette import colour
 from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.devices import DEVICES
 from zoscale.estimators import Estimator
-from zoscale.fit import state_per_element
-from zoscale.footprint import ModelShapes
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.models import read_model_config
-from zoscale.plan_report import make_plan
+from zoscale.models.loading import read_model_config
+from zoscale.plan.fit import state_per_element
+from zoscale.plan.footprint import ModelShapes
+from zoscale.plan.report import make_plan
 from zoscale.run_directory import write_text
 
 _FIRST_ORDER_STATE = {"fo_sgd": 0, "fo_adamw": 2}  # fp32 values per trainable element

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from zoscale.noise import Domain, Key, Noise, Range
+from zoscale.noise.generator import Domain, Key, Noise, Range
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zoscale.blackbox.draws import Draws, coordinates, normals, signs
 from zoscale.blackbox.oracle import Oracle
-from zoscale.noise import Noise
+from zoscale.noise.generator import Noise
 
 Start = Literal["zero", "differences"]
 

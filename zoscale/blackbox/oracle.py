@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zoscale.blackbox.draws import subsets, uniforms
-from zoscale.noise import Noise
+from zoscale.noise.generator import Noise
 
 Feedback = Literal["two_point", "one_point"]
 

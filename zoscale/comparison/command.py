@@ -12,7 +12,7 @@ from zoscale.comparison.comparison import Comparison, compare
 from zoscale.comparison.report_run import FOLDER, log_report
 from zoscale.comparison.runs import read_runs
 from zoscale.config import ConfigError
-from zoscale.mlflow_store import store_uri
+from zoscale.tracking.mlflow_store import store_uri
 
 _WHAT = "Which method is better per forward equivalent, per second and per device hour: a table, and a report."
 _SHOWN = 3  # names in a title

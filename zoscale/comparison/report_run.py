@@ -5,7 +5,7 @@ from pathlib import Path
 
 from zoscale.comparison.runs import REPORT_TAG, Store
 from zoscale.config import ConfigError
-from zoscale.mlflow_store import short_waits, shown
+from zoscale.tracking.mlflow_store import short_waits, shown
 
 FOLDER = "report"
 """Of the artifacts."""

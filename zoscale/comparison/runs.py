@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from zoscale.config import ConfigError
-from zoscale.mlflow_store import Card, short_waits, shown
-from zoscale.tracking import read_metrics
+from zoscale.tracking.mlflow_store import Card, short_waits, shown
+from zoscale.tracking.tracker import read_metrics
 
 Series = Mapping[int, float]
 """Values of a metric by step, ascending."""

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from zoscale.estimators import ESTIMATORS, Backpropagation, Estimator, GradientEstimate
-from zoscale.fused import chosen, descend, descend_sign, scalars
+from zoscale.noise.fused import chosen, descend, descend_sign, scalars
+from zoscale.noise.segments import Term
+from zoscale.noise.streams import Sum
 from zoscale.optim.sharded import Company, ShardedOptimizer
 from zoscale.probes import PROBES, Layers, Piece, Probe
 from zoscale.probes.gradient import Gradient
-from zoscale.segments import Term
 from zoscale.shards import ShardedParam
-from zoscale.streams import Sum
 
 Write = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None], None]
 

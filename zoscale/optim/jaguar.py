@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from zoscale.estimators import GradientEstimate
-from zoscale.fused import chosen, remember_mean, scalars
 from zoscale.mesh import Mesh
+from zoscale.noise.fused import chosen, remember_mean, scalars
+from zoscale.noise.segments import Term
+from zoscale.noise.streams import Sum
 from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta, check_choice
 from zoscale.optim.newton_schulz import orthogonalize, update_scale
@@ -17,9 +19,7 @@ from zoscale.optim.owners import on_owners
 from zoscale.optim.sharded import Company, Shared
 from zoscale.optim.spectral import Spectral, SpectralOptimizer
 from zoscale.probes import Piece, pieces
-from zoscale.segments import Term
 from zoscale.shards import ShardedParam
-from zoscale.streams import Sum
 
 Memory = Callable[[ShardedParam], Tensor]
 """A slice's own: float32 of its length."""

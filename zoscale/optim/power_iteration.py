@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zoscale.noise import Key, Noise, Range
+from zoscale.noise.generator import Key, Noise, Range
 
 _SWEEPS = 3
 _NOISE = 1e-5  # singular values below this share of the largest are the rounding of the arithmetic

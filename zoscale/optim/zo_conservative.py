@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from zoscale.estimators import Candidate, GradientEstimate
+from zoscale.noise.segments import Segment
 from zoscale.optim.zo_sgd import ZOSGD
 from zoscale.probes import Direction, Piece
-from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
 
 

@@ -1,7 +1,7 @@
 """Probes: what a direction z looks like and where it lives.
 
 A probe draws one `Direction` per (step, k); the direction gives z on any slice of any tensor without ever holding z
-whole. Values and supports are pure functions of (seed; step, k, tensor id, element): see `noise.py`. Adding one: a
+whole. Values and supports are pure functions of (seed; step, k, tensor id, element): see `noise/`. Adding one: a
 class with `draw`, and a row in the table of `layers.py`.
 """
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from zoscale.noise import Domain, Key, Noise, Range
-from zoscale.segments import Segment
+from zoscale.noise.generator import Domain, Key, Noise, Range
+from zoscale.noise.segments import Segment
+from zoscale.noise.streams import Stream
 from zoscale.shards import STREAMED, ShardedParam, TensorSpec, chunk
-from zoscale.streams import Stream
 
 
 class Piece(NamedTuple):

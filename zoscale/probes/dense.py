@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from zoscale.noise import Noise
+from zoscale.noise.generator import Noise
+from zoscale.noise.segments import Segment
+from zoscale.noise.streams import Distribution, Stream, stream_of
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
-from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
-from zoscale.streams import Distribution, Stream, stream_of
 
 
 class _Dense(DrawnDirection):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zoscale.noise import Domain, Key, Noise, Range
+from zoscale.noise.generator import Domain, Key, Noise, Range
+from zoscale.noise.segments import Segment
 from zoscale.probes.base import DrawnDirection, Piece, Probe
-from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
 
 _BLOCK = 2**16  # elements of z made by one matrix product

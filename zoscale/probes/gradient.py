@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from zoscale.noise import Noise
+from zoscale.noise.generator import Noise
+from zoscale.noise.segments import Segment
 from zoscale.probes.base import Direction, Piece, Probe
-from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
 
 

@@ -10,13 +10,13 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from zoscale import philox
-from zoscale.fused import on_device
-from zoscale.noise import Domain, Key, Noise, Range, signs_at, stays_bits
+from zoscale.noise import philox
+from zoscale.noise.fused import on_device
+from zoscale.noise.generator import Domain, Key, Noise, Range, signs_at, stays_bits
+from zoscale.noise.segments import Segment
+from zoscale.noise.streams import Mask, Stream, stream_of
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
-from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
-from zoscale.streams import Mask, Stream, stream_of
 
 Signs = Literal["rademacher", "ones"]
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from zoscale.config import Method, build
 from zoscale.config.merging import Given, Schema
-from zoscale.noise import Domain, Key, Noise
+from zoscale.noise.generator import Domain, Key, Noise
+from zoscale.noise.segments import Segment
+from zoscale.noise.streams import Stream
 from zoscale.probes.base import Direction, Piece, Probe
 from zoscale.probes.dense import Gaussian, Rademacher
 from zoscale.probes.factored import Orthogonal, Subspace
 from zoscale.probes.jaguar import Block, Coordinate, Entry, Row, Tensors, check_share, portion
-from zoscale.segments import Segment
 from zoscale.shards import TensorSpec
-from zoscale.streams import Stream
 
 PROBES_OF_ALL_LAYERS: dict[str, type[Probe]] = {
     "gaussian": Gaussian,

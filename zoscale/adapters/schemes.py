@@ -1,0 +1,120 @@
+"""What is trained: a PEFT adapter beside the frozen model, some of the model's own weights by name, or all of them."""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from zoscale.adapters.selection import Selection
+from zoscale.config import ConfigError, check_adapter
+
+PEFT_CONFIGS = {
+    "lora": "LoraConfig",
+    "prefix_tuning": "PrefixTuningConfig",
+    "prompt_tuning": "PromptTuningConfig",
+    "ia3": "IA3Config",
+    "ln_tuning": "LNTuningConfig",
+    "weight_lora": "LoraConfig",
+}
+"""`adapter.peft_type` -> class of peft that has the other fields; `weight_lora` has those of `Selection` too."""
+
+
+def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_steps: int | None = None) -> None:
+    """Refuse what can be refused without a model.
+
+    Args:
+        adapter, trainable: of the configuration.
+        num_steps: of the run; None = not known.
+
+    Raises:
+        ConfigError: for an unknown `peft_type` or field, one that cannot be trained here, or no regular expression; for
+            a selection of adapters that comes after the end of the run.
+    """
+    try:
+        re.compile(trainable or "")
+    except re.error as error:
+        raise ConfigError(f"a regular expression for trainable ({error})", repr(trainable), "correct it") from error
+    if adapter is not None:
+        name, options = _split(adapter)
+        library = PEFT_CONFIGS[name]
+        check_adapter(options, [field.name for field in fields(_peft_class(name))], f"peft.{library}")
+        for key in ("prefix_projection", "inference_mode"):
+            if options.get(key):
+                raise ConfigError(f"adapter.{key} false", "true", "train the virtual tokens themselves")
+    selection = selection_of(adapter)
+    if selection is not None and num_steps and selection.last_step >= num_steps:
+        got = f"step {selection.last_step} (adapter.warmup_steps, expansions x expand_every)"
+        raise ConfigError(f"the last choice of adapters before train.steps={num_steps}", got, "choose earlier")
+
+
+def selection_of(adapter: Mapping[str, Any] | None) -> Selection | None:
+    """How the adapters are chosen that are kept; None where all are.
+
+    Raises:
+        ConfigError: for values that are impossible.
+    """
+    is_weighted = adapter is not None and adapter.get("peft_type") == "weight_lora"
+    return Selection.take_from(dict(adapter or {})) if is_weighted else None
+
+
+def peft_config(adapter: Mapping[str, Any]) -> Any:
+    """The adapter's configuration in PEFT.
+
+    Raises:
+        TypeError, ValueError: for fields that it refuses.
+    """
+    name, options = _split(adapter)
+    return _peft_class(name)(task_type="CAUSAL_LM", **options)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warnings that PEFT's own code causes in transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def adds_tokens(adapter: Mapping[str, Any] | None) -> bool:
+    """Whether the adapter puts virtual tokens before every row."""
+    return adapter is not None and bool(peft_config(adapter).is_prompt_learning)
+
+
+def choose_trainable(model: nn.Module, pattern: str | None) -> None:
+    """Train the weights whose names the pattern is found in, and freeze the others; None = train all.
+
+    Raises:
+        ConfigError: if it is found in no name, or only in a second name of a tied weight.
+    """
+    chosen = {name for name, _ in model.named_parameters() if re.search(pattern or "", name)}
+    first_names = {id(param): name for name, param in model.named_parameters()}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if re.search(pattern or "", name) and (first := first_names[id(param)]) not in chosen:
+            remedy = f"name {first} to train both as one, or set model.untie_head=true"
+            raise ConfigError("trainable to name weights of their own", f"{name}, which is tied to {first}", remedy)
+    if not chosen:
+        some = ", ".join(list(first_names.values())[:3])
+        raise ConfigError("trainable to be found in names of weights", repr(pattern), f"they are like {some}")
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in chosen)
+
+
+def _split(adapter: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The type of an adapter, and its other fields in PEFT."""
+    options = dict(adapter)
+    name = options.pop("peft_type", "lora")
+    if name not in PEFT_CONFIGS:
+        raise ConfigError(f"adapter.peft_type {', '.join(PEFT_CONFIGS)}", repr(name), "choose one of them")
+    if name == "weight_lora":
+        Selection.take_from(options)
+    return str(name), options
+
+
+def _peft_class(name: str) -> Any:
+    import peft
+
+    return getattr(peft, PEFT_CONFIGS[name])

@@ -1,0 +1,1 @@
+"""Examples of a run, and the micro-batches that they become."""

@@ -1,0 +1,201 @@
+"""Examples of a run, and how they become micro-batches."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from zoscale.config import ConfigError, DataConfig
+from zoscale.data.batch import MicroBatch, Question
+from zoscale.data.prefixes import Row, common_prefix, share_prefixes
+from zoscale.noise.generator import Domain, Key, Noise
+from zoscale.tasks import Example, Task, demonstrate
+
+T = TypeVar("T")
+
+SPLIT, ORDER, STRATA = 0, 1, 2  # second words of the draws in Domain.DATA; strata take all from theirs on
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples of a run; `dev` is held out of train and chooses the step, `validation` is only reported.
+
+    Demonstrations are held out of both, and stand before every prompt.
+    """
+
+    train: list[Example]
+    dev: list[Example]
+    validation: list[Example]
+
+    @classmethod
+    def of(cls, task: Task, config: DataConfig, seed: int) -> "Splits":
+        """Cut the task's training split into train and dev at random by the seed.
+
+        Of validation a random part is taken, the same for every seed and in its order: neighbours may share a passage.
+
+        Raises:
+            ConfigError: if a split is smaller than asked for.
+        """
+        everything = task.examples("train")
+        order = Noise(seed).permutation(Key(0, SPLIT, Domain.DATA), len(everything)).tolist()
+        free = len(everything) - config.num_demonstrations
+        wanted = free if config.num_train is None else config.num_train
+        num_dev = max(0, free - wanted) if config.num_dev is None else config.num_dev
+        num_train = config.num_train if config.num_train is not None else free - num_dev
+        if num_train < 1 or num_train + num_dev > free:
+            also = f" and data.num_demonstrations={config.num_demonstrations}" if config.num_demonstrations else ""
+            raise ConfigError(
+                f"at most {len(everything)} examples in the training split",
+                f"data.num_train={config.num_train} and data.num_dev={config.num_dev}{also}",
+                "lower them, or null for all",
+            )
+        chosen = [everything[i] for i in order[: num_train + num_dev]]
+        shots = [everything[i] for i in order[num_train + num_dev :][: config.num_demonstrations]]
+        validation = part(task.examples("validation"), config.num_validation)
+        splits = chosen[:num_train], chosen[num_train:], validation
+        return cls(*([demonstrate(example, shots) for example in split] for split in splits))
+
+
+def part(validation: Sequence[T], count: int | None) -> list[T]:
+    """So many of the examples at random (None = all), the same in every run, in their order."""
+    if count is not None and count > len(validation):
+        raise ConfigError(f"data.num_validation up to {len(validation)}", str(count), "lower it")
+    order = Noise(0).permutation(Key(1, SPLIT, Domain.DATA), len(validation)).tolist()
+    return [validation[i] for i in sorted(order[:count])]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example in token ids.
+
+    Args:
+        rows: what is run for it.
+        gold: per option, whether it is the right one.
+        question: its texts.
+    """
+
+    rows: tuple[Row, ...]
+    gold: tuple[bool, ...]
+    question: Question
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row.tokens) for row in self.rows)
+
+
+class Encoder:
+    """Examples to micro-batches of token ids.
+
+    The last token of an option is never fed: its log-probability is read one position earlier. Options that share all
+    fed tokens (one-token candidates) share one row; so do options that another one continues, and with `branching`
+    all options of a prompt, as far as `max_length` tokens go.
+
+    Args:
+        tokenizer: of the model.
+        max_length: longest row in tokens; longer prompts lose their middle start (the first token stays).
+        branching: whether the model can run options that part in one row.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, branching: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.branching = branching
+        self._truncated: set[tuple[int, ...]] = set()
+        self._pad = int(tokenizer.pad_token_id or 0)  # masked, whatever it is
+
+    @property
+    def num_truncated(self) -> int:
+        """Distinct rows that were cut so far."""
+        return len(self._truncated)
+
+    def fingerprint(self, splits: Splits) -> str:
+        """Encode every example once: 16 hex digits that name the token ids of all splits.
+
+        Raises:
+            ConfigError: for an answer that is empty or does not fit, so that it is met before training, not within.
+        """
+        digest = hashlib.sha256()
+        for split in (splits.train, splits.dev, splits.validation):
+            encoded = [self.encode(example, gold_only=False) for example in split]
+            rows = [(item.rows, item.gold, item.question) for item in encoded]
+            digest.update(repr(rows).encode())
+        return digest.hexdigest()[:16]
+
+    def micro_batch(self, examples: Sequence[Example], *, gold_only: bool) -> MicroBatch:
+        """One micro-batch of examples, with all their options or only the right one."""
+        return self.collate([self.encode(example, gold_only=gold_only) for example in examples])
+
+    def width(self, length: int, multiple: int) -> int:
+        """Columns for rows of at most `length` tokens: a multiple of so many, as far as `max_length` goes."""
+        return max(length, min(-(-length // multiple) * multiple, self.max_length))
+
+    def collate(self, encoded: Sequence[Encoded], multiple: int = 1) -> MicroBatch:
+        """One micro-batch of encoded examples, padded to a multiple of so many tokens."""
+        width = self.width(max(example.length for example in encoded), multiple)
+        rows = [replace(row, example=number) for number, example in enumerate(encoded) for row in example.rows]
+        gold, questions = [example.gold for example in encoded], [example.question for example in encoded]
+        return MicroBatch.from_rows(rows, gold, self._pad, questions, width)
+
+    def encode(self, example: Example, *, gold_only: bool) -> Encoded:
+        """Token ids of an example, with all its options or only the right one.
+
+        Raises:
+            ConfigError: for an answer that is empty or does not fit.
+        """
+        numbers = [example.gold] if gold_only else list(range(len(example.options)))
+        answers: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
+        prompt: list[int] = self.tokenizer(example.prompt)["input_ids"]
+        for option, number in enumerate(numbers):
+            full: list[int] = self.tokenizer(example.prompt + example.options[number])["input_ids"]
+            tokens, answer_start = self._cut(full, common_prefix(prompt, full))
+            targets = [(place - 1, tokens[place], option) for place in range(answer_start, len(tokens))]
+            answers.setdefault(tuple(tokens[:-1]), []).extend(targets)
+        rows = [Row(tokens, tuple(targets), 0) for tokens, targets in answers.items()]
+        merged = share_prefixes(rows, self.max_length, branching=self.branching)
+        gold = tuple(number == example.gold for number in numbers)
+        return Encoded(tuple(merged), gold, self._question(example, numbers))
+
+    def _question(self, example: Example, options: Sequence[int]) -> Question:
+        """The example's texts; a prompt to generate from is cut so that the answer fits behind it."""
+        question = Question(tuple(example.labels[option] for option in options), example.accepted)
+        if example.max_new_tokens == 0:
+            return question
+        room = self.max_length - example.max_new_tokens + 1
+        if room < 2:
+            got = f"{self.max_length} and an answer of {example.max_new_tokens} tokens"
+            raise ConfigError("data.max_length above the tokens to generate", got, "raise it")
+        tokens: list[int] = self.tokenizer(example.prompt)["input_ids"]
+        if len(tokens) > room:
+            self._truncated.add(tuple(tokens))
+            tokens = tokens[:1] + tokens[1 - room :]
+        return replace(question, prompt=tuple(tokens), max_new_tokens=example.max_new_tokens)
+
+    def _cut(self, tokens: list[int], answer_start: int) -> tuple[list[int], int]:
+        """Drop the prompt's earliest tokens but the first, so that at most max_length are fed."""
+        if not 0 < answer_start < len(tokens):
+            raise ConfigError("a prompt and an answer of at least one token each", f"{tokens}", "check task.template")
+        surplus = len(tokens) - 1 - self.max_length
+        if surplus <= 0:
+            return tokens, answer_start
+        if surplus > answer_start - 2:
+            raise ConfigError(
+                f"answers that fit into data.max_length={self.max_length}", f"{len(tokens)} tokens", "raise it"
+            )
+        self._truncated.add(tuple(tokens[:-1]))
+        return tokens[:1] + tokens[1 + surplus :], answer_start - surplus
+
+
+def evaluation_batches(examples: Sequence[Example], encoder: Encoder, size: int) -> list[MicroBatch]:
+    """All examples with all options, those of one length together."""
+    return numbered_batches(examples, encoder, size)[0]
+
+
+def numbered_batches(examples: Sequence[Example], encoder: Encoder, size: int) -> tuple[list[MicroBatch], list[int]]:
+    """`evaluation_batches`, and the numbers of the examples in the order in which they lie there."""
+    encoded = [encoder.encode(example, gold_only=False) for example in examples]
+    order = sorted(range(len(encoded)), key=lambda number: encoded[number].length)
+    parts = [order[i : i + size] for i in range(0, len(order), size)]
+    return [encoder.collate([encoded[number] for number in part]) for part in parts], order

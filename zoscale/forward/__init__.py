@@ -1,0 +1,1 @@
+"""The losses of all candidates of a step: one pass each (`sequential`), or one for all (`fan_out`)."""

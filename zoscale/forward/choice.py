@@ -1,0 +1,101 @@
+"""`choose_forward`: the forward by its name in the configuration; `auto` fans out where it can."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from zoscale.forward.compilation import CompileName, compiled_answers
+from zoscale.forward.fan import Fan
+from zoscale.forward.fan_out import FanOutForward
+from zoscale.forward.lora_fan import LoraFan, find_lora_pairs
+from zoscale.forward.sequential import Forward, SequentialForward
+from zoscale.forward.tangent import TangentForward
+from zoscale.forward.weight_fan import WeightFan, find_units
+from zoscale.mesh import Mesh
+from zoscale.models.answers import AnswerModel
+from zoscale.models.generation import Generator
+from zoscale.objectives import GeneratedLoss, Objective
+from zoscale.shards import ShardedParam
+
+ForwardName = Literal["auto", "sequential", "fan_out"]
+
+
+def choose_forward(
+    name: ForwardName,
+    answers: AnswerModel,
+    shards: Sequence[ShardedParam],
+    mesh: Mesh,
+    *,
+    derivatives: bool,
+    objective: Objective,
+    generator: Generator | None,
+    max_rows: int | None,
+    num_parts: int,
+    compile: CompileName,
+) -> Forward:
+    """The forward that a run takes its losses from.
+
+    Args:
+        name: as configured.
+        answers: the model.
+        shards: this rank's slices of all trainable tensors.
+        mesh: the ranks.
+        derivatives: whether directional derivatives are wanted instead of losses.
+        objective: of the run.
+        generator: of texts, for objectives that need them.
+        max_rows, num_parts, compile: see `ZeroOrderEngine`.
+
+    Raises:
+        ValueError: if the named one cannot serve.
+    """
+    fan = (
+        None
+        if derivatives or isinstance(objective, GeneratedLoss) or name == "sequential"
+        else _fan(answers, shards, mesh)
+    )
+    answers = compiled_answers(compile, answers, _obstacle(derivatives, objective, fan))
+    if derivatives:
+        _check_tangents(name, answers)
+        return TangentForward(answers, shards, mesh, num_parts=num_parts)
+    if isinstance(objective, GeneratedLoss):
+        if generator is None or name == "fan_out":
+            raise ValueError("expected a tokenizer and the forward sequential or auto for an objective that generates")
+        return SequentialForward(
+            answers, shards, mesh, num_parts=num_parts, answer=lambda batch: generator.texts(batch)
+        )  # looked up late, as the others: meters replace it
+    if fan is not None:
+        return FanOutForward(answers, mesh, fan, max_rows=max_rows, num_parts=num_parts)
+    if name == "fan_out":
+        raise ValueError(
+            "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA or a "
+            "weight outside such a module: use auto or sequential"
+        )
+    return SequentialForward(answers, shards, mesh, num_parts=num_parts)
+
+
+def _check_tangents(name: ForwardName, answers: AnswerModel) -> None:
+    if answers.module is not answers.model:
+        raise ValueError(
+            "expected the whole model on every rank (mesh.shard_size=1) for forward gradients, got ZeRO-3, which "
+            "gathers weights without their tangents"
+        )
+    if name == "fan_out":
+        raise ValueError("expected the forward auto or sequential for forward gradients, got fan_out")
+
+
+def _obstacle(derivatives: bool, objective: Objective, fan: Fan | None) -> str | None:
+    """What compiled blocks cannot do."""
+    if derivatives:
+        return "forward gradients, whose tangents no graph carries"
+    if isinstance(objective, GeneratedLoss):
+        return "an objective that generates text"
+    if isinstance(fan, WeightFan):
+        return "weights that each candidate has drawn within the blocks (forward.name=sequential draws them before)"
+    return None
+
+
+def _fan(answers: AnswerModel, shards: Sequence[ShardedParam], mesh: Mesh) -> Fan | None:
+    pairs = find_lora_pairs(answers.model, [shard.spec for shard in shards])
+    if pairs is not None:
+        return LoraFan(shards, mesh, pairs)
+    units = find_units(answers.model)
+    return None if units is None else WeightFan(units)

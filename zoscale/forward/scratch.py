@@ -1,0 +1,162 @@
+"""Scratch copies: the values that gathered weights have for each candidate, one candidate after the other."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from zoscale.estimators import Candidate
+from zoscale.noise.segments import Segment, values
+from zoscale.probes import Direction, Piece, pieces
+from zoscale.shards import ShardedParam
+
+_SMALL = 2**16  # elements of a slab that is drawn together with others
+_TOGETHER = 2**18  # of those that are drawn together, and kept until they are used
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """z on a part of a slab, one direction after the other.
+
+    Args:
+        start: first element within the slab.
+        segment: z of the direction of this number; None = it is zero.
+    """
+
+    start: int
+    segment: Callable[[int], Segment | None]
+
+
+class Draws:
+    """The noise of one pass over gathered weights; small slabs are drawn together and kept until they are used.
+
+    Args:
+        candidates: of the pass.
+        outlines: the slabs that will be asked for, each once, about in this order.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], outlines: Sequence[ShardedParam]) -> None:
+        self.num_candidates = len(candidates)
+        self._directions, self._numbers = _by_direction(candidates)
+        small = [outline for outline in outlines if len(outline) <= _SMALL]
+        self._groups: dict[Piece, list[Piece]] = {}
+        self._pieces: dict[int, list[Piece]] = {}
+        for group in (*pieces(small, _TOGETHER), *([p] for o in outlines if len(o) > _SMALL for p in _cut(o))):
+            for piece in group:
+                self._groups[piece] = group
+                self._pieces.setdefault(id(piece.shard), []).append(piece)
+        self._kept: dict[tuple[int, Piece], Segment | None] = {}
+
+    def of(self, outline: ShardedParam) -> list[Drawn]:
+        """The noise of one slab."""
+        return [Drawn(piece.start, partial(self._take, piece)) for piece in self._pieces[id(outline)]]
+
+    def at(self, outlines: Sequence[ShardedParam]) -> list[Drawn]:
+        """The noise of slabs that lie one after the other in one table."""
+        drawn, start = [], 0
+        for group in pieces(outlines):
+            drawn.append(Drawn(start, partial(self._joined, group)))
+            start += sum(piece.stop - piece.start for piece in group)
+        return drawn
+
+    def values(self, slabs: Sequence[tuple[Tensor, Sequence[Drawn]]]) -> Iterator[tuple[int, list[Tensor]]]:
+        """What each candidate's weights are.
+
+        Args:
+            slabs: the gathered values (1-D; only read) and their noise.
+
+        Yields:
+            The candidate's number and its values, which are valid until the next one is asked for.
+        """
+        for number, _ in self._numbers.get(None, ()):
+            yield number, [base for base, _ in slabs]
+        works = [_Work(base, drawn) for base, drawn in slabs]
+        for place in range(len(self._directions)):
+            for work in works:
+                work.turn_to(place)
+            for number, radius in self._numbers[place]:
+                for work in works:
+                    work.write(radius)
+                yield number, [work.values for work in works]
+
+    def _take(self, piece: Piece, place: int) -> Segment | None:
+        if (place, piece) not in self._kept:
+            group = self._groups[piece]
+            drawn = self._directions[place].segments(group)
+            self._kept |= {(place, own): segment for own, segment in zip(group, drawn, strict=True)}
+        return self._kept.pop((place, piece))
+
+    def _joined(self, group: Sequence[Piece], place: int) -> Segment | None:
+        return _joined(group, self._directions[place].segments(group))
+
+
+class _Work:
+    """A scratch copy of one slab.
+
+    Args:
+        base: the slab's values; only read.
+        drawn: its noise.
+    """
+
+    def __init__(self, base: Tensor, drawn: Sequence[Drawn]) -> None:
+        self.values = torch.empty_like(base)
+        self._base = base
+        self._drawn = drawn
+        self._segments: list[tuple[int, Segment]] = []
+        self._is_base = False
+
+    def turn_to(self, place: int) -> None:
+        """Draw a direction; what it leaves as it is has the slab's values from here on."""
+        if self._is_base:  # but for what the last one wrote
+            self.write(0.0)
+        self._segments.clear()  # before the next is drawn
+        found = [(part.start, part.segment(place)) for part in self._drawn]
+        self._segments = [(start, segment) for start, segment in found if segment is not None]
+        is_whole = len(self._segments) == len(found) and all(segment.index is None for _, segment in self._segments)
+        if not (is_whole or self._is_base):
+            self.values.copy_(self._base)
+        self._is_base = not is_whole
+
+    def write(self, radius: float) -> None:
+        """The values at one radius."""
+        for start, segment in self._segments:
+            segment.write(self.values, self._base, start, radius)
+
+
+def _cut(outline: ShardedParam) -> Iterator[Piece]:
+    return (piece for group in pieces([outline]) for piece in group)
+
+
+def _by_direction(candidates: Sequence[Candidate]) -> tuple[list[Direction], dict[int | None, list[tuple[int, float]]]]:
+    """The distinct directions, and by direction (None: the point itself) the numbers and radii of its candidates."""
+    directions: list[Direction] = []
+    numbers: dict[int | None, list[tuple[int, float]]] = {}
+    for number, candidate in enumerate(candidates):
+        place = None
+        if candidate.direction is not None:
+            known = [i for i, direction in enumerate(directions) if direction is candidate.direction]
+            if not known:
+                directions.append(candidate.direction)
+            place = known[0] if known else len(directions) - 1
+        numbers.setdefault(place, []).append((number, candidate.radius))
+    return directions, numbers
+
+
+def _joined(group: Sequence[Piece], segments: Sequence[Segment | None]) -> Segment | None:
+    """One segment over pieces that lie one after the other."""
+    found = [segment for segment in segments if segment is not None]
+    if not found:
+        return None
+    z = values(found)
+    if all(segment is not None and segment.index is None for segment in segments):
+        return Segment(torch.cat(z), is_compiled=all(segment.is_compiled for segment in found))
+    start, index, made = 0, [], iter(z)
+    for piece, segment in zip(group, segments, strict=True):
+        if segment is not None:
+            own = next(made)
+            here = torch.arange(len(own), device=own.device) if segment.index is None else segment.index
+            index.append(here + start)
+        start += piece.stop - piece.start
+    return Segment(torch.cat(z), torch.cat(index))

@@ -1,0 +1,90 @@
+"""Rows before the first perturbed module are the same for every candidate: their blocks are run once, not K times."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from zoscale.estimators import Candidate
+from zoscale.forward.fan import Rows, replaced_forward
+from zoscale.models.sizes import is_block
+from zoscale.shards import trainable_specs
+
+
+class SharedRows:
+    """Knows which blocks come before the first perturbed module.
+
+    Which modules come first is seen in the first pass, which shares nothing.
+
+    Args:
+        model: with transformer blocks; without any, nothing is shared.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._trainable = {param: spec for spec, param in trainable_specs(model)}
+        self._blocks = [module for module in model.modules() if is_block(model, module)]
+        inside = {inner for block in self._blocks for inner in block.modules()}
+        owners = [module for module in model.modules() if module not in inside and self._specs(module, recurse=False)]
+        self._watched = [*self._blocks, *owners]
+        self._order: list[nn.Module] | None = None
+
+    def blocks(self, candidates: Sequence[Candidate]) -> list[nn.Module]:
+        """The blocks that run before any module that the candidates' directions touch."""
+        directions = [candidate.direction for candidate in candidates if candidate.direction is not None]
+        shared = []
+        for module in self._order or ():
+            if any(direction.touches(spec) for spec in self._specs(module) for direction in directions):
+                break
+            if module in self._blocks:
+                shared.append(module)
+        return shared if len(candidates) > 1 else []
+
+    def may_share(self, candidates: Sequence[Candidate]) -> bool:
+        """Whether candidates of this kind leave tensors as they are, or a block has none of its own."""
+        directions = [candidate.direction for candidate in candidates if candidate.direction is not None]
+        own = [self._specs(block) for block in self._blocks]
+        return not all(specs and all(any(d.touches(s) for d in directions) for s in specs) for specs in own)
+
+    @contextmanager
+    def once(self, blocks: Sequence[nn.Module], rows: Rows) -> Iterator[None]:
+        """Within, these blocks run on one copy of the rows, and what the last one gives is repeated."""
+        with ExitStack() as stack:
+            for block in blocks:
+                repeat = rows.copies if block is blocks[-1] else 1
+                stack.enter_context(replaced_forward(block, partial(_run_once, rows, repeat)))
+            if self._order is None:
+                stack.enter_context(self._observed())
+            yield
+
+    @contextmanager
+    def _observed(self) -> Iterator[None]:
+        order: dict[nn.Module, None] = {}
+        handles = [m.register_forward_pre_hook(lambda m, args: order.setdefault(m)) for m in self._watched]
+        try:
+            yield
+            self._order = list(order)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _specs(self, module: nn.Module, *, recurse: bool = True) -> list[Any]:
+        return [self._trainable[param] for param in module.parameters(recurse) if param in self._trainable]
+
+
+def _run_once(rows: Rows, repeat: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def first_copy(value: Any) -> Any:
+        whole = isinstance(value, Tensor) and value.dim() and value.shape[0] == rows.copies * rows.rows
+        return value[: rows.rows] if whole else value
+
+    def repeated(value: Any) -> Any:
+        is_rows = isinstance(value, Tensor) and value.dim() and value.shape[0] == rows.rows
+        return value.repeat(repeat, *[1] * (value.dim() - 1)) if is_rows else value
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map(first_copy, (args, kwargs))
+        return pytree.tree_map(repeated, forward(*args, **kwargs))
+
+    return run

@@ -1,0 +1,1 @@
+"""Hugging Face causal language models: built sharded, asked for answers, written answers."""

@@ -1,0 +1,67 @@
+"""`AnswerModel`: answers of any causal language model, with its head on the answers' positions only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoscale.data.batch import MicroBatch
+from zoscale.lanes import lane
+from zoscale.models.attention import padding_unmasked
+from zoscale.shards import end_without_backward, order_gathers_after_writes
+
+
+class AnswerModel:
+    """Log-probabilities of answer tokens from any causal LM, sharded or not.
+
+    Args:
+        module: what is called: the model itself, or the engine that wraps it.
+        model: the Hugging Face (or PEFT) model inside; its output embedding is the head.
+    """
+
+    def __init__(self, module: nn.Module, model: nn.Module) -> None:
+        self.module = module
+        self.model = model
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise ValueError(f"expected a causal LM with an output embedding, got {type(model).__name__}")
+        self.head: nn.Module = head
+        self._dtype = next(head.parameters()).dtype
+
+    def answer_logprobs(self, batch: MicroBatch) -> Tensor:
+        """Log-probability of each answer token: float32 [A]."""
+        is_first = not lane()
+        if is_first:
+            order_gathers_after_writes(self.module)
+            self.model.eval()  # losses are taken without dropout, whatever was done to the model since
+        masks = padding_unmasked() if batch.is_right_padded else nullcontext()
+        with _answer_positions(self.head, batch), masks:
+            called = self.module if is_first else self.model
+            output = called(**batch.model_inputs(self._dtype), use_cache=False)
+        if is_first and not torch.is_grad_enabled():
+            end_without_backward(self.module)
+        logits: Tensor = output.logits[0].float()
+        chosen = logits[batch.answer_position, batch.answer_token]
+        return chosen - torch.logsumexp(logits, dim=-1)[batch.answer_position]
+
+
+@contextmanager
+def _answer_positions(head: nn.Module, batch: MicroBatch) -> Iterator[None]:
+    """The head sees one contiguous matrix [1, P, hidden] of the wanted positions instead of [R, T, hidden]."""
+
+    own = lane()
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if lane() != own:
+            return None
+        hidden = args[0]
+        num_virtual = hidden.shape[1] - batch.input_ids.shape[1]  # prompt tuning puts tokens before the others
+        return (hidden[batch.position_row, batch.position_column + num_virtual].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,104 @@
+"""`Generator`: greedy answers of the model, sharded or not."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from zoscale.data.batch import MicroBatch
+from zoscale.mesh import Mesh
+from zoscale.models.answers import AnswerModel
+from zoscale.shards import direct_calls, order_gathers_after_writes
+
+_STOP = "\n"
+
+
+class Generator:
+    """Writes answers token by token, the most probable one each time, up to the first newline or the end of the text.
+
+    Under ZeRO-3 every forward is a collective: all ranks go on until the last one has finished, so all of them call
+    `texts` equally often.
+
+    Args:
+        answers: the model.
+        tokenizer: of the model.
+        mesh: the ranks that generate at the same time.
+    """
+
+    def __init__(self, answers: AnswerModel, tokenizer: PreTrainedTokenizerBase, mesh: Mesh) -> None:
+        self.answers = answers
+        self.tokenizer = tokenizer
+        self.mesh = mesh
+        model: Any = answers.model
+        self._base = model.get_base_model() if hasattr(model, "peft_config") else model
+        stop: list[int] = tokenizer.encode(_STOP, add_special_tokens=False)
+        ends = {tokenizer.eos_token_id, *(stop if len(stop) == 1 and stop != [tokenizer.unk_token_id] else [])}
+        self._ends = sorted(end for end in ends if end is not None)
+
+    @torch.no_grad()
+    def texts(self, batch: MicroBatch) -> list[str]:
+        """One answer per example.
+
+        Raises:
+            ValueError: if an example is not to be generated.
+        """
+        if not batch.questions or not all(question.max_new_tokens for question in batch.questions):
+            raise ValueError("expected examples with max_new_tokens, got some whose options are scored")
+        ids, mask = self._prompts([question.prompt for question in batch.questions], batch.input_ids.device)
+        order_gathers_after_writes(self.answers.module)
+        self.answers.model.eval()
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max(question.max_new_tokens for question in batch.questions),
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self._ends or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        synced = self.mesh.world_size > 1
+        with direct_calls(self.answers.module, self._base), _greedy_by_default(self._base):
+            rows = self._generate(ids, mask, generation_config=config, synced_gpus=synced).tolist()
+        return [self._text(row[: q.max_new_tokens]) for row, q in zip(rows, batch.questions, strict=True)]
+
+    def _generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        """The new tokens, int64 [E, N]."""
+        model: Any = self.answers.model
+        prompt = getattr(model, "active_peft_config", None)
+        if prompt is None or not prompt.is_prompt_learning or prompt.peft_type == "PREFIX_TUNING":
+            return cast(Tensor, model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :])
+        embedded = model.word_embeddings(ids)  # PEFT would put the virtual tokens before the padding
+        virtual = model.get_prompt(len(ids)).to(embedded.dtype)
+        pads = (mask == 0).sum(dim=1).tolist()
+        rows = [torch.cat([row[:n], own, row[n:]]) for row, own, n in zip(embedded, virtual, pads, strict=True)]
+        longer = torch.cat([mask, mask.new_ones(virtual.shape[:2])], dim=1)
+        return cast(Tensor, self._base.generate(inputs_embeds=torch.stack(rows), attention_mask=longer, **options))
+
+    def _prompts(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, int64 [E, T], padded on the left so that all end together."""
+        longest = max(map(len, prompts))
+        pad = int(self.tokenizer.pad_token_id or 0)
+        ids = [[pad] * (longest - len(tokens)) + list(tokens) for tokens in prompts]
+        mask = [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in prompts]
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        length = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        text = str(self.tokenizer.decode(list(tokens[:length]), skip_special_tokens=True))
+        return text.split(_STOP)[0].strip()
+
+
+@contextmanager
+def _greedy_by_default(model: Any) -> Iterator[None]:
+    """Within, the model's own settings of generation are its special tokens only: no penalty, no shortest length.
+
+    transformers fills in from them whatever a call leaves open.
+    """
+    own = model.generation_config
+    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,232 @@
+"""Hugging Face causal language models, built directly sharded, and their tokenizers."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from zoscale.adapters.schemes import choose_trainable, peft_config, quiet_peft, selection_of
+from zoscale.adapters.weighted_lora import weigh_adapters
+from zoscale.config import ConfigError, ModelConfig
+from zoscale.models.quantization import keep_packing, loading_options
+from zoscale.models.sizes import auto_model
+from zoscale.shards import copy_values, vectors_gathered
+
+
+def read_model_config(config: ModelConfig) -> Any:
+    """The architecture (a transformers `PretrainedConfig`) of what is trained; no weights are read.
+
+    Raises:
+        ConfigError: if it cannot be found, or needs code from the model's repository that was not allowed; if a head is
+            to be untied that is not tied.
+    """
+    try:
+        if config.config is not None:
+            options = dict(config.config)
+            found: Any = AutoConfig.for_model(options.pop("model_type", ""), **options)
+        else:
+            found = AutoConfig.from_pretrained(
+                str(config.id), revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+    except (OSError, ValueError, TypeError) as error:
+        wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
+        remedy = _missing_folder(str(config.id)) or _first_line(error)
+        raise ConfigError("a Hugging Face id, a local folder or a known model_type", wanted, remedy) from error
+    if config.untie_head:
+        _untie(found, config)
+    return found
+
+
+def _untie(architecture: Any, config: ModelConfig) -> None:
+    if config.id is None:
+        remedy = "set tie_word_embeddings: false in model.config"
+        raise ConfigError("model.id beside model.untie_head", "random weights", remedy)
+    if not getattr(architecture, "tie_word_embeddings", False):
+        remedy = "leave model.untie_head out"
+        raise ConfigError("a model whose head is tied, for model.untie_head", "one with a head of its own", remedy)
+    architecture.tie_word_embeddings = False
+
+
+_PREFIX_SHARING = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
+"""Model types whose losses with merged rows are tested to be those of separate rows."""
+
+
+def can_share_prefixes(architecture: Any, config: ModelConfig, longest: int) -> bool:
+    """Whether the model's attention takes a mask of any form, with positions given.
+
+    FlashAttention does not, and a sliding window would not be applied; a model's own code is not relied upon.
+    """
+    window = getattr(architecture, "sliding_window", None)
+    return (
+        architecture.model_type in _PREFIX_SHARING
+        and config.attention in (None, "sdpa", "eager")
+        and not config.trust_remote_code
+        and (window is None or longest <= window)
+    )
+
+
+def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
+    """The model, each rank holding its shard from the start if ZeRO-3 is active.
+
+    Args:
+        config: of the model.
+        architecture: from `read_model_config`.
+
+    Raises:
+        ConfigError: if there are no safetensors weights and pickles were not allowed, the weights cannot be read or
+            some are missing, or an option does not fit the model.
+    """
+    if config.id is None:
+        return new_model(config, architecture)
+    loaded, missing = _read_weights(config, architecture)
+    if config.untie_head:
+        missing = _fill_untied(loaded, missing)
+    if missing:
+        raise _incomplete(config, loaded, missing)
+    keep_packing(loaded)
+    return loaded
+
+
+def _read_weights(config: ModelConfig, architecture: Any) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of its weights that the checkpoint lacks: they are random."""
+    try:
+        with _unreported() if config.untie_head else nullcontext():
+            loaded, report = auto_model().from_pretrained(
+                config.id,
+                config=architecture,
+                revision=config.revision,
+                use_safetensors=None if config.allow_pickle else True,
+                weights_only=True,
+                output_loading_info=True,
+                **_model_options(config),
+                **loading_options(config),
+            )
+    except (ValueError, ImportError) as error:
+        raise _misfit(error) from error
+    except OSError as error:
+        pickles = "pickled weights are loaded only with model.allow_pickle=true"
+        remedy = "check model.id" if config.allow_pickle else pickles
+        raise ConfigError(f"readable safetensors weights at {config.id}", _first_line(error), remedy) from error
+    weights = {name for name, _ in loaded.named_parameters(remove_duplicate=False)}  # buffers are computed
+    return cast(PreTrainedModel, loaded), weights & set(report["missing_keys"])
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Within, transformers does not say that a head of its own is random: it does not stay so."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+
+
+def _fill_untied(model: Any, missing: set[str]) -> set[str]:
+    """Copy the embedding to a missing head, or the head to a missing embedding; returns what is missing still."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    for target, source in ((head, embedding), (embedding, head)):
+        if names[id(target)] in missing and names[id(source)] not in missing:
+            copy_values(target, source)
+            return missing - {names[id(target)]}
+    return missing
+
+
+def _incomplete(config: ModelConfig, model: Any, missing: set[str]) -> ConfigError:
+    first, *others = sorted(missing)
+    got = f"none for {first}" + (f" and {len(others)} others" if others else "")
+    remedy = "complete the checkpoint: they would be random"
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    if any(param is head and name in missing for name, param in model.named_parameters()):
+        remedy += ". If its head is the embedding, set tie_word_embeddings true in its config.json, "
+        remedy += "and model.untie_head=true to train it by itself"
+    return ConfigError(f"weights for the whole model at {config.id}", got, remedy)
+
+
+def new_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
+    """The model with random weights; whatever `config.id` says, nothing is read.
+
+    Raises:
+        ConfigError: if an option does not fit the model.
+    """
+    try:
+        return cast(PreTrainedModel, auto_model().from_config(architecture, **_model_options(config)))
+    except (ValueError, ImportError) as error:
+        raise _misfit(error) from error
+
+
+def _model_options(config: ModelConfig) -> dict[str, Any]:
+    options = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    return options | ({} if config.attention is None else {"attn_implementation": config.attention})
+
+
+def _misfit(error: Exception) -> ConfigError:
+    return ConfigError("model options that fit the model", _first_line(error), "correct the section model")
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    place = config.tokenizer or config.id
+    if place is None:
+        raise ConfigError("model.tokenizer beside model.config", "none", "name an id or a folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = _missing_folder(place) or _first_line(error)
+        raise ConfigError(f"a tokenizer at {place}", reason, "set model.tokenizer") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, trainable: str | None = None) -> nn.Module:
+    """Freeze the base and add what is trained; without an adapter the base's own weights are trained.
+
+    Args:
+        model: the base.
+        adapter: `peft_type` (left out: lora) and fields of its configuration in PEFT.
+        trainable: without an adapter, pattern of the names of the weights to train; None = all.
+
+    Raises:
+        ConfigError: for unknown fields, or targets or names that the model does not have.
+    """
+    if adapter is None:
+        choose_trainable(model, trainable)
+        return model
+    from peft import get_peft_model
+
+    copies_norms = adapter.get("peft_type") == "ln_tuning"  # which needs them whole
+    try:
+        with vectors_gathered(model) if copies_norms else nullcontext(), quiet_peft():
+            adapted = cast(nn.Module, get_peft_model(model, peft_config(adapter)))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ConfigError(
+            f"adapter options that fit {type(model).__name__}", _first_line(error), "correct adapter"
+        ) from error
+    if (selection := selection_of(adapter)) is not None:
+        weigh_adapters(adapted, selection)
+    return adapted
+
+
+def _missing_folder(place: str) -> str | None:
+    """What is wrong with a place that can only be a folder and is none; None for others."""
+    is_folder = place.count("/") > 1 or place[:1] in ("/", ".", "~")
+    return f"there is no folder {Path(place).absolute()}" if is_folder and not Path(place).is_dir() else None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,88 @@
+"""Sizes of a causal language model: its parameters, its blocks, the tokens of one pass."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from zoscale.shards import true_numel
+
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+_INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
+_LIVE_WIDTHS, _LIVE_INNER = (
+    8,
+    2,
+)  # activations of a block that live at once: residual, norm, q, k, v, output; inner twice
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters, counted without memory.
+
+    Args:
+        total: all parameters, tied ones once.
+        largest_block: of the largest transformer block.
+        outside_blocks: embeddings, head and final norm.
+        largest_tensor: of the largest tensor.
+        matrices_in_block: number of matrices of the block that has most.
+        matrices_outside: number of matrices outside of blocks.
+    """
+
+    total: int
+    largest_block: int
+    outside_blocks: int
+    largest_tensor: int = 0
+    matrices_in_block: int = 0
+    matrices_outside: int = 0
+
+
+def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> ModelSize:
+    """Sizes of the model that an architecture describes, built on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_model().from_config(architecture, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    weights = list(model.parameters())
+    total = sum(param.numel() for param in weights)
+    inside = [list(module.parameters()) for module in model.modules() if is_block(model, module)]
+    blocks = [sum(param.numel() for param in block) for block in inside]
+    matrices = [sum(param.dim() > 1 for param in block) for block in inside]
+    num_matrices = sum(param.dim() > 1 for param in weights)
+    return ModelSize(
+        total,
+        max(blocks, default=total),
+        total - sum(blocks),
+        max(param.numel() for param in weights),
+        max(matrices, default=num_matrices),
+        num_matrices - sum(matrices),
+    )
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Features of a token between two blocks."""
+    config = getattr(model, "config", None)
+    return next((size for name in _WIDTHS if (size := getattr(config, name, None))), 1024)
+
+
+def tokens_per_pass(model: nn.Module) -> int:
+    """Tokens of one forward whose activations stay small beside the weights: an eighth of them, or 1 GiB.
+
+    A function of the model alone, so that every rank and every machine cuts a batch alike.
+    """
+    config, weights = getattr(model, "config", None), list(model.parameters())
+    total = sum(true_numel(weight) for weight in weights)
+    hidden = hidden_size(model)
+    inner = next((size for name in _INNER_WIDTHS if (size := getattr(config, name, None))), 4 * hidden)
+    per_token = _LIVE_WIDTHS * hidden + _LIVE_INNER * inner
+    return int(max(total // 8, 2**30 // weights[0].element_size()) // per_token)
+
+
+def is_block(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module is a transformer block, by the model's own list of modules that are not split."""
+    return type(module).__name__ in (getattr(model, "_no_split_modules", None) or ())
+
+
+def auto_model() -> Any:
+    """The class that makes causal language models; its factory methods are untyped."""
+    return AutoModelForCausalLM

@@ -1,0 +1,141 @@
+"""`zoscale replay`: the weights of any step from the base model and the journal alone, on one CPU, without the data."""
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from zoscale.assembly import build_engine
+from zoscale.config import ConfigError, RunConfig
+from zoscale.engine import ZeroOrderEngine
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models.loading import read_model_config
+from zoscale.recovery.journal import Journal
+from zoscale.recovery.journal_format import Header
+from zoscale.recovery.resume import check_replay, check_start, replay
+from zoscale.release.export import read_origin, save_trained
+from zoscale.release.run_record import check_trusted, with_base
+
+_ROUNDING = 1e-5  # methods that multiply matrices (Muon) depend on the machine's matrix product
+
+
+def replay_command(argv: Sequence[str] | None = None) -> int:
+    """Rebuild a run's weights, and compare them with the saved ones where they are of the same step.
+
+    Returns:
+        0, or 1 if the saved weights are not what the journal gives.
+
+    Raises:
+        ConfigError: for a journal or a base model that does not fit.
+    """
+    arguments = _parser().parse_args(argv)
+    given = Path(arguments.run)
+    path = given / "journal.bin" if given.is_dir() else given
+    journal = Journal.read(path)
+    saved = path.parent / "adapter"
+    saved_step = read_origin(saved)
+    step = _wanted(arguments.until, saved_step, len(journal.records))
+    engine = rebuild(journal.header, arguments.base)
+    started = time.monotonic()
+    replay(engine, journal.records[:step])
+    seconds = time.monotonic() - started
+    speed = f", {step / seconds:.0f} steps/s" if step else ""
+    print(f"replayed {step} steps of {len(journal.records)} in {seconds:.1f} s{speed}", end="; ")
+    print(f"journal: {journal.header.record_bytes} bytes per step, {path.stat().st_size:,} in all")
+    if arguments.out:
+        save_trained(engine, arguments.out)
+        print(f"weights: {arguments.out}")
+    return _verify(engine, saved) if step == saved_step else 0
+
+
+def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
+    """The engine of a journal at step 0, whole in this process.
+
+    Args:
+        header: of the journal.
+        base: id or folder of the base model, if it has moved.
+
+    Raises:
+        ConfigError: if the configuration is malformed or not to be trusted, or the model is not the one that was
+            trained.
+    """
+    config = with_base(RunConfig.from_dict(header.config, TABLES, DEFAULTS), base)
+    check_trusted(config, base)
+    if base is None and config.hash != header.config_hash:
+        raise ConfigError(
+            f"a header of configuration {header.config_hash}", config.hash, "use the version that wrote it"
+        )
+    check_replay(TABLES["optimizer"][config.optimizer.name], "a journal")
+    engine = build_engine(config, read_model_config(config.model), None)
+    counts = (engine.num_losses, engine.estimator.num_directions, len(engine.optimizer.param_groups))
+    if counts != (header.num_losses, header.num_directions, header.num_groups):
+        got = f"{(header.num_losses, header.num_directions, header.num_groups)}"
+        raise ConfigError(f"{counts} losses, directions and groups in the journal's header", got, "it is damaged")
+    check_start(engine, header)
+    return engine
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zoscale replay", description=__doc__)
+    parser.add_argument("run", help="run directory, or a journal")
+    parser.add_argument("--until", type=int, metavar="STEP", help="steps to take (default: those of the saved weights)")
+    parser.add_argument("--out", metavar="DIR", help="write the weights there, as PEFT or transformers reads them")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="id or folder of the base model: if it has moved, or if it needs pickles or code of its own, to say "
+        "that you trust it",
+    )
+    return parser
+
+
+def _wanted(until: int | None, saved: int | None, recorded: int) -> int:
+    if until is None and saved is not None and saved > recorded:
+        raise ConfigError(
+            f"a journal of at least {saved} steps, those of the saved weights", str(recorded), "restore it"
+        )
+    if until is None:
+        return recorded if saved is None else saved
+    if not 0 <= until <= recorded:
+        raise ConfigError(f"--until from 0 to {recorded}, the steps in the journal", str(until), "choose one of them")
+    return until
+
+
+def _verify(engine: ZeroOrderEngine, saved: Path) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        save_trained(engine, folder)
+        ours, theirs = _tensors(Path(folder)), _tensors(saved)
+    if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
+        print(f"{saved} holds other tensors than the journal gives")
+        return 1
+    gaps = {name: _gap(ours[name], theirs[name]) for name in ours}
+    worst = max(gaps, key=lambda name: gaps[name])
+    allowed = 0.0 if engine.optimizer.is_elementwise and engine.probe.is_elementwise else _ROUNDING
+    if gaps[worst] <= allowed:
+        print(f"{saved}: {'the same bits' if gaps[worst] == 0 else f'the same to {gaps[worst]:.1e}'}")
+        return 0
+    print(f"{saved} differs from what the journal gives: by {gaps[worst]:.1e} in {worst}")
+    return 1
+
+
+def _gap(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference; infinite for other dtypes, for nan, and for bits that differ without a difference."""
+    if ours.dtype != theirs.dtype:
+        return math.inf
+    gap = float((ours.double() - theirs.double()).abs().max()) if ours.numel() else 0.0
+    same = gap > 0 or torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    return gap if same and not math.isnan(gap) else math.inf
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    try:
+        return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"readable safetensors in {folder}", str(error), "restore them from a copy") from error

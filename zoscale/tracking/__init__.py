@@ -1,0 +1,1 @@
+"""Metrics of a run: a local file, and an MLflow run."""
