@@ -1,9 +1,9 @@
 """JAGUAR against full differences and SPSA: error by oracle calls (the comparison of arXiv 2409.10442).
 
-python launch/blackbox.py [--out DIR] [--dimension D] [--calls N] [--seeds S] [--settings NAME ...]
+python launch/blackbox.py [--out DIR] [--dimension D] [--calls N] [--seeds S] [--tuning-seeds S] [--settings NAME ...]
 
 Writes comparison.json, comparison.md and comparison.png to DIR. Every method but those with published step sizes picks
-its own from one grid by its final error on a seed that is not counted.
+its own from one grid, by the median of its final errors on seeds that are not counted.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from torch import Tensor
 from zoscale import blackbox, provenance
 from zoscale.blackbox import ConvexSet, Simplex
 
-TUNING_SEED = 1000
+FIRST_TUNING_SEED = 1000
 CURVE_POINTS = 40
-EXPONENTS = (0.0, 0.5, 1.0, 1.5)  # Frank-Wolfe: gamma = 4 / (k + 8 d^a), eta = 4 / (k + 8 d^a)^(2/3)
+EXPONENTS = (0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0)  # Frank-Wolfe: gamma = 4 / (k + 8 d^a), eta = 4 / (k + 8 d^a)^(2/3)
 FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # gradient descent: gamma = factor / L
 NUM_EXAMPLES, BATCH = 400, 20
 
@@ -175,7 +175,7 @@ class Outcome:
         return statistics.median(self.final_errors)
 
 
-def compare(name: str, dimension: int, calls: int, seeds: int) -> list[Outcome]:
+def compare(name: str, dimension: int, calls: int, seeds: int, tuning_seeds: int) -> list[Outcome]:
     """All methods in a setting."""
     setting = SETTINGS[name]
     problem, start = setting.problem(dimension), torch.zeros(dimension, dtype=torch.float64)
@@ -193,7 +193,10 @@ def compare(name: str, dimension: int, calls: int, seeds: int) -> list[Outcome]:
         grid = choices(method, setting)
         if not grid:
             continue
-        tuning = {str(c): errors(method, c, TUNING_SEED)[-1][1] for c in grid} if len(grid) > 1 else {}
+        tuning = {}
+        if len(grid) > 1:
+            aside = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning_seeds)
+            tuning = {str(c): statistics.median(errors(method, c, seed)[-1][1] for seed in aside) for c in grid}
         chosen = min(grid, key=lambda c: tuning.get(str(c), 0.0))
         curves = [errors(method, chosen, seed) for seed in range(seeds)]
         outcomes.append(Outcome(name, method, chosen, tuning, [c[-1][1] for c in curves], curves))
@@ -237,18 +240,19 @@ def main() -> None:
     parser.add_argument("--dimension", type=int, default=100, help="d")
     parser.add_argument("--calls", type=int, default=10_000, help="oracle calls of a run; more than 4 d")
     parser.add_argument("--seeds", type=int, default=3, help="runs per method")
+    parser.add_argument("--tuning-seeds", type=int, default=5, help="runs that choose each step size, not counted")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     arguments = parser.parse_args()
-    if arguments.dimension < 2 or arguments.seeds < 1 or arguments.calls < 4 * arguments.dimension + 2:
-        parser.error("expected --dimension >= 2, --seeds >= 1 and --calls >= 4 * dimension + 2")
+    if arguments.dimension < 2 or min(arguments.seeds, arguments.tuning_seeds) < 1 or arguments.calls < 4 * arguments.dimension + 2:
+        parser.error("expected --dimension >= 2, --seeds and --tuning-seeds >= 1, and --calls >= 4 * dimension + 2")
     torch.set_num_threads(1)
     started, outcomes = time.perf_counter(), []
     for name in arguments.settings:
-        outcomes += compare(name, arguments.dimension, arguments.calls, arguments.seeds)
+        outcomes += compare(name, arguments.dimension, arguments.calls, arguments.seeds, arguments.tuning_seeds)
         print(table(outcomes[-len([o for o in outcomes if o.setting == name]) :], arguments.calls), flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     facts = {"commit": provenance.commit(), "torch": torch.__version__, "seconds": time.perf_counter() - started}
-    options = {"dimension": arguments.dimension, "calls": arguments.calls, "seeds": arguments.seeds}
+    options = {name: getattr(arguments, name) for name in ("dimension", "calls", "seeds", "tuning_seeds")}
     report = {**options, **facts, "outcomes": [asdict(o) for o in outcomes]}
     (arguments.out / "comparison.json").write_text(json.dumps(report, indent=1) + "\n")
     (arguments.out / "comparison.md").write_text(table(outcomes, arguments.calls))

@@ -110,12 +110,16 @@ def test_options_of_the_command_line(tmp_path: Path) -> None:
     for wrong, message in (
         (["--methods", "nothing"], "nothing"), (["--forwards", "1"], "got 1 where a step takes 3"),
         (["--preset", "none"], "small"), (["--seeds", "1,1"], "seeds"), (["data.num_dv=3"], "num_dev"),
-        (["data.num_dev=0"], "dev examples"), (["--lr", "zo_sdg=1"], "zo_sdg"), (["--methods", "fzoo"], "needs --lr"),
+        (["data.num_dev=0"], "dev examples"), (["--lr", "zo_sdg=1"], "zo_sdg"),
+        (["--preset", "smollm2", "--methods", "fzoo"], "needs --lr"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             Results(study("accuracy", *wrong)).tuning()
-    more = study("accuracy", "--methods", "jaguar_muon,zo_muon_subspace", "--lr", "zo_muon_subspace=1e-2")
-    assert list(more.methods) == ["zo_muon_subspace", "jaguar_muon"], "one that the preset has no learning rates for"
+    more = study("accuracy", "--preset", "smollm2", "--methods", "jaguar_muon,fzoo", "--lr", "fzoo=1e-4")
+    assert list(more.methods) == ["fzoo", "jaguar_muon"], "one that the preset has no learning rates for"
+    assert "fzoo" not in study("accuracy").methods, "one that is left out unless it is named"
+    assert list(study("accuracy", "--methods", "fzoo").methods) == ["fzoo"]
+    assert "fzoo" in study("accuracy", "--lr", "fzoo=1e-4").methods
     with pytest.raises(ConfigError, match="sensitivity"):
         study("sensitivity", "--preset", "smollm2")
     with pytest.raises(ConfigError, match="jaguar_sign_sgd, which is varied"):

@@ -115,7 +115,8 @@ class Study:
         if min(forwards, jobs) < 1 or len(set(seeds)) < len(seeds) or not seeds:
             got = f"forwards {forwards}, jobs {jobs}, seeds {list(seeds)}"
             raise ConfigError("--forwards and --jobs of at least 1 and different --seeds", got, "correct them")
-        methods = chosen(given.methods, with_lr, "--methods")
+        aside = set(tree.get("only_named", ())) - set(given.lrs)
+        methods = chosen(given.methods or [name for name in with_lr if name not in aside], with_lr, "--methods")
         if tree.get("method", methods[0]) not in methods:
             raise ConfigError(f"--methods with {tree['method']}, which is varied", ", ".join(methods), "leave it out")
         return cls(
