@@ -40,24 +40,25 @@ def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirect
         f"data: {len(splits.train)} train, {len(splits.dev)} dev (held out of train; chooses the step), "
         f"{len(splits.validation)} validation"
     )
-    if told := skipped(made.task):
-        log(told)
+    if left_out := skipped(made.task):
+        log(left_out)
     method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
     passes = "1 forward and 1 backward pass" if engine.estimator.num_backwards else f"{engine.num_losses} forwards"
     log(f"method: {method}, {passes} per step, {config.train.steps} steps")
     if engine.adapters is not None:
         log(f"adapters: {len(engine.adapters.slots)}; {engine.adapters.selection}")
-    if config.forward.name == "auto" and isinstance(engine.forward, SequentialForward):
-        generates = isinstance(engine.objective, GeneratedLoss)
-        reason = (
-            f"objective {config.objective} reads texts that are generated"
-            if generates
-            else "what is trained cannot be fanned out"
-        )
-        log(f"forward: sequential, because {reason}")
-    repeated = repeated_work(config, engine)
-    if repeated is not None:
-        log(repeated)
+    for told in (why_sequential(config, engine), repeated_work(config, engine)):
+        if told is not None:
+            log(told)
+
+
+def why_sequential(config: RunConfig, engine: Engine) -> str | None:
+    """Why candidates take one pass each although that was not asked for; None where they do not."""
+    if config.forward.name != "auto" or not isinstance(engine.forward, SequentialForward):
+        return None
+    if isinstance(engine.objective, GeneratedLoss):
+        return f"forward: sequential, because objective {config.objective} reads texts that are generated"
+    return "forward: sequential, because what is trained cannot be fanned out"
 
 
 def repeated_work(config: RunConfig, engine: Engine) -> str | None:

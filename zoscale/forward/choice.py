@@ -47,29 +47,27 @@ def choose_forward(
     Raises:
         ValueError: if the named one cannot serve.
     """
-    fan = (
-        None
-        if derivatives or isinstance(objective, GeneratedLoss) or name == "sequential"
-        else _fan(answers, shards, mesh)
-    )
+    generates = isinstance(objective, GeneratedLoss)
+    fan = None if derivatives or generates or name == "sequential" else _fan(answers, shards, mesh)
     answers = compiled_answers(compile, answers, _obstacle(derivatives, objective, fan))
     if derivatives:
         _check_tangents(name, answers)
         return TangentForward(answers, shards, mesh, num_parts=num_parts)
-    if isinstance(objective, GeneratedLoss):
-        if generator is None or name == "fan_out":
-            raise ValueError("expected a tokenizer and the forward sequential or auto for an objective that generates")
-        return SequentialForward(
-            answers, shards, mesh, num_parts=num_parts, answer=lambda batch: generator.texts(batch)
-        )  # looked up late, as the others: meters replace it
     if fan is not None:
         return FanOutForward(answers, mesh, fan, max_rows=max_rows, num_parts=num_parts)
-    if name == "fan_out":
-        raise ValueError(
-            "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA or a "
-            "weight outside such a module: use auto or sequential"
-        )
-    return SequentialForward(answers, shards, mesh, num_parts=num_parts)
+    if name == "fan_out" or (generates and generator is None):
+        raise _misfit(generates)
+    texts = None if generator is None or not generates else lambda batch: generator.texts(batch)  # meters replace it
+    return SequentialForward(answers, shards, mesh, num_parts=num_parts, answer=texts)
+
+
+def _misfit(generates: bool) -> ValueError:
+    if generates:
+        return ValueError("expected a tokenizer and the forward sequential or auto for an objective that generates")
+    return ValueError(
+        "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA or a weight "
+        "outside such a module: use auto or sequential"
+    )
 
 
 def _check_tangents(name: ForwardName, answers: AnswerModel) -> None:
