@@ -32,6 +32,7 @@ def test_a_product_is_counted() -> None:
         ("full", "block", 1),
         ("full", "rademacher", 1),
         ("full", "gaussian", 1),
+        ("full", "gaussian", 4),
     ],
 )
 def test_a_step_adds_little_to_the_bare_forward(
