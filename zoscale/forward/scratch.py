@@ -38,7 +38,6 @@ class Draws:
     """
 
     def __init__(self, candidates: Sequence[Candidate], outlines: Sequence[ShardedParam]) -> None:
-        self.num_candidates = len(candidates)
         self._directions, self._numbers = _by_direction(candidates)
         small = [outline for outline in outlines if len(outline) <= _SMALL]
         self._groups: dict[Piece, list[Piece]] = {}
