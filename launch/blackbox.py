@@ -243,7 +243,11 @@ def main() -> None:
     parser.add_argument("--tuning-seeds", type=int, default=5, help="runs that choose each step size, not counted")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     arguments = parser.parse_args()
-    if arguments.dimension < 2 or min(arguments.seeds, arguments.tuning_seeds) < 1 or arguments.calls < 4 * arguments.dimension + 2:
+    if (
+        arguments.dimension < 2
+        or min(arguments.seeds, arguments.tuning_seeds) < 1
+        or arguments.calls < 4 * arguments.dimension + 2
+    ):
         parser.error("expected --dimension >= 2, --seeds and --tuning-seeds >= 1, and --calls >= 4 * dimension + 2")
     torch.set_num_threads(1)
     started, outcomes = time.perf_counter(), []

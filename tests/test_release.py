@@ -238,8 +238,8 @@ def test_a_merged_model_is_where_a_longer_run_begins(
     before = summary(run_dir)["validation"]["before"]
     assert before["accuracy"] == read(last)["accuracy"]
     assert before["loss"] == pytest.approx(read(last)["loss"], rel=1e-5)
-    what = "a step has 2 micro-batches; 2 of 4 ranks have none of their own and repeat what others compute"
-    assert f"repeated work: {what}. Set data.micro_batch_size=1\n" in text
+    what = "micro-batches of a step: 2; 2 of 4 ranks have none of their own and repeat what others compute"
+    assert f"repeated work: {what}. Try data.micro_batch_size=1\n" in text
 
 
 @torch.no_grad()

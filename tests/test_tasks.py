@@ -236,6 +236,7 @@ def first_record(name: str) -> dict[str, Any]:
         ("record", {"answers": []}),
         ("record", {"entities": ["Omar", "Omar"]}),
         ("multiple_choice", {"choices": ["ice", "ice"]}),
+        ("winogrande", {"option2": "trophy", "option1": "trophy"}),
         ("multiple_choice", {"choices": []}),
     ],
 )
@@ -286,6 +287,13 @@ def test_the_first_word_of_a_copa_choice_is_in_lower_case(choice: str, option: s
     """All of it, but I, as in MeZO's code."""
     example = task_of("copa").example(first_record("copa") | {"choice1": choice})
     assert example is not None and example.options[0] == option
+
+
+def test_a_continuation_names_the_option() -> None:
+    """Else the model could not tell the options apart, and the losses of all would be equal."""
+    task = task_of("multiple_choice", continuation=" yes")
+    with pytest.raises(ConfigError, match=r"a task.continuation with .option. in it"):
+        task.example({"question": "?", "choices": ["ice", "snow"], "answer": 0})
 
 
 def test_options_and_answers_of_your_own_records() -> None:

@@ -69,8 +69,8 @@ class FirstOrderEngine(Engine):
         is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
         if accelerator is None or not is_sharded or isinstance(accelerator, GroupedAccelerator):
             raise ValueError(
-                "expected ZeRO-3 over all ranks (mesh.shard_size null) for first-order training, got a whole model; a "
-                "single rank must ask for it: Runtime(deepspeed=runtime.ZERO3)"
+                "expected ZeRO-3 over all ranks (mesh.shard_size null) for first-order training, got a whole model "
+                "or shard groups; a single rank must ask for it: Runtime(deepspeed=runtime.ZERO3)"
             )
         mesh, plugin = Mesh(accelerator.device), cast(Any, accelerator.state.deepspeed_plugin)
         rule = optimizer(_outlines(model, mesh), mesh)

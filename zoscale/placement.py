@@ -10,6 +10,19 @@ from zoscale.models.sizes import is_block
 from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up, cut_up_adapters
 
 
+class WholeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate is untyped
+    """The launched processes, each with the whole model.
+
+    Args:
+        dtype: of its weights, by name.
+        options: of `Accelerator`.
+    """
+
+    def __init__(self, *, dtype: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.dtype = dtype
+
+
 def place(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, Mesh]:
     """What is called for the model, and the ranks.
 
@@ -18,7 +31,8 @@ def place(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module,
         accelerator: from `zoscale.start`; None = this process alone.
 
     Raises:
-        ValueError: if DeepSpeed was started with an optimizer.
+        ValueError: if DeepSpeed was started with an optimizer, or a whole model has weights of another type than its
+            accelerator.
     """
     if accelerator is None:
         return model, Mesh(next(model.parameters()).device, ranks=(0, 1))
@@ -26,8 +40,25 @@ def place(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module,
         return _shard_in_groups(model, accelerator), accelerator.mesh
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _shard(model, accelerator), Mesh(accelerator.device)
+    if isinstance(accelerator, WholeAccelerator):
+        check_dtype(model, accelerator.dtype)
     model.to(accelerator.device)
     return model, Mesh(accelerator.device, shard_size=1)
+
+
+def check_dtype(model: nn.Module, wanted: str) -> None:
+    """Refuse a whole model of another type: ZeRO-3 casts a model when it is built, and nothing casts one that is whole.
+
+    Raises:
+        ValueError: if its input embedding is of another type.
+    """
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    found = "" if table is None else str(table.weight.dtype).removeprefix("torch.")
+    if table is not None and table.weight.is_floating_point() and found != wanted:
+        raise ValueError(
+            f"expected weights of {wanted}, the dtype of the Runtime, got {found}: load the model with "
+            f"dtype={wanted!r}, or start with Runtime(dtype={found!r})"
+        )
 
 
 def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -16,6 +16,8 @@ from zoscale.shards import local_bytes
 from zoscale.step import Engine
 from zoscale.tasks import Task
 
+_WORTH_SAYING = 1 / 8  # share of all ranks' work
+
 
 def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirectory) -> None:
     """What will be trained, with the memory to expect, before the first step."""
@@ -74,7 +76,7 @@ def repeated_work(config: RunConfig, engine: Engine) -> str | None:
 
     now = size, config.mesh.candidates
     own = division(*now)
-    if not own.num_repeats:
+    if share(now) < ranks * _WORTH_SAYING:
         return None
     sizes = [smaller for smaller in range(size, 0, -1) if batch % smaller == 0]
     parts = range(now[1], 1 + (now[1] if engine.estimator.num_backwards else max(now[1], num_candidates)))
@@ -87,7 +89,7 @@ def repeated_work(config: RunConfig, engine: Engine) -> str | None:
         if own.num_turns == 1
         else f"{own.num_repeats / own.num_turns / ranks:.0%} of what the {ranks} ranks compute is repeated"
     )
-    return f"repeated work: a step has {batch // size} micro-batches; {what}. Set {remedy}"
+    return f"repeated work: micro-batches of a step: {batch // size}; {what}. Try {remedy}"
 
 
 def skipped(task: Task) -> str:

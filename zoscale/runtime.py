@@ -19,6 +19,7 @@ from zoscale.config import ConfigError
 from zoscale.launcher import obey
 from zoscale.models.sizes import ModelSize
 from zoscale.nvme import fill_offload, offload_device, ready_nvme
+from zoscale.placement import WholeAccelerator
 from zoscale.shard_groups import GroupedAccelerator
 
 ZERO3: dict[str, Any] = {
@@ -44,7 +45,8 @@ class Runtime:
     """How processes run.
 
     Args:
-        dtype: compute dtype of the frozen weights: float32, bfloat16 or float16.
+        dtype: of the frozen weights, which is computed in: float32, bfloat16 or float16. ZeRO-3 casts a model when it
+            is built; one that is whole on each rank has to be loaded so.
         deepspeed: DeepSpeed configuration (ZeRO-3, no optimizer); None = what the launcher names, or `ZERO3`.
         shard_size: consecutive ranks that hold one copy of the model together: all of them, fewer, or 1, where each
             holds it whole and nothing is gathered. None = as `default_shard_size` says.
@@ -198,7 +200,7 @@ def _accelerator(runtime: Runtime, size: ModelSize | None, shard_size: int, time
     if is_whole or not is_one_group:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     if is_whole:
-        return Accelerator(**options)
+        return WholeAccelerator(dtype=runtime.dtype, **options)
     config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
     filled = fill_deepspeed_config(config, runtime.dtype, size, shard_size)
     ready_nvme(filled)

@@ -11,10 +11,8 @@ from zoscale.shards import true_numel
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
-_LIVE_WIDTHS, _LIVE_INNER = (
-    8,
-    2,
-)  # activations of a block that live at once: residual, norm, q, k, v, output; inner twice
+_LIVE_WIDTHS, _LIVE_INNER = 8, 2
+"""Activations of a block that live at once: residual, norm, q, k, v, output and others; inner ones twice."""
 
 
 @dataclass(frozen=True)

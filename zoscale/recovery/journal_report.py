@@ -147,9 +147,8 @@ def _plot(records: Sequence[Record], loss: Loss, file: Path) -> None:
         raise ConfigError("at least one step to plot", "none", "let the run make one")
     steps = [record.step for record in records]
     columns = [[(loss(r),) for r in records], [r.projected_grads for r in records], [r.lrs for r in records]]
-    losses, grads, lrs = (
-        np.where(np.abs(x) < 1e100, x, np.nan) for x in map(np.array, columns)
-    )  # more: no axis has it
+    shown = map(np.array, columns)
+    losses, grads, lrs = (np.where(np.abs(x) < 1e100, x, np.nan) for x in shown)  # no axis has more
     figure = Figure(figsize=(9, 8), layout="constrained")
     top, middle, bottom = figure.subplots(3, sharex=True)
     window = np.ones(min(100, 1 + len(steps) // 20))

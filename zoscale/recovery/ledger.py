@@ -151,6 +151,7 @@ class Ledger:
         path, every = self.directory.journal, self._options.journal_sync_every
         if not path.exists():
             self._check_new()
+            remove_unfinished(self.directory.checkpoints)
             self._writer = JournalWriter.create(path, header, sync_every=every)
             return []
         journal = Journal.read(path)

@@ -71,8 +71,8 @@ class ReCoRD(_SuperGlueChoice):
 class WinoGrande(_Choice):
     """What fills the blank of a sentence: the sentence from the blank on is scored with each option.
 
-    Sentences that begin with the blank are left out. (MeZO scores the whole sentence, whose beginning is the same for
-    both options.)
+    Sentences that begin with the blank, or whose options are the same, are left out. (MeZO scores the whole sentence,
+    whose beginning is the same for both options.)
 
     Args:
         path: Hugging Face dataset id, or folder with train.* and validation.* (fields sentence with _, option1,
@@ -97,7 +97,7 @@ class WinoGrande(_Choice):
             raise ConfigError("a sentence with _", repr(sentence), "correct the data")
         choices = [str(field(record, name)).strip() for name in ("option1", "option2")]
         gold = _number(record, "answer", ("1", "2"))
-        if not before.strip():
+        if not before.strip() or choices[0] == choices[1]:
             return None
         return Example(before.rstrip(), tuple(f" {choice}{after}" for choice in choices), gold)
 
@@ -141,6 +141,8 @@ class MultipleChoice(_Choice):
         if len(texts) < 2:
             return None
         options = tuple(render(self.continuation, {**record, "option": text}) for text in texts)
+        if len(set(options)) < len(options):
+            raise ConfigError("a task.continuation with {option} in it", repr(self.continuation), "name it there")
         return Example(prompt, options, texts.index(self._right(answer, listed)), labels=texts)
 
     def _right(self, value: Any, listed: Sequence[str]) -> str:
