@@ -99,7 +99,7 @@ def test_blackbox_repeats_and_refuses(
     comparison: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "logistic, l2 ball, FW, two-point"
-    runs = [comparison.compare(name, 4, 60, 2) for _ in range(2)]
+    runs = [comparison.compare(name, 4, 60, 2, 3) for _ in range(2)]
     assert runs[0] == runs[1]
     assert len({tuple(map(tuple, curve)) for curve in runs[0][0].curves}) == 2, "seeds differ"
     with pytest.raises(SystemExit, match="2"):
