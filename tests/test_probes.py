@@ -168,6 +168,38 @@ def test_pieces_are_slices_of_the_whole(name: str, limit: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(cut, densified(direction, shards), strict=True))
 
 
+PATCHED: list[Probe] = [
+    Entry(),
+    Row(signs="ones"),
+    Block(rows=0.1, columns=0.3),
+    Block(rows=0.25, columns=0.25),
+    Layers(share=0.5, inner={"name": "block", "rows": 0.1, "columns": 0.1}),
+]
+
+
+@pytest.mark.parametrize("probe", PATCHED, ids=lambda probe: type(probe).__name__)
+def test_patches_are_all_of_z(probe: Probe) -> None:
+    shapes = [(64, 33), (7,), (40, 40), (3, 4, 50), (64, 33), (64, 33)]
+    specs = specs_of(shapes)
+    direction = probe.draw(Noise(SEED), specs, 3, 1)
+    patched = [spec for spec in specs if direction.is_patch(spec)]
+    assert patched and all(direction.touches(spec) for spec in patched)
+    whole_z = dense(probe, shapes, 3, 1)
+    for spec, patch in zip(patched, direction.patches(patched, torch.device("cpu")), strict=True):
+        z = torch.zeros(spec.rows, spec.columns)
+        z[patch.rows[:, None], patch.columns] = patch.values
+        assert torch.equal(z.view(-1), whole_z[spec.id].view(-1)) and z.count_nonzero() == patch.values.numel()
+
+
+def test_what_is_large_is_no_patch() -> None:
+    specs = specs_of([(64, 33)])
+    for probe in (Block(rows=0.3, columns=0.3), Tensors(share=1.0), Rademacher()):
+        direction = probe.draw(Noise(SEED), specs, 0, 0)
+        assert not direction.is_patch(specs[0])
+    with pytest.raises(ValueError, match="few rows and columns, got _Dense"):
+        direction.patches(specs, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", PROBES)
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_shards_are_slices_of_the_whole(name: str, world_size: int) -> None:

@@ -17,9 +17,11 @@ from zoscale.estimators import Estimator, OneSided, TwoPoint
 from zoscale.forward.fan import Rows
 from zoscale.forward.fan_out import FanOutForward
 from zoscale.forward.sequential import Losses, SequentialForward
-from zoscale.forward.weight_fan import LinearUnit, LookupUnit, Unit, find_units
-from zoscale.probes import Block, Coordinate, Gaussian, Probe, Rademacher, Tensors
-from zoscale.shards import CHUNK, TensorSpec
+from zoscale.forward.units import LinearUnit, LookupUnit, PatchedUnit, Unit
+from zoscale.forward.weight_fan import find_units
+from zoscale.noise.generator import Noise
+from zoscale.probes import Block, Coordinate, Gaussian, JaguarDirection, Probe, Rademacher, Tensors
+from zoscale.shards import CHUNK, TensorSpec, trainable_specs
 from zoscale.step import micro_batches
 
 
@@ -120,6 +122,28 @@ def test_units_are_the_smallest_modules_with_a_forward() -> None:
     assert kinds == {Unit, LinearUnit, LookupUnit}
     adapted = ia3(model_of("opt"))
     assert {type(unit.module).__module__.split(".")[0] for unit in find_units(adapted) or ()} == {"peft"}
+
+
+def test_few_rows_and_columns_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers multiply z where it is a patch, drawn with those of the next layers, and copy where one is not."""
+    specs = {spec.name: spec for spec, _ in trainable_specs(model_of("opt"))}
+    small, large = (
+        probe.draw(Noise(0), list(specs.values()), 0, 0) for probe in (Block(rows=0.2, columns=0.2), Block())
+    )
+    linear = [unit for unit in find_units(model_of("opt")) or () if isinstance(unit, LinearUnit)]
+    assert all(isinstance(unit.suited([small, small]), PatchedUnit) for unit in linear)
+    assert all(unit.suited([small, large]) is unit for unit in linear)
+    monkeypatch.setattr("zoscale.forward.scratch._PATCHED", 3 * max(spec.numel for spec in specs.values()))
+    drawn: list[int] = []
+    original = JaguarDirection.patches
+    monkeypatch.setattr(
+        JaguarDirection, "patches", lambda self, s, device: drawn.append(len(s)) or original(self, s, device)
+    )
+    estimator, probe = TwoPoint(tau=0.05, num_directions=2), Block(rows=0.1, columns=0.5)
+    fan, one = (losses(model_of("opt"), f, estimator, probe, steps=1) for f in ("fan_out", "sequential"))
+    assert fan.values == pytest.approx(one.values, abs=2e-6)
+    assert sum(drawn) == 2 * len(linear) * len(micro_batches(tiny.batch(0)))
+    assert 1 < max(drawn) < len(linear)
 
 
 @pytest.mark.parametrize("max_rows", [1, 5, 100])

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from zoscale.estimators import Candidate
 from zoscale.noise.segments import Segment, values
-from zoscale.probes import Direction, Piece, pieces
-from zoscale.shards import ShardedParam
+from zoscale.probes import Direction, Patch, Piece, pieces
+from zoscale.shards import ShardedParam, TensorSpec
 
 _SMALL = 2**16  # elements of a slab that is drawn together with others
 _TOGETHER = 2**18  # of those that are drawn together, and kept until they are used
+_PATCHED = 2**24  # elements of the tensors whose patches are
+_CPU = torch.device("cpu")  # where patches are of use
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,15 @@ class Draws:
     Args:
         candidates: of the pass.
         outlines: the slabs that will be asked for, each once, about in this order.
+        patched: the tensors whose patches will be asked for, likewise.
     """
 
-    def __init__(self, candidates: Sequence[Candidate], outlines: Sequence[ShardedParam]) -> None:
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        outlines: Sequence[ShardedParam],
+        patched: Sequence[TensorSpec] = (),
+    ) -> None:
         self._directions, self._numbers = _by_direction(candidates)
         small = [outline for outline in outlines if len(outline) <= _SMALL]
         self._groups: dict[Piece, list[Piece]] = {}
@@ -47,6 +55,8 @@ class Draws:
                 self._groups[piece] = group
                 self._pieces.setdefault(id(piece.shard), []).append(piece)
         self._kept: dict[tuple[int, Piece], Segment | None] = {}
+        self._neighbours = _neighbours(patched, _PATCHED // max(1, len(self._directions)))
+        self._patches: dict[tuple[int, TensorSpec], Patch] = {}
 
     def of(self, outline: ShardedParam) -> list[Drawn]:
         """The noise of one slab."""
@@ -79,6 +89,15 @@ class Draws:
                 for work in works:
                     work.write(radius)
                 yield number, [work.values for work in works]
+
+    def patches(self, spec: TensorSpec) -> Iterator[tuple[Patch, list[tuple[int, float]]]]:
+        """Of each direction that touches a tensor: z, and the numbers and radii of its candidates."""
+        for place, direction in enumerate(self._directions):
+            if direction.touches(spec):
+                if (place, spec) not in self._patches:
+                    group = [own for own in self._neighbours[spec] if direction.touches(own)]
+                    self._patches |= {(place, o): z for o, z in zip(group, direction.patches(group, _CPU), strict=True)}
+                yield self._patches.pop((place, spec)), self._numbers[place]
 
     def _take(self, piece: Piece, place: int) -> Segment | None:
         if (place, piece) not in self._kept:
@@ -126,6 +145,18 @@ class _Work:
 
 def _cut(outline: ShardedParam) -> Iterator[Piece]:
     return (piece for group in pieces([outline]) for piece in group)
+
+
+def _neighbours(specs: Sequence[TensorSpec], limit: int) -> dict[TensorSpec, list[TensorSpec]]:
+    """Of each tensor, those that follow one another and have at most `limit` elements, or itself."""
+    found: dict[TensorSpec, list[TensorSpec]] = {}
+    group: list[TensorSpec] = []
+    for spec in specs:
+        if sum(own.numel for own in group) + spec.numel > limit:
+            group = []
+        group.append(spec)
+        found[spec] = group
+    return found
 
 
 def _by_direction(candidates: Sequence[Candidate]) -> tuple[list[Direction], dict[int | None, list[tuple[int, float]]]]:

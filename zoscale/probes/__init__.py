@@ -5,7 +5,7 @@ whole. Values and supports are pure functions of (seed; step, k, tensor id, elem
 class with `draw`, and a row in the table of `layers.py`.
 """
 
-from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe, pieces
+from zoscale.probes.base import Direction, DrawnDirection, Patch, Piece, Probe, pieces
 from zoscale.probes.dense import Gaussian, Rademacher
 from zoscale.probes.factored import FactoredDirection, Orthogonal, Subspace, SubspaceDirection, product_slice
 from zoscale.probes.jaguar import Block, Coordinate, Entry, JaguarDirection, JaguarProbe, Row, Signs, Tensors
@@ -27,6 +27,7 @@ __all__ = [
     "Layers",
     "LayersDirection",
     "Orthogonal",
+    "Patch",
     "Piece",
     "Probe",
     "Rademacher",

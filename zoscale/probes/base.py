@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from zoscale.noise.generator import Domain, Key, Noise, Range
@@ -52,6 +53,19 @@ def pieces(
         yield group
 
 
+class Patch(NamedTuple):
+    """z on a matrix that is zero but for a few rows and columns.
+
+    Args:
+        rows, columns: int64, ascending.
+        values: z there, float32 [rows, columns].
+    """
+
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+
+
 class Direction(ABC):
     """z of one (step, k): made piece by piece, wherever it is asked for."""
 
@@ -62,6 +76,14 @@ class Direction(ABC):
     def stream(self, piece: Piece) -> Stream | None:
         """z on a piece as coordinates, for kernels that make it in registers; None where it must be drawn."""
         return None
+
+    def is_patch(self, spec: TensorSpec) -> bool:
+        """Whether z on a tensor is zero but for a few rows and columns, which `patches` gives."""
+        return False
+
+    def patches(self, specs: Sequence[TensorSpec], device: torch.device) -> list[Patch]:
+        """z on tensors of which `is_patch` holds, drawn in one pass."""
+        raise ValueError(f"expected a direction of a few rows and columns, got {type(self).__name__}")
 
     def touches(self, spec: TensorSpec) -> bool:
         """Whether z may be other than zero on a tensor; known without drawing it."""

@@ -15,7 +15,7 @@ from zoscale.noise.fused import on_device
 from zoscale.noise.generator import Domain, Key, Noise, Range, signs_at, stays_bits
 from zoscale.noise.segments import Segment
 from zoscale.noise.streams import Mask, Stream, stream_of
-from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
+from zoscale.probes.base import Direction, DrawnDirection, Patch, Piece, Probe
 from zoscale.shards import TensorSpec
 
 Signs = Literal["rademacher", "ones"]
@@ -133,6 +133,23 @@ class JaguarDirection(DrawnDirection):
             return None
         mask = partial(self._mask, spec, device)
         return stream_of(self.noise, self.key, piece.range, "rademacher", device, mask)
+
+    def is_patch(self, spec: TensorSpec) -> bool:
+        return spec.id in self.supports and self.supports[spec.id].share(spec) <= _DENSE_ABOVE
+
+    def patches(self, specs: Sequence[TensorSpec], device: torch.device) -> list[Patch]:
+        words = self._words([Range(spec.id, 0, spec.numel) for spec in specs], device)
+        places, index, first = [], [], 0
+        for spec, own in zip(specs, words, strict=True):
+            support = self.supports[spec.id]
+            rows = torch.arange(spec.rows) if support.rows is None else support.rows
+            columns = torch.arange(spec.columns) if support.columns is None else support.columns
+            places.append((on_device(rows, device), on_device(columns, device)))
+            index.append((places[-1][0][:, None] * spec.columns + places[-1][1] + first).view(-1))
+            first += len(own) * philox.BITS
+        signs = signs_at(torch.cat(words), Range(0, 0, first), torch.cat(index))
+        drawn = torch.split(signs, [len(own) for own in index])
+        return [Patch(*at, z.view(len(at[0]), -1)) for at, z in zip(places, drawn, strict=True)]
 
     def _mask(self, spec: TensorSpec, device: torch.device) -> Mask | None:
         """The support of a tensor on its device; those of all tensors are sent there together."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zoscale.config import Method, build
@@ -12,7 +13,7 @@ from zoscale.config.merging import Given, Schema
 from zoscale.noise.generator import Domain, Key, Noise
 from zoscale.noise.segments import Segment
 from zoscale.noise.streams import Stream
-from zoscale.probes.base import Direction, Piece, Probe
+from zoscale.probes.base import Direction, Patch, Piece, Probe
 from zoscale.probes.dense import Gaussian, Rademacher
 from zoscale.probes.factored import Orthogonal, Subspace
 from zoscale.probes.jaguar import Block, Coordinate, Entry, Row, Tensors, check_share, portion
@@ -58,6 +59,12 @@ class LayersDirection(Direction):
 
     def stream(self, piece: Piece) -> Stream | None:
         return self.inner.stream(piece) if piece.shard.spec.id in self.active else None
+
+    def is_patch(self, spec: TensorSpec) -> bool:
+        return spec.id in self.active and self.inner.is_patch(spec)
+
+    def patches(self, specs: Sequence[TensorSpec], device: torch.device) -> list[Patch]:
+        return self.inner.patches(specs, device)
 
     def touches(self, spec: TensorSpec) -> bool:
         return spec.id in self.active and self.inner.touches(spec)

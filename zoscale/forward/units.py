@@ -1,0 +1,187 @@
+"""`Unit`: a module that owns trainable weights runs once per candidate, on that candidate's rows.
+
+The gathered weights are only read: each candidate's values are written to a scratch copy, which is thrown away, so
+nothing needs to be restored.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zoscale.forward.fan import Rows
+from zoscale.forward.scratch import Draws
+from zoscale.noise.fused import on_device
+from zoscale.probes import Direction
+from zoscale.shards import ShardedParam, TensorSpec, chunk
+
+Weights = Mapping[nn.Parameter, TensorSpec]
+
+_ROWS = 64  # matrix products of other heights end in a remainder, which takes up to a fifth of their time
+
+
+class Unit:
+    """A module that runs once per candidate.
+
+    Args:
+        module: the module.
+        weights: its trainable weights and those of the modules within, each once.
+
+    Attributes:
+        outlines: the slabs whose noise `forward` takes, in its order.
+        patched: weights whose noise it takes as patches.
+    """
+
+    def __init__(self, module: nn.Module, weights: Weights) -> None:
+        self.module = module
+        self.weights = weights
+        self.outlines = self._outlines()
+        self.patched: list[TensorSpec] = []
+
+    def _outlines(self) -> list[ShardedParam]:
+        return [ShardedParam.outline(spec, 0, spec.numel, param.device) for param, spec in self.weights.items()]
+
+    def suited(self, directions: Sequence[Direction]) -> "Unit":
+        """The cheapest way to run the module for some directions."""
+        return self
+
+    def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
+        """The module's results for all candidates, one after the other."""
+        calls = rows.split_call(args, kwargs)
+        gathered = {param: param.data for param in self.weights}
+        slabs = [(whole.reshape(-1), draws.of(o)) for whole, o in zip(gathered.values(), self.outlines, strict=True)]
+        results: list[Any] = [None] * rows.copies
+        try:
+            for number, values in draws.values(slabs):
+                for (param, whole), value in zip(gathered.items(), values, strict=True):
+                    param.data = value.view(whole.shape)
+                results[number] = original(*calls[number][0], **calls[number][1])
+        finally:
+            for param, whole in gathered.items():
+                param.data = whole
+        return rows.join(results)
+
+
+class LinearUnit(Unit):
+    """A linear layer: rows of the weight give columns of the output, so the scratch copy is of a few rows."""
+
+    def __init__(self, module: nn.Linear, weights: Weights) -> None:
+        self.linear = module
+        widest = max(spec.numel // module.out_features for spec in weights.values())
+        rows = max(1, chunk(module.weight.device) // widest)
+        self._height = rows - rows % _ROWS if rows > _ROWS else rows
+        super().__init__(module, weights)
+
+    def suited(self, directions: Sequence[Direction]) -> Unit:
+        weight = cast(nn.Parameter, self.linear.weight)
+        spec = self.weights.get(weight)
+        if spec is None or weight.device.type != "cpu":  # where a kernel copies at the speed of the memory
+            return self
+        is_patched = all(direction.is_patch(spec) for direction in directions if direction.touches(spec))
+        return PatchedUnit(self, spec) if is_patched else self
+
+    def _outlines(self) -> list[ShardedParam]:
+        return [
+            ShardedParam.outline(spec, *self._elements(spec, first, last), param.device)
+            for first, last in self._spans()
+            for param, spec in self.weights.items()
+        ]
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        height = self.linear.out_features
+        return ((first, min(first + self._height, height)) for first in range(0, height, self._height))
+
+    def _elements(self, spec: TensorSpec, first: int, last: int) -> tuple[int, int]:
+        width = spec.numel // self.linear.out_features
+        return first * width, last * width
+
+    def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
+        (x,) = args
+        parts = rows.by_candidate(x)
+        result = x.new_empty(*parts.shape[:2], self.linear.out_features)
+        outlines = iter(self.outlines)
+        for first, last in self._spans():
+            slabs = {param: (param.data[first:last].reshape(-1), draws.of(next(outlines))) for param in self.weights}
+            for number, values in draws.values(list(slabs.values())):
+                own = dict(zip(slabs, values, strict=True))
+                weight = self._rows(self.linear.weight, own, first, last)
+                bias = None if self.linear.bias is None else self._rows(self.linear.bias, own, first, last)
+                _multiply(parts[number], weight, bias, out=result[number, :, first:last])
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def _rows(param: Tensor, own: Mapping[Any, Tensor], first: int, last: int) -> Tensor:
+        rows = param.data[first:last]
+        return own[param].view(rows.shape) if param in own else rows
+
+
+class PatchedUnit(LinearUnit):
+    """A linear layer whose weight W differs on a few rows and columns: nothing is copied, z acts on the columns.
+
+    (W + radius z) x = W x + radius z x, without the rounding of W + radius z to the type of W.
+
+    Args:
+        unit: the layer.
+        spec: of W.
+    """
+
+    def __init__(self, unit: LinearUnit, spec: TensorSpec) -> None:
+        self.linear = unit.linear
+        self._height = unit._height
+        Unit.__init__(self, unit.linear, {param: own for param, own in unit.weights.items() if own is not spec})
+        self.patched = [spec]
+
+    def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
+        result = super().forward(original, rows, draws, *args, **kwargs)
+        inputs, outputs = (rows.by_candidate(x) for x in (args[0], result))
+        for patch, numbers in draws.patches(self.patched[0]):
+            z = patch.values.to(result.dtype).t()
+            for number, radius in numbers:
+                x, own = inputs[number].index_select(1, patch.columns), outputs[number]
+                own.index_copy_(1, patch.rows, torch.addmm(own.index_select(1, patch.rows), x, z, alpha=radius))
+        return result
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+    """A linear layer's result [N, rows], put where it belongs: the bits of `functional.linear` without a copy."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+class LookupUnit(Unit):
+    """The input embedding: only the rows of the tokens at hand are perturbed; which ones, the host knows."""
+
+    def _outlines(self) -> list[ShardedParam]:
+        return []
+
+    def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
+        tokens = None if rows.tokens is None else rows.tokens()
+        if tokens is None or args[0].shape != (rows.copies * rows.rows, tokens.shape[1]):
+            raise rows.error(args[0])
+        ((param, spec),) = self.weights.items()
+        used, places = torch.unique(tokens, return_inverse=True)
+        outlines = [
+            ShardedParam.outline(spec, first * spec.columns, last * spec.columns, param.device)
+            for first, last in _runs(used.tolist())
+        ]
+        used, places = (on_device(index, param.device) for index in (used, places))
+        table = param.data[used]
+        results: list[Any] = [None] * rows.copies
+        for number, (values,) in draws.values([(table.view(-1), draws.at(outlines))]):
+            results[number] = functional.embedding(places, values.view(table.shape))
+        return rows.join(results)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as ranges [first, last) of consecutive ones."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1] = (runs[-1][0], number + 1)
+        else:
+            runs.append((number, number + 1))
+    return runs
