@@ -80,7 +80,7 @@ class LinearUnit(Unit):
         if spec is None or weight.device.type != "cpu":  # where a kernel copies at the speed of the memory
             return self
         is_patched = all(direction.is_patch(spec) for direction in directions if direction.touches(spec))
-        return PatchedUnit(self, spec) if is_patched else self
+        return PatchedUnit(self.linear, self.weights) if is_patched else self
 
     def _outlines(self) -> list[ShardedParam]:
         return [
@@ -117,25 +117,28 @@ class LinearUnit(Unit):
         return own[param].view(rows.shape) if param in own else rows
 
 
-class PatchedUnit(LinearUnit):
-    """A linear layer whose weight W differs on a few rows and columns: nothing is copied, z acts on the columns.
+class PatchedUnit(Unit):
+    """A linear layer whose weight W differs on a few rows and columns: W multiplies the rows of all candidates at once.
 
     (W + radius z) x = W x + radius z x, without the rounding of W + radius z to the type of W.
 
     Args:
-        unit: the layer.
-        spec: of W.
+        linear: the layer.
+        weights: see `Unit`; W is among them.
     """
 
-    def __init__(self, unit: LinearUnit, spec: TensorSpec) -> None:
-        self.linear = unit.linear
-        self._height = unit._height
-        Unit.__init__(self, unit.linear, {param: own for param, own in unit.weights.items() if own is not spec})
-        self.patched = [spec]
+    def __init__(self, linear: nn.Linear, weights: Weights) -> None:
+        self.linear = linear
+        super().__init__(linear, {param: spec for param, spec in weights.items() if param is not linear.weight})
+        self.patched = [spec for param, spec in weights.items() if param is linear.weight]
 
     def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
-        result = super().forward(original, rows, draws, *args, **kwargs)
+        result = functional.linear(args[0], self.linear.weight, None if self.weights else self.linear.bias)
         inputs, outputs = (rows.by_candidate(x) for x in (args[0], result))
+        slabs = [(bias.data, draws.of(o)) for bias, o in zip(self.weights, self.outlines, strict=True)]
+        for number, biases in draws.values(slabs):
+            for bias in biases:
+                outputs[number].add_(bias)
         for patch, numbers in draws.patches(self.patched[0]):
             z = patch.values.to(result.dtype).t()
             for number, radius in numbers:
