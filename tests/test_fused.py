@@ -81,6 +81,32 @@ def test_compiled_equals_eager() -> None:
         assert torch.equal(fused.compiled(philox.signs)(words), philox.signs(words))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiled")
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_signs_of_several_directions_in_one_pass(has_mask: bool) -> None:
+    """What a memory takes up of all at once is the mean over the visits of each; the step goes along its sign."""
+    needs_compiler()
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(-(2**31), 2**31, (3, 1 + has_mask, 70), generator=generator, dtype=torch.int32)
+    memory, truth = torch.randn(2, 70, 32, generator=generator)
+    rhos, settings, rest = fused.scalars(0.3, -2.0, 0.7), fused.scalars(0.9, 0.1), fused.scalars(1e-3, 0.1)
+    total, visits, expected = torch.zeros_like(memory), torch.zeros_like(memory), memory.clone()
+    for signs, rho in zip(z, rhos, strict=True):
+        fused.visit(total, visits, signs, rho)
+    fused.remember_mean(expected, total, visits, *settings)
+    assert visits.max() == 3 and (visits.min() < 3) == has_mask
+    moved = truth.clone()
+    fused.descend_sign(moved, None, expected, *rest, None)
+    for wrap in (lambda function: function, fused.compiled):
+        found, ends = memory.clone(), truth.clone()
+        wrap(fused.remember_signs)(found, z, *settings, *rhos)
+        assert torch.equal(found, expected)
+        found, live = memory.clone(), truth.bfloat16()
+        wrap(fused.remember_signs_and_descend_sign)(found, ends, live, None, z, *settings, *rest, *rhos)
+        assert torch.equal(found, expected) and torch.equal(ends, moved) and torch.equal(live, moved.bfloat16())
+
+
 @pytest.mark.usefixtures("fresh_compiled")
 @pytest.mark.parametrize("forward", ["fan_out", "sequential"])
 @pytest.mark.parametrize("probe", [Rademacher(), Gaussian(), Block(rows=0.5, columns=0.5)])

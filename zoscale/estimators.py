@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from zoscale.noise.segments import Segment
+from zoscale.noise.segments import Segment, SignTerms
 from zoscale.noise.streams import Sum
 from zoscale.probes import Direction, Piece
 from zoscale.shards import TensorSpec
@@ -84,6 +84,17 @@ class GradientEstimate:
             segment.add_to(totals[number], rho)
             del segment  # before the next is drawn
         return totals if len(self.directions) == 1 else [total.div_(len(self.directions)) for total in totals]
+
+    def signs(self, group: Sequence[Piece]) -> list[SignTerms | None]:
+        """Every rho_k z_k on each piece, where all are signs as bits; else None."""
+        wanted = [p for p in group if all(z.touches(p.shard.spec) and z.is_bits(p) for z in self.directions)]
+        found: dict[Piece, SignTerms] = {}
+        if wanted:
+            for piece, *drawn in zip(wanted, *(z.segments(wanted) for z in self.directions), strict=True):
+                bits = [s.source for s in drawn if s is not None and isinstance(s.source, Tensor)]
+                if len(bits) == len(self.directions):
+                    found[piece] = SignTerms(torch.stack(bits), self.projected_grads)
+        return [found.get(piece) for piece in group]
 
     def totals(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:
         """On each piece, sum_k rho_k z_k and the number of directions that visit a coordinate (z_k not zero there).

@@ -64,6 +64,20 @@ def remember_mean(memory: Tensor, total: Tensor, visits: Tensor, beta: Tensor, r
     memory.copy_(torch.where(visits > 0, mixed, memory))
 
 
+def remember_signs(memory: Tensor, z: Tensor, beta: Tensor, rest: Tensor, *rhos: Tensor) -> None:
+    """`visit` with each direction and its rho, and `remember_mean` of the sum.
+
+    Args:
+        memory: float32 [n / 32, 32].
+        z: every direction as bits, int32 [q, 1 or 2, n / 32].
+        beta, rest, rhos: from `scalars`; `rest` is 1 - beta.
+    """
+    total, visits = torch.zeros_like(memory), torch.zeros_like(memory)
+    for signs, rho in zip(z.unbind(), rhos, strict=True):
+        visit(total, visits, signs, rho)
+    remember_mean(memory, total, visits, beta, rest)
+
+
 def descend(
     truth: Tensor, live: Tensor | None, update: Tensor, lr: Tensor, weight_decay: Tensor, words: Tensor | None
 ) -> None:
@@ -95,6 +109,15 @@ def remember_and_descend_sign(
 ) -> None:  # fmt: skip
     """`remember`, then `descend_sign` along the memory."""
     remember(memory, z, rho, beta, rest)
+    descend_sign(truth, live, memory, lr, weight_decay, words)
+
+
+def remember_signs_and_descend_sign(
+    memory: Tensor, truth: Tensor, live: Tensor | None, words: Tensor | None, z: Tensor, beta: Tensor, rest: Tensor,
+    lr: Tensor, weight_decay: Tensor, *rhos: Tensor,
+) -> None:  # fmt: skip
+    """`remember_signs`, then `descend_sign` along the memory."""
+    remember_signs(memory, z, beta, rest, *rhos)
     descend_sign(truth, live, memory, lr, weight_decay, words)
 
 

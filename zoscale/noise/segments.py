@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from zoscale.noise import philox
-from zoscale.noise.fused import accumulate, chosen, perturb, remember, remember_and_descend_sign, scalars, visit
+from zoscale.noise.fused import (
+    accumulate,
+    chosen,
+    perturb,
+    remember,
+    remember_and_descend_sign,
+    remember_signs,
+    remember_signs_and_descend_sign,
+    scalars,
+    visit,
+)
 from zoscale.noise.streams import Stream, drawn
 
 
@@ -83,9 +93,7 @@ class Segment:
     def run(self, function: Callable[..., None], slices: Sequence[Tensor | None], *numbers: float) -> None:
         """A function of `fused.py` on slices of this length, z (dense) and numbers."""
         z = self.value if isinstance(self.source, Stream) else self.source
-        if _is_bits(z):  # a slice that is given twice stays one
-            views = {id(part): None if part is None else part.view(-1, philox.BITS) for part in slices}
-            slices = [views[id(part)] for part in slices]
+        slices = _by_words(slices) if _is_bits(z) else slices
         chosen(function, self.is_compiled)(*slices, z, *scalars(*numbers))
 
 
@@ -112,6 +120,40 @@ class Term:
         """`remember`, then `fused.descend_sign` along the memory, in one pass."""
         slices = (memory, truth, live, words)
         self.segment.run(remember_and_descend_sign, slices, self.rho, beta, 1 - beta, lr, weight_decay)
+
+
+@dataclass(frozen=True)
+class SignTerms:
+    """The mean of rho_k z_k over the directions that visit a coordinate, for a memory to take up in one pass.
+
+    Args:
+        z: signs as bits, of all directions: int32 [q, 1 or 2, n / 32], see `fused.py`.
+        rhos: projected gradients.
+    """
+
+    z: Tensor
+    rhos: Sequence[float]
+
+    def remember(self, memory: Tensor, beta: float) -> None:
+        """`fused.remember_mean` of the terms."""
+        self._run(remember_signs, (memory,), beta, 1 - beta)
+
+    def remember_and_descend_sign(
+        self, memory: Tensor, beta: float, truth: Tensor, live: Tensor | None, words: Tensor | None, lr: float,
+        weight_decay: float,
+    ) -> None:  # fmt: skip
+        """`remember`, then `fused.descend_sign` along the memory."""
+        slices = (memory, truth, live, words)
+        self._run(remember_signs_and_descend_sign, slices, beta, 1 - beta, lr, weight_decay)
+
+    def _run(self, function: Callable[..., None], slices: Sequence[Tensor | None], *numbers: float) -> None:
+        chosen(function, True)(*_by_words(slices), self.z, *scalars(*numbers), *scalars(*self.rhos))
+
+
+def _by_words(slices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Slices [n] as [n / 32, 32]; one that is given twice stays one."""
+    views = {id(part): None if part is None else part.view(-1, philox.BITS) for part in slices}
+    return [views[id(part)] for part in slices]
 
 
 def values(segments: Sequence[Segment]) -> list[Tensor]:

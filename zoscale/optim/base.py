@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoscale.estimators import ESTIMATORS, Backpropagation, Estimator, GradientEstimate
 from zoscale.noise.fused import chosen, descend, descend_sign, scalars
-from zoscale.noise.segments import Term
+from zoscale.noise.segments import SignTerms, Term
 from zoscale.noise.streams import Sum
 from zoscale.optim.sharded import Company, ShardedOptimizer
 from zoscale.probes import PROBES, Layers, Piece, Probe
@@ -69,7 +69,7 @@ class ZeroOrderOptimizer(ShardedOptimizer):
         self._write(descend_sign, piece, memory, group)
 
     def remember_and_descend_sign(
-        self, piece: Piece, memory: Tensor, update: Sum | Term, beta: float, group: Mapping[str, Any]
+        self, piece: Piece, memory: Tensor, update: Sum | Term | SignTerms, beta: float, group: Mapping[str, Any]
     ) -> None:
         """`descend_sign` along a memory that takes an update up first, in one pass."""
         slices, settings = _slices(piece), _settings(group)

@@ -10,7 +10,7 @@ from torch import Tensor
 from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
 from zoscale.noise.fused import chosen, remember_mean, scalars
-from zoscale.noise.segments import Term
+from zoscale.noise.segments import SignTerms, Term
 from zoscale.noise.streams import Sum
 from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta, check_choice
@@ -124,7 +124,7 @@ class JaguarMuon(SpectralOptimizer):
 
 def _visit(
     memory: Memory, batches: Iterable[Sequence[Piece]], estimate: GradientEstimate, beta: float
-) -> Iterator[tuple[Piece, Tensor, Sum | Term | None]]:
+) -> Iterator[tuple[Piece, Tensor, Sum | Term | SignTerms | None]]:
     """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates.
 
     Yields:
@@ -132,7 +132,7 @@ def _visit(
     """
     for batch in batches:
         memories = [memory(piece.shard)[piece.start : piece.stop] for piece in batch]
-        pending: list[Sum | Term | None] = [estimate.stream(piece) for piece in batch]
+        pending: list[Sum | Term | SignTerms | None] = [estimate.stream(piece) for piece in batch]
         drawn = [number for number, found in enumerate(pending) if found is None]
         if drawn:
             mix = _mix_one if len(estimate.directions) == 1 else _mix_mean
@@ -159,9 +159,13 @@ def _mix_one(
 
 def _mix_mean(
     memories: Sequence[Tensor], batch: Sequence[Piece], estimate: GradientEstimate, beta: float
-) -> Iterator[None]:
+) -> Iterator[SignTerms | None]:
     """Of several: a coordinate takes the mean over the directions that visit it."""
+    signs = estimate.signs(batch)
+    rest = [piece for piece, found in zip(batch, signs, strict=True) if found is None]
+    totals = iter(estimate.totals(rest) if rest else ())
     run = chosen(remember_mean, estimate.is_compiled)
-    for memory, (total, visits) in zip(memories, estimate.totals(batch), strict=True):
-        run(memory, total, visits, *scalars(beta, 1 - beta))
-        yield None
+    for memory, found in zip(memories, signs, strict=True):
+        if found is None:
+            run(memory, *next(totals), *scalars(beta, 1 - beta))
+        yield found

@@ -77,6 +77,10 @@ class Direction(ABC):
         """z on a piece as coordinates, for kernels that make it in registers; None where it must be drawn."""
         return None
 
+    def is_bits(self, piece: Piece) -> bool:
+        """Whether z on a piece is signs as bits, if it is not zero there; known without drawing it."""
+        return False
+
     def is_patch(self, spec: TensorSpec) -> bool:
         """Whether z on a tensor is zero but for a few rows and columns, which `patches` gives."""
         return False

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from zoscale.noise.generator import Noise
+from zoscale.noise.generator import Noise, stays_bits
 from zoscale.noise.segments import Segment
 from zoscale.noise.streams import Distribution, Stream, stream_of
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
@@ -22,6 +22,9 @@ class _Dense(DrawnDirection):
         draw = self.noise.normal if self.distribution == "normal" else signs
         values = draw(self.key, [piece.range for piece in group], group[0].shard.truth.device)
         return [Segment(value, is_compiled=self.is_compiled) for value in values]
+
+    def is_bits(self, piece: Piece) -> bool:
+        return self.is_compiled and self.distribution == "rademacher" and stays_bits(piece.range)
 
     def stream(self, piece: Piece) -> Stream | None:
         return stream_of(self.noise, self.key, piece.range, self.distribution, piece.shard.truth.device)

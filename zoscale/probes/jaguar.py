@@ -134,6 +134,10 @@ class JaguarDirection(DrawnDirection):
         mask = partial(self._mask, spec, device)
         return stream_of(self.noise, self.key, piece.range, "rademacher", device, mask)
 
+    def is_bits(self, piece: Piece) -> bool:
+        support = self.supports.get(piece.shard.spec.id)
+        return self.is_compiled and stays_bits(piece.range) and (support is None or support.has_words(piece.shard.spec))
+
     def is_patch(self, spec: TensorSpec) -> bool:
         return spec.id in self.supports and self.supports[spec.id].share(spec) <= _DENSE_ABOVE
 
@@ -181,7 +185,7 @@ class JaguarDirection(DrawnDirection):
         """z on a piece, of the words of its signs."""
         spec, wanted = piece.shard.spec, piece.range
         support = self.supports[spec.id]
-        if self.is_compiled and stays_bits(wanted) and support.has_words(spec):
+        if self.is_bits(piece):
             mask = self._mask(spec, device)
             return Segment(words[None] if mask is None else torch.stack([words, mask.bits(wanted)]), is_compiled=True)
         index = support.positions(spec, wanted.start, wanted.stop, device)

@@ -60,6 +60,9 @@ class LayersDirection(Direction):
     def stream(self, piece: Piece) -> Stream | None:
         return self.inner.stream(piece) if piece.shard.spec.id in self.active else None
 
+    def is_bits(self, piece: Piece) -> bool:
+        return self.inner.is_bits(piece)
+
     def is_patch(self, spec: TensorSpec) -> bool:
         return spec.id in self.active and self.inner.is_patch(spec)
 
