@@ -279,7 +279,7 @@ def test_card_is_written_from_the_run(runs: dict[str, Path], tmp_path: Path) -> 
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
     assert {"zoscale", "lora", "jaguar_sign_sgd"} <= set(card.data.tags or [])
     assert "An adapter (lora) for [someone/tiny-opt]" in card.text
-    assert card.data.metrics == ["accuracy", "loss", "lm_loss"]
+    assert card.data.metrics == ["accuracy", "calibrated_accuracy", "loss", "lm_loss"]
     results = {result.metric_type: result.metric_value for result in card.data.eval_results or []}
     assert results["accuracy"] == pytest.approx(facts["validation"]["chosen"]["accuracy"], abs=1e-6)
     for fact in (facts["commit"], facts["config_hash"], f"{facts['forwards']}", f"{facts['dev']['best_step']} of 9"):

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from processes import ROOT
@@ -21,7 +22,7 @@ from zoscale.engine import ZeroOrderEngine
 from zoscale.evaluate import Evaluation, evaluate
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.metrics import exact_match, f1, last_f1, macro_f1, normalise, score
+from zoscale.metrics import calibrated_accuracy, exact_match, f1, last_f1, macro_f1, normalise, score
 from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
 from zoscale.models.loading import add_adapter
@@ -179,6 +180,28 @@ def last_of_two(pairs: list[tuple[int, int]]) -> float:
 def mean_of_all(pairs: list[tuple[int, int]]) -> float:
     labels = {label for pair in pairs for label in pair}
     return statistics.fmean(last_of_two([(int(a == label), int(b == label)) for a, b in pairs]) for label in labels)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_accuracy_without_the_liking_for_a_word(tokenizer: PreTrainedTokenizerBase, model: Any, size: int) -> None:
+    """By NumPy on every option's score; the same however the examples are batched."""
+    task = task_of("cb")
+    examples = [*task.examples("train"), *task.examples("validation")]
+    scores = np.array(
+        [[statistics.fmean(naive(model, tokenizer, e.prompt, option)) for option in e.options] for e in examples]
+    )
+    wanted = ((scores - scores.mean(0)).argmax(1) == [example.gold for example in examples]).mean()
+    batches = evaluation_batches(examples, Encoder(tokenizer, 512), size)
+    found = evaluate(AnswerModel(model, model), batches, Mesh(), ("loss", "calibrated_accuracy", "accuracy"))
+    assert list(found.metrics) == ["loss", "calibrated_accuracy", "accuracy"]
+    assert found.metrics["calibrated_accuracy"] == wanted
+    assert calibrated_accuracy([([0.0, 5.0], 0), ([-1.0, 9.0], 1), ([0.5, 4.0], 0)]) == 1.0
+
+
+def test_labels_that_differ_cannot_be_calibrated(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    batches = evaluation_batches(task_of("copa").examples("train"), Encoder(tokenizer, 512), 1)
+    with pytest.raises(ValueError, match="the same labels for calibrated_accuracy, got"):
+        evaluate(AnswerModel(model, model), batches, Mesh(), ("calibrated_accuracy",))
 
 
 def test_tallies() -> None:

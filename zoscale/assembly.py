@@ -19,7 +19,7 @@ from zoscale.first_order import FirstOrderEngine, check_first_order
 from zoscale.forward.compilation import check_compile
 from zoscale.mesh import Mesh
 from zoscale.methods import TABLES
-from zoscale.metrics import METRICS, TALLIED, score
+from zoscale.metrics import COMPARED, METRICS, TALLIED, score
 from zoscale.models.attention import check_attention
 from zoscale.models.loading import (
     add_adapter,
@@ -152,7 +152,7 @@ def find_objective(name: str, task: Task) -> Objective:
     scores = (*METRICS, "module:function") if chooses or task.generates else ()
     if name in OBJECTIVES or not scores or not (name in METRICS or ":" in name):
         wanted = " or ".join((*task.objectives, *scores))
-        if name in TALLIED:
+        if name in TALLIED or name in COMPARED:
             got = f"{name}, one number for all examples together: no mean over them, as the loss of a step is"
             remedy = "train on one of those: it is a metric of evaluations"
             raise ConfigError(f"objective {wanted} for this task", got, remedy)

@@ -9,10 +9,17 @@ from torch import Tensor
 
 from zoscale.data.batch import MicroBatch
 from zoscale.mesh import Mesh
-from zoscale.metrics import TALLIED, score
+from zoscale.metrics import COMPARED, TALLIED, Scored, score
 from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
-from zoscale.objectives import Objective, chosen_texts, classification, language_modeling, score_sum
+from zoscale.objectives import (
+    Objective,
+    chosen_texts,
+    classification,
+    language_modeling,
+    option_scores,
+    score_sum,
+)
 
 _LOSSES: Mapping[str, Objective] = {"loss": classification, "lm_loss": language_modeling}
 
@@ -25,7 +32,8 @@ class Evaluation:
         count: examples scored: all of them.
         metrics: by name. `loss` is the cross-entropy over the options, per example; `lm_loss` that of the right
             option's tokens, per token; those of `metrics.TALLIED` are of the labels that were chosen for all
-            examples; any other is the mean of `metrics.score(name)` over the examples.
+            examples, those of `metrics.COMPARED` of all labels' scores; any other is the mean of
+            `metrics.score(name)` over the examples.
     """
 
     count: int
@@ -56,27 +64,40 @@ def evaluate(
         model: answers for micro-batches.
         batches: the examples with all their options.
         mesh: the ranks.
-        metrics: `loss`, `lm_loss`, or a name in `metrics.TALLIED` or that `metrics.score` knows.
+        metrics: `loss`, `lm_loss`, or a name in `metrics.TALLIED`, in `metrics.COMPARED` (if all examples have the same
+            labels), or that `metrics.score` knows.
         generator: writes the answers that are scored; None = the best option is scored.
 
     Raises:
-        ValueError: without examples.
+        ValueError: without examples; for a metric in `COMPARED` of examples with other labels than the first.
     """
     if not batches:
         raise ValueError("expected at least one micro-batch to evaluate, got none")
     mine, turns = mesh.share(len(batches))
     mine += [mesh.rank % len(batches)] * (turns - len(mine))
-    means = [name for name in metrics if name not in TALLIED]
-    labels = _labels(batches) if len(means) < len(metrics) else ()
+    means = [name for name in metrics if name not in TALLIED and name not in COMPARED]
+    labels = _labels(batches) if TALLIED.keys() & set(metrics) else ()
+    compared = [name for name in metrics if name in COMPARED]
+    if compared:
+        _check_shared(batches, compared)
+    scored: dict[int, Scored] = {}
     table = torch.zeros(2 * len(means) + 3 * len(labels), turns, dtype=torch.float64, device=mesh.device)
     for turn, item in enumerate(mine):
-        table[:, turn] = torch.stack(_sums(model, batches[item].to(mesh.device), means, labels, generator))
+        batch = batches[item].to(mesh.device)
+        logprobs = model.answer_logprobs(batch)
+        table[:, turn] = torch.stack(_sums(logprobs, batch, means, labels, generator))
+        if compared:
+            scored[item] = _scored(logprobs, batch)
     sums = [sum(row) for row in mesh.gather_items(table, len(batches)).tolist()]
     ratios, counts = sums[: 2 * len(means)], sums[2 * len(means) :]
     found = dict(zip(means, (total / n for total, n in zip(ratios[::2], ratios[1::2], strict=True)), strict=True))
     tally = list(zip(counts[::3], counts[1::3], counts[2::3], strict=True))
-    values = {name: TALLIED[name](tally) if name in TALLIED else found[name] for name in metrics}
-    return Evaluation(sum(batch.num_examples for batch in batches), values)
+    found |= {name: TALLIED[name](tally) for name in metrics if name in TALLIED}
+    if compared:
+        everyone = {item: rows for own in mesh.gather_objects(scored) for item, rows in own.items()}
+        rows = [row for item in range(len(batches)) for row in everyone[item]]
+        found |= {name: COMPARED[name](rows) for name in compared}
+    return Evaluation(sum(batch.num_examples for batch in batches), {name: found[name] for name in metrics})
 
 
 def _labels(batches: Sequence[MicroBatch]) -> tuple[str, ...]:
@@ -87,15 +108,31 @@ def _labels(batches: Sequence[MicroBatch]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _check_shared(batches: Sequence[MicroBatch], metrics: Sequence[str]) -> None:
+    labels = {question.labels for batch in batches for question in batch.questions}
+    if len(labels) != 1:
+        raise ValueError(f"expected examples that all have the same labels for {metrics[0]}, got {len(labels)} kinds")
+
+
+def _scored(logprobs: Tensor, batch: MicroBatch) -> Scored:
+    scores: list[list[float]] = [[] for _ in range(batch.num_examples)]
+    gold = [0] * batch.num_examples
+    columns = (batch.option_example, batch.option_is_gold, option_scores(logprobs, batch))
+    for example, is_gold, score_ in zip(*(column.tolist() for column in columns), strict=True):
+        if is_gold:
+            gold[example] = len(scores[example])
+        scores[example].append(score_)
+    return list(zip(scores, gold, strict=True))
+
+
 def _sums(
-    model: AnswerModel,
+    logprobs: Tensor,
     batch: MicroBatch,
     metrics: Sequence[str],
     labels: Sequence[str],
     generator: Generator | None,
 ) -> list[Tensor]:
     """Sum and count of each metric; then how often each label is chosen and right, chosen, right."""
-    logprobs = model.answer_logprobs(batch)
     texts: list[str] = []
     if labels or not _LOSSES.keys() >= set(metrics):
         texts = chosen_texts(logprobs, batch) if generator is None else generator.texts(batch)

@@ -70,6 +70,28 @@ TALLIED: dict[str, Callable[[Tally], float]] = {"f1a": last_f1, "macro_f1": macr
 """Metrics of all examples together: no mean of scores, so no objectives."""
 
 
+Scored = Sequence[tuple[Sequence[float], int]]
+"""Per example: the score of each label, in one order for all, and the number of the right one."""
+
+
+def calibrated_accuracy(scored: Scored) -> float:
+    """Accuracy once every label's mean score over the examples is subtracted: the liking for a word is taken out.
+
+    What batch calibration does (arXiv 2309.17249), with the mean of the log-probabilities in place of the logarithm of
+    the mean probability. It needs no labels, so an untuned model has it for nothing.
+    """
+    means = [sum(scores) / len(scored) for scores in zip(*(scores for scores, _ in scored), strict=True)]
+    right = 0
+    for scores, gold in scored:
+        rest = [score - mean for score, mean in zip(scores, means, strict=True)]
+        right += rest.index(max(rest)) == gold
+    return right / len(scored)
+
+
+COMPARED: dict[str, Callable[[Scored], float]] = {"calibrated_accuracy": calibrated_accuracy}
+"""Likewise, of the scores of labels that all examples share."""
+
+
 @functools.cache
 def score(name: str) -> Score:
     """The score of a name in `METRICS`, or the function that `module:function` names.

@@ -20,6 +20,8 @@ class Classification(Task):
         label: field that holds the label.
     """
 
+    metrics: tuple[str, ...] = ("accuracy", "calibrated_accuracy", "loss", "lm_loss")
+
     def __init__(
         self,
         *,

@@ -39,7 +39,7 @@ class CB(_SuperGlue):
         files: split to file, e.g. {train: a.jsonl, validation: b.jsonl}.
     """
 
-    metrics = ("accuracy", "macro_f1", "loss", "lm_loss")
+    metrics = ("accuracy", "calibrated_accuracy", "macro_f1", "loss", "lm_loss")
     subset = "cb"
     prompt = 'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
     answers: ClassVar[list[str]] = ["Yes", "No", "Maybe"]
@@ -99,6 +99,6 @@ class MultiRC(_SuperGlue):
         files: split to file, e.g. {train: a.jsonl, validation: b.jsonl}.
     """
 
-    metrics = ("accuracy", "f1a", "loss", "lm_loss")
+    metrics = ("accuracy", "calibrated_accuracy", "f1a", "loss", "lm_loss")
     subset = "multirc"
     prompt = '{paragraph}\nQuestion: {question}\nI found this answer "{answer}". Is that correct? Yes or No?\n'
