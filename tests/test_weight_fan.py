@@ -1,5 +1,6 @@
 """`FanOutForward` over any trainable weights, against `SequentialForward`; real ranks are in test_zero3.py."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -124,26 +125,41 @@ def test_units_are_the_smallest_modules_with_a_forward() -> None:
     assert {type(unit.module).__module__.split(".")[0] for unit in find_units(adapted) or ()} == {"peft"}
 
 
+def wide(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return model_of("opt", dtype, hidden_size=64, word_embed_proj_dim=64, ffn_dim=128)
+
+
 def test_few_rows_and_columns_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers multiply z where it is a patch, drawn with those of the next layers, and copy where one is not."""
-    specs = {spec.name: spec for spec, _ in trainable_specs(model_of("opt"))}
-    small, large = (
-        probe.draw(Noise(0), list(specs.values()), 0, 0) for probe in (Block(rows=0.2, columns=0.2), Block())
-    )
-    linear = [unit for unit in find_units(model_of("opt")) or () if isinstance(unit, LinearUnit)]
+    specs = [spec for spec, _ in trainable_specs(wide())]
+    small, large = (probe.draw(Noise(0), specs, 0, 0) for probe in (Block(rows=0.2, columns=0.2), Block()))
+    linear = [unit for unit in find_units(wide()) or () if isinstance(unit, LinearUnit)]
     assert all(isinstance(unit.suited([small, small]), PatchedUnit) for unit in linear)
     assert all(unit.suited([small, large]) is unit for unit in linear)
-    monkeypatch.setattr("zoscale.forward.scratch._PATCHED", 3 * max(spec.numel for spec in specs.values()))
+    half = [unit for unit in find_units(wide(torch.bfloat16)) or () if isinstance(unit, LinearUnit)]
+    assert all(unit.suited([small]) is unit for unit in half), "the sum would be rounded twice"
+    monkeypatch.setattr("zoscale.forward.scratch._PATCHED", 3 * max(spec.numel for spec in specs))
     drawn: list[int] = []
     original = JaguarDirection.patches
     monkeypatch.setattr(
         JaguarDirection, "patches", lambda self, s, device: drawn.append(len(s)) or original(self, s, device)
     )
     estimator, probe = TwoPoint(tau=0.05, num_directions=2), Block(rows=0.1, columns=0.5)
-    fan, one = (losses(model_of("opt"), f, estimator, probe, steps=1) for f in ("fan_out", "sequential"))
-    assert fan.values == pytest.approx(one.values, abs=2e-6)
+    fan, one = (losses(wide(), forward, estimator, probe, steps=1) for forward in ("fan_out", "sequential"))
+    assert fan.values == pytest.approx(one.values, abs=2e-6) and len(set(one.values)) == 4
     assert sum(drawn) == 2 * len(linear) * len(micro_batches(tiny.batch(0)))
     assert 1 < max(drawn) < len(linear)
+
+
+@pytest.mark.parametrize("trained", ["weight", "fc1.weight", "bias", "fc1", "weight|layer_norm"])
+def test_weights_and_biases_are_patched_alone_and_together(trained: str) -> None:
+    found = []
+    for forward in ("fan_out", "sequential"):
+        model = wide()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(re.search(trained, name) is not None)
+        found.append(losses(model, forward, OneSided(tau=0.1, num_directions=3), Block(rows=0.1, columns=0.3)))
+    assert found[0].values == pytest.approx(found[1].values, abs=2e-6) and len(set(found[1].values)) == 4
 
 
 @pytest.mark.parametrize("max_rows", [1, 5, 100])

@@ -86,14 +86,13 @@ class GradientEstimate:
         return totals if len(self.directions) == 1 else [total.div_(len(self.directions)) for total in totals]
 
     def signs(self, group: Sequence[Piece]) -> list[SignTerms | None]:
-        """Every rho_k z_k on each piece, where all are signs as bits; else None."""
-        wanted = [p for p in group if all(z.touches(p.shard.spec) and z.is_bits(p) for z in self.directions)]
-        found: dict[Piece, SignTerms] = {}
-        if wanted:
-            for piece, *drawn in zip(wanted, *(z.segments(wanted) for z in self.directions), strict=True):
-                bits = [s.source for s in drawn if s is not None and isinstance(s.source, Tensor)]
-                if len(bits) == len(self.directions):
-                    found[piece] = SignTerms(torch.stack(bits), self.projected_grads)
+        """Every rho_k z_k on each piece; None where some are no signs as bits."""
+        wanted = [piece for piece in group if all(direction.is_bits(piece) for direction in self.directions)]
+        drawn = [direction.segments(wanted) for direction in self.directions] if wanted else []
+        found = {
+            piece: SignTerms.of(segments, self.projected_grads, piece.stop - piece.start, piece.shard.truth.device)
+            for piece, *segments in zip(wanted, *drawn, strict=True)
+        }
         return [found.get(piece) for piece in group]
 
     def totals(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:

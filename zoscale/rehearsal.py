@@ -20,8 +20,9 @@ from zoscale.optim import ShardedOptimizer
 from zoscale.probes import Probe
 from zoscale.shards import Master, ShardedParam, shard_parameters
 
-_SHAPES = [(1024, 1024), (1024,), (127, 131), (16411,), (31, 33), (1021,)]
-"""First a whole chunk: the compiler sees that threads pay. Even and odd sizes, large enough to be fused and smaller."""
+_SHAPES = [(1024, 1024), (8, 4096), (1024,), (127, 131), (16411,), (31, 33), (1021,)]
+"""First a whole chunk: the compiler sees that threads pay. Then few rows, of which one is a large share. Even and odd
+sizes, large enough to be fused and smaller."""
 
 
 def rehearse_forward(

@@ -69,18 +69,19 @@ class LinearUnit(Unit):
 
     def __init__(self, module: nn.Linear, weights: Weights) -> None:
         self.linear = module
+        self._weight = cast(nn.Parameter, module.weight)  # asked for within another's forward, ZeRO-3 would gather it
         widest = max(spec.numel // module.out_features for spec in weights.values())
         rows = max(1, chunk(module.weight.device) // widest)
         self._height = rows - rows % _ROWS if rows > _ROWS else rows
         super().__init__(module, weights)
 
     def suited(self, directions: Sequence[Direction]) -> Unit:
-        weight = cast(nn.Parameter, self.linear.weight)
-        spec = self.weights.get(weight)
-        if spec is None or weight.device.type != "cpu":  # where a kernel copies at the speed of the memory
+        spec = self.weights.get(self._weight)
+        is_cheaper = self._weight.device.type == "cpu"  # on a GPU a kernel copies at the speed of the memory
+        if spec is None or not is_cheaper or self._weight.dtype != torch.float32:
             return self
         is_patched = all(direction.is_patch(spec) for direction in directions if direction.touches(spec))
-        return PatchedUnit(self.linear, self.weights) if is_patched else self
+        return PatchedUnit(self.linear, self.weights, spec) if is_patched else self
 
     def _outlines(self) -> list[ShardedParam]:
         return [
@@ -120,17 +121,18 @@ class LinearUnit(Unit):
 class PatchedUnit(Unit):
     """A linear layer whose weight W differs on a few rows and columns: W multiplies the rows of all candidates at once.
 
-    (W + radius z) x = W x + radius z x, without the rounding of W + radius z to the type of W.
+    (W + radius z) x = W x + radius z x in float32; in 16 bits W x would be rounded before the small second term came.
 
     Args:
         linear: the layer.
         weights: see `Unit`; W is among them.
+        spec: of W.
     """
 
-    def __init__(self, linear: nn.Linear, weights: Weights) -> None:
+    def __init__(self, linear: nn.Linear, weights: Weights, spec: TensorSpec) -> None:
         self.linear = linear
-        super().__init__(linear, {param: spec for param, spec in weights.items() if param is not linear.weight})
-        self.patched = [spec for param, spec in weights.items() if param is linear.weight]
+        super().__init__(linear, {param: own for param, own in weights.items() if own is not spec})
+        self.patched = [spec]
 
     def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
         result = functional.linear(args[0], self.linear.weight, None if self.weights else self.linear.bias)
@@ -140,10 +142,10 @@ class PatchedUnit(Unit):
             for bias in biases:
                 outputs[number].add_(bias)
         for patch, numbers in draws.patches(self.patched[0]):
-            z = patch.values.to(result.dtype).t()
             for number, radius in numbers:
                 x, own = inputs[number].index_select(1, patch.columns), outputs[number]
-                own.index_copy_(1, patch.rows, torch.addmm(own.index_select(1, patch.rows), x, z, alpha=radius))
+                changed = torch.addmm(own.index_select(1, patch.rows), x, patch.values.t(), alpha=radius)
+                own.index_copy_(1, patch.rows, changed)
         return result
 
 

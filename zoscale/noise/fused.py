@@ -69,7 +69,7 @@ def remember_signs(memory: Tensor, z: Tensor, beta: Tensor, rest: Tensor, *rhos:
 
     Args:
         memory: float32 [n / 32, 32].
-        z: every direction as bits, int32 [q, 1 or 2, n / 32].
+        z: every direction as bits, int32 [q, 2, n / 32].
         beta, rest, rhos: from `scalars`; `rest` is 1 - beta.
     """
     total, visits = torch.zeros_like(memory), torch.zeros_like(memory)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -127,12 +128,23 @@ class SignTerms:
     """The mean of rho_k z_k over the directions that visit a coordinate, for a memory to take up in one pass.
 
     Args:
-        z: signs as bits, of all directions: int32 [q, 1 or 2, n / 32], see `fused.py`.
+        z: signs as bits, of all directions: int32 [q, 2, n / 32], see `fused.py`.
         rhos: projected gradients.
     """
 
     z: Tensor
     rhos: Sequence[float]
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment | None], rhos: Sequence[float], size: int, device: torch.device) -> Self:
+        """Of signs as bits on `size` elements; None = a direction is zero there. Each gets a mask: it is one graph."""
+        z = torch.zeros(len(segments), 2, size // philox.BITS, dtype=torch.int32, device=device)
+        for own, segment in zip(z, segments, strict=True):
+            if segment is not None:
+                bits = cast(Tensor, segment.source)
+                own[0] = bits[0]
+                own[1] = bits[1] if len(bits) == 2 else -1
+        return cls(z, rhos)
 
     def remember(self, memory: Tensor, beta: float) -> None:
         """`fused.remember_mean` of the terms."""

@@ -22,6 +22,7 @@ Signs = Literal["rademacher", "ones"]
 
 _DENSE_ABOVE = 1 / 16  # a support with a larger share is cheaper as a dense segment than as an index
 _FUSED_ABOVE = 1 / 256  # and where z is made in the pass that uses it (of bits, or by kernels), as one over the tensor
+_ROWS = 512  # of a patch that are made at a time
 
 
 @dataclass(frozen=True)
@@ -139,21 +140,25 @@ class JaguarDirection(DrawnDirection):
         return self.is_compiled and stays_bits(piece.range) and (support is None or support.has_words(piece.shard.spec))
 
     def is_patch(self, spec: TensorSpec) -> bool:
-        return spec.id in self.supports and self.supports[spec.id].share(spec) <= _DENSE_ABOVE
+        support = self.supports.get(spec.id)
+        return support is not None and spec.columns % philox.BITS == 0 and support.share(spec) <= _DENSE_ABOVE
 
     def patches(self, specs: Sequence[TensorSpec], device: torch.device) -> list[Patch]:
         words = self._words([Range(spec.id, 0, spec.numel) for spec in specs], device)
-        places, index, first = [], [], 0
-        for spec, own in zip(specs, words, strict=True):
-            support = self.supports[spec.id]
-            rows = torch.arange(spec.rows) if support.rows is None else support.rows
-            columns = torch.arange(spec.columns) if support.columns is None else support.columns
-            places.append((on_device(rows, device), on_device(columns, device)))
-            index.append((places[-1][0][:, None] * spec.columns + places[-1][1] + first).view(-1))
-            first += len(own) * philox.BITS
-        signs = signs_at(torch.cat(words), Range(0, 0, first), torch.cat(index))
-        drawn = torch.split(signs, [len(own) for own in index])
-        return [Patch(*at, z.view(len(at[0]), -1)) for at, z in zip(places, drawn, strict=True)]
+        return [self._patch(spec, own.view(spec.rows, -1)) for spec, own in zip(specs, words, strict=True)]
+
+    def _patch(self, spec: TensorSpec, words: Tensor) -> Patch:
+        """Of the words of its signs, row by row; some rows at a time: bits take little memory, and signs much."""
+        support, device = self.supports[spec.id], words.device
+        rows = torch.arange(spec.rows) if support.rows is None else support.rows
+        columns = torch.arange(spec.columns) if support.columns is None else support.columns
+        rows, columns = on_device(rows, device), on_device(columns, device)
+        shifts = (columns % philox.BITS).to(torch.int32)
+        values = torch.empty(len(rows), len(columns), device=device)
+        for some, out in zip(torch.split(rows, _ROWS), torch.split(values, _ROWS), strict=True):
+            bits = words[some].index_select(1, columns // philox.BITS)
+            out.copy_(philox.sign(bits.bitwise_right_shift_(shifts).bitwise_and_(1)))
+        return Patch(rows, columns, values)
 
     def _mask(self, spec: TensorSpec, device: torch.device) -> Mask | None:
         """The support of a tensor on its device; those of all tensors are sent there together."""
