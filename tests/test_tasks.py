@@ -277,7 +277,7 @@ def test_records_that_ask_nothing_are_left_out_and_counted(
     task = records({}, change, {})
     assert task.examples("train") == 2 * [task.example(first_record(name))]
     assert task.num_skipped == {"train": 1}
-    assert skipped(task) == "records that leave the task nothing to ask, left out: 1 of train"
+    assert skipped(task) == ["records that leave the task nothing to ask, left out: 1 of train"]
     with pytest.raises(ConfigError, match="an example in split 'train', got 2 records that ask nothing"):
         records(change, change).examples("train")
     row = {key: value for key, value in first_record(name).items() if not key.startswith("answer")}

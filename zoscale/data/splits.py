@@ -15,6 +15,8 @@ from zoscale.tasks import Example, Task, demonstrate
 
 T = TypeVar("T")
 
+_LONGER = "raise it, or take a model with more positions"
+
 SPLIT, ORDER, STRATA = 0, 1, 2  # second words of the draws in Domain.DATA; strata take all from theirs on
 
 
@@ -166,7 +168,7 @@ class Encoder:
         room = self.max_length - example.max_new_tokens + 1
         if room < 2:
             got = f"{self.max_length} and an answer of {example.max_new_tokens} tokens"
-            raise ConfigError("data.max_length above the tokens to generate", got, "raise it")
+            raise ConfigError("data.max_length above the tokens to generate", got, _LONGER)
         tokens: list[int] = self.tokenizer(example.prompt)["input_ids"]
         if len(tokens) > room:
             self._truncated.add(tuple(tokens))
@@ -181,9 +183,8 @@ class Encoder:
         if surplus <= 0:
             return tokens, answer_start
         if surplus > answer_start - 2:
-            raise ConfigError(
-                f"answers that fit into data.max_length={self.max_length}", f"{len(tokens)} tokens", "raise it"
-            )
+            expected = f"answers that fit into data.max_length={self.max_length}"
+            raise ConfigError(expected, f"{len(tokens)} tokens", _LONGER)
         self._truncated.add(tuple(tokens[:-1]))
         return tokens[:1] + tokens[1 + surplus :], answer_start - surplus
 
