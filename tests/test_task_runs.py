@@ -93,7 +93,8 @@ def test_no_steps_is_an_evaluation_with_demonstrations(server: JobServer) -> Non
     out = server.folder / "copa"
     options = ["task.name=copa", f"task.path={ROOT}/tests/samples/copa", "train.steps=0", "data.num_dev=0"]
     text = server.run(1, *MODEL, *SMALL, *options, "data.num_demonstrations=2", f"output_dir={out}")
-    assert "2 train, 0 dev" in text
+    before, told, _ = text.partition(" prompts have fewer than data.num_demonstrations=2, without the first ones")
+    assert "2 train, 0 dev" in before and told and "validation/before" not in before
     run_dir = run_dir_of(out)
     assert run_dir is not None
     (row,) = lines(run_dir / "evaluations.jsonl")
