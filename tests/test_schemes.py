@@ -58,7 +58,7 @@ SCHEMES: dict[str, list[str]] = {
     "ia3": ["opt", *RTE, "adapter.peft_type=ia3"],
     "ln_tuning": ["llama", *RTE, "adapter.peft_type=ln_tuning"],
     "ln_tuning_opt": ["opt", *RTE, "adapter.peft_type=ln_tuning"],
-    "norms_and_biases": ["opt", *RTE, "adapter=null", "trainable=norm|bias"],
+    "norms_and_biases": ["opt", *RTE, "adapter=null", "trainable=norm|ln_|bias"],
     "head": ["llama", *CB, *HEAD, "objective=accuracy", "estimator.tau=1.0"],
     "untied_head": ["opt", *RTE, *HEAD, "model.untie_head=true"],
 }
@@ -280,6 +280,19 @@ def test_names_of_weights_are_chosen_or_refused_with_a_reason() -> None:
     assert all(name.endswith("bias") and ".layers.0." in name for name in trained if "embed" not in name)
     choose_trainable(model, None)
     assert all(param.requires_grad for param in model.parameters())
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_the_documented_pattern_trains_all_norms_and_biases(name: str) -> None:
+    """Of every family: GPT-2 calls its norms ln_1, ln_2 and ln_f."""
+    row = next(row for row in (ROOT / "launch/METHODS.md").read_text().splitlines() if "norms and biases" in row)
+    (pattern,) = re.findall("trainable='(.*)'", row.replace("\\", ""))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny.FAMILIES[name]))
+    choose_trainable(model, pattern)
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    norms = {f"{name}.weight" for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    wanted = {name for name, _ in model.named_parameters() if name.endswith(".bias") or name in norms}
+    assert norms and trained == wanted
 
 
 def changed(model: Path, folder: Path, *, without: str = "", **config: Any) -> Path:
