@@ -3,7 +3,9 @@
 import math
 import re
 from collections.abc import Callable
-from itertools import islice
+from fractions import Fraction
+from functools import partial
+from itertools import accumulate, islice
 from typing import Any
 
 import pytest
@@ -229,6 +231,40 @@ def test_projection_and_linear_minimizer_against_brute_force(feasible: ConvexSet
         assert float((inside @ x).min()) >= float(lowest @ x) - 1e-12
     assert feasible.contains(feasible.linear_minimizer(torch.zeros(3).double()))
     assert not feasible.contains(torch.full((3,), 2.0).double())
+
+
+def exact_projection(x: Tensor, radius: float) -> Tensor:
+    """Onto the simplex, in fractions."""
+    numbers = sorted((Fraction(value) for value in x.tolist()), reverse=True)
+    thresholds = [(total - Fraction(radius)) / n for n, total in enumerate(accumulate(numbers), 1)]
+    support = sum(number > threshold for number, threshold in zip(numbers, thresholds, strict=True))
+    found = [max(Fraction(value) - thresholds[support - 1], Fraction(0)) for value in x.tolist()]
+    return torch.tensor([float(value) for value in found], dtype=x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("radius", [1.0, 0.3, 50.0])
+def test_projection_of_large_points_is_exact_and_feasible(dtype: torch.dtype, radius: float) -> None:
+    """Where the radius is lost beside x in the type of x."""
+    generator = torch.Generator().manual_seed(0)
+    points = [[1e8, 0, 0], [3e7, 0, 0], [2e7, 2e7 + 2, 0], [1e17, 0, 0], [1e17, 1e17, -1e17], [-1e30, -1e30, -2e30]]
+    made = [torch.tensor(point, dtype=dtype) for point in points]
+    made += [scale * torch.randn(30, generator=generator).to(dtype) for scale in (1.0, 1e4, 1e8, 1e16, 1e30)]
+    made += [1e6 + torch.rand(2000, generator=generator).to(dtype)]
+    for x in made:
+        close = partial(torch.testing.assert_close, rtol=0, atol=2 * radius * torch.finfo(dtype).eps)
+        found, inside = Simplex(radius).project(x), L1Ball(radius).project(x)
+        assert Simplex(radius).contains(found) and L1Ball(radius).contains(inside)
+        close(found, exact_projection(x, radius))
+        close(inside, x if x.abs().sum() <= radius else exact_projection(x.abs(), radius) * x.sign())
+
+
+def test_feasible_is_told_from_infeasible_in_every_type() -> None:
+    for dtype in (torch.float32, torch.float64):
+        thirds = torch.full((3,), 1 / 3, dtype=dtype)
+        eps = torch.finfo(dtype).eps
+        assert Simplex().contains(thirds) and not Simplex().contains(thirds + max(1e-8, 8 * eps))
+    assert Simplex().contains(torch.tensor([1, 0])) and not L1Ball().contains(torch.tensor([1, 1]))
 
 
 @pytest.mark.parametrize("feasible", SETS, ids=str)
