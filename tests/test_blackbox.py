@@ -1,6 +1,7 @@
 """JAGUAR for black-box problems: estimators, sets and methods against exact and brute-force answers."""
 
 import math
+import pickle
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -441,3 +442,17 @@ def test_a_value_that_is_not_finite_ends_the_run() -> None:
     oracle = Oracle(lambda x: x.log().sum())
     with pytest.raises(FloatingPointError, match="outside of the feasible set"):
         blackbox.minimize(oracle, [1.0, 0.0], JaguarD(), FrankWolfe(Simplex()), max_calls=10)
+
+
+@pytest.mark.parametrize("bad_call", [1, 4, 11])
+def test_the_last_point_before_a_value_that_is_not_finite_is_kept(bad_call: int) -> None:
+    """In the estimator's start, in the first step, later: what was reached is what a shorter run returns."""
+    oracle = Oracle(lambda x: math.nan if oracle.num_calls == bad_call else quadratic(x[:D]))
+    start, update = torch.zeros(D), GradientDescent(0.1)
+    estimator = JaguarD(initial="differences") if bad_call == 1 else JaguarD(initial="zero")
+    with pytest.raises(blackbox.NotFiniteError, match="got nan in call") as caught:
+        blackbox.minimize(oracle, start, estimator, update, max_calls=100)
+    last = pickle.loads(pickle.dumps(caught.value)).last
+    assert last.num_steps == (bad_call // 2 if bad_call > 1 else 0)
+    run = blackbox.iterate(Oracle(quadratic), start, JaguarD(initial="zero"), update)
+    assert torch.equal(last.x, next(islice(run, last.num_steps, None)).x)
