@@ -1,9 +1,12 @@
 """JAGUAR for black-box problems: estimators, sets and methods against exact and brute-force answers."""
 
 import math
+import pickle
 import re
 from collections.abc import Callable
-from itertools import islice
+from fractions import Fraction
+from functools import partial
+from itertools import accumulate, islice
 from typing import Any
 
 import pytest
@@ -231,6 +234,40 @@ def test_projection_and_linear_minimizer_against_brute_force(feasible: ConvexSet
     assert not feasible.contains(torch.full((3,), 2.0).double())
 
 
+def exact_projection(x: Tensor, radius: float) -> Tensor:
+    """Onto the simplex, in fractions."""
+    numbers = sorted((Fraction(value) for value in x.tolist()), reverse=True)
+    thresholds = [(total - Fraction(radius)) / n for n, total in enumerate(accumulate(numbers), 1)]
+    support = sum(number > threshold for number, threshold in zip(numbers, thresholds, strict=True))
+    found = [max(Fraction(value) - thresholds[support - 1], Fraction(0)) for value in x.tolist()]
+    return torch.tensor([float(value) for value in found], dtype=x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("radius", [1.0, 0.3, 50.0])
+def test_projection_of_large_points_is_exact_and_feasible(dtype: torch.dtype, radius: float) -> None:
+    """Where the radius is lost beside x in the type of x."""
+    generator = torch.Generator().manual_seed(0)
+    points = [[1e8, 0, 0], [3e7, 0, 0], [2e7, 2e7 + 2, 0], [1e17, 0, 0], [1e17, 1e17, -1e17], [-1e30, -1e30, -2e30]]
+    made = [torch.tensor(point, dtype=dtype) for point in points]
+    made += [scale * torch.randn(30, generator=generator).to(dtype) for scale in (1.0, 1e4, 1e8, 1e16, 1e30)]
+    made += [1e6 + torch.rand(2000, generator=generator).to(dtype)]
+    for x in made:
+        close = partial(torch.testing.assert_close, rtol=0, atol=2 * radius * torch.finfo(dtype).eps)
+        found, inside = Simplex(radius).project(x), L1Ball(radius).project(x)
+        assert Simplex(radius).contains(found) and L1Ball(radius).contains(inside)
+        close(found, exact_projection(x, radius))
+        close(inside, x if x.abs().sum() <= radius else exact_projection(x.abs(), radius) * x.sign())
+
+
+def test_feasible_is_told_from_infeasible_in_every_type() -> None:
+    for dtype in (torch.float32, torch.float64):
+        thirds = torch.full((3,), 1 / 3, dtype=dtype)
+        eps = torch.finfo(dtype).eps
+        assert Simplex().contains(thirds) and not Simplex().contains(thirds + max(1e-8, 8 * eps))
+    assert Simplex().contains(torch.tensor([1, 0])) and not L1Ball().contains(torch.tensor([1, 1]))
+
+
 @pytest.mark.parametrize("feasible", SETS, ids=str)
 def test_projection_solves_its_program(feasible: ConvexSet) -> None:
     optimize = pytest.importorskip("scipy.optimize", reason="needs scipy")
@@ -405,3 +442,17 @@ def test_a_value_that_is_not_finite_ends_the_run() -> None:
     oracle = Oracle(lambda x: x.log().sum())
     with pytest.raises(FloatingPointError, match="outside of the feasible set"):
         blackbox.minimize(oracle, [1.0, 0.0], JaguarD(), FrankWolfe(Simplex()), max_calls=10)
+
+
+@pytest.mark.parametrize("bad_call", [1, 4, 11])
+def test_the_last_point_before_a_value_that_is_not_finite_is_kept(bad_call: int) -> None:
+    """In the estimator's start, in the first step, later: what was reached is what a shorter run returns."""
+    oracle = Oracle(lambda x: math.nan if oracle.num_calls == bad_call else quadratic(x[:D]))
+    start, update = torch.zeros(D), GradientDescent(0.1)
+    estimator = JaguarD(initial="differences") if bad_call == 1 else JaguarD(initial="zero")
+    with pytest.raises(blackbox.NotFiniteError, match="got nan in call") as caught:
+        blackbox.minimize(oracle, start, estimator, update, max_calls=100)
+    last = pickle.loads(pickle.dumps(caught.value)).last
+    assert last.num_steps == (bad_call // 2 if bad_call > 1 else 0)
+    run = blackbox.iterate(Oracle(quadratic), start, JaguarD(initial="zero"), update)
+    assert torch.equal(last.x, next(islice(run, last.num_steps, None)).x)

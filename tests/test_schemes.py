@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from zoscale.adapters.schemes import check_scheme, choose_trainable
-from zoscale.assembly import build_engine
+from zoscale.assembly import build_engine, plan
 from zoscale.config import ConfigError, ModelConfig, parse
-from zoscale.data.splits import Encoder
+from zoscale.data.splits import Encoder, evaluation_batches
 from zoscale.data.train_batches import TrainBatches
 from zoscale.forward.fan_out import FanOutForward
 from zoscale.forward.sequential import SequentialForward
@@ -29,7 +30,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
 from zoscale.models.loading import add_adapter, load_model, read_model_config
-from zoscale.models.sizes import count_parameters
+from zoscale.models.sizes import count_parameters, num_positions
 from zoscale.recovery.replay import replay_command
 from zoscale.release.publish import export_command
 
@@ -57,7 +58,7 @@ SCHEMES: dict[str, list[str]] = {
     "ia3": ["opt", *RTE, "adapter.peft_type=ia3"],
     "ln_tuning": ["llama", *RTE, "adapter.peft_type=ln_tuning"],
     "ln_tuning_opt": ["opt", *RTE, "adapter.peft_type=ln_tuning"],
-    "norms_and_biases": ["opt", *RTE, "adapter=null", "trainable=norm|bias"],
+    "norms_and_biases": ["opt", *RTE, "adapter=null", "trainable=norm|ln_|bias"],
     "head": ["llama", *CB, *HEAD, "objective=accuracy", "estimator.tau=1.0"],
     "untied_head": ["opt", *RTE, *HEAD, "model.untie_head=true"],
 }
@@ -194,6 +195,44 @@ def test_generation_of_every_scheme(name: str, arch: str, models: dict[str, Path
     assert len(set(alone)) == 3
 
 
+@pytest.mark.parametrize("name", [*tiny.FAMILIES, "gptj", "roberta"])
+@torch.no_grad()
+def test_learned_positions_end_where_the_model_does(name: str) -> None:
+    options = {**tiny.FAMILIES["opt"], "model_type": name, "rotary_dim": 4, "is_decoder": True}
+    architecture = AutoConfig.for_model(**tiny.FAMILIES.get(name, options))
+    model = AutoModelForCausalLM.from_config(architecture).eval()
+    most = {"opt": 40, "gpt2": 40, "gptj": 40, "roberta": 38}.get(name)
+    assert num_positions(model) == count_parameters(architecture).positions == most
+    for length in (most or 40, 1 + (most or 40)):
+        ids = torch.full((1, length), 5)
+        with pytest.raises((IndexError, RuntimeError)) if most and length > most else nullcontext():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("scheme", ["lora", "prefix_tuning", "prompt_tuning"])
+@torch.no_grad()
+def test_rows_are_no_longer_than_learned_positions(scheme: str) -> None:
+    """By default, and with a prompt longer than the model: virtual tokens and generated answers have positions too."""
+    options = [f"model.id={MODEL}", "model.dtype=float32", *WRITTEN, f"adapter.peft_type={scheme}", "data.num_dev=0"]
+    config = parse([*options, "data.num_train=null"], TABLES, DEFAULTS)
+    made = plan(config)
+    virtual = 0 if scheme == "lora" else (config.adapter or {})["num_virtual_tokens"]
+    assert (config.data.max_length, made.encoder.max_length) == (512, 128 - virtual)
+    long = replace(made.splits.train[0], prompt="the film " * 200)
+    batch = evaluation_batches([long], made.encoder, 1)[0]
+    assert batch.input_ids.shape[1] == len(batch.questions[0].prompt) + long.max_new_tokens - 1 == 128 - virtual
+    model = add_adapter(load_model(config.model, made.architecture), config.adapter)
+    answers = AnswerModel(model, model)
+    assert answers.answer_logprobs(batch).isfinite().all()
+    assert len(Generator(answers, made.encoder.tokenizer, Mesh()).texts(batch)) == 1
+
+
+def test_a_model_without_a_position_for_a_token_is_refused() -> None:
+    options = [f"model.id={MODEL}", *RTE, "adapter.peft_type=prefix_tuning", "adapter.num_virtual_tokens=128"]
+    with pytest.raises(ConfigError, match="fewer virtual tokens than the model has positions, got 128 for 128"):
+        plan(parse(options, TABLES, DEFAULTS))
+
+
 @pytest.mark.parametrize(
     ("adapter", "trainable", "message"),
     [
@@ -241,6 +280,19 @@ def test_names_of_weights_are_chosen_or_refused_with_a_reason() -> None:
     assert all(name.endswith("bias") and ".layers.0." in name for name in trained if "embed" not in name)
     choose_trainable(model, None)
     assert all(param.requires_grad for param in model.parameters())
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_the_documented_pattern_trains_all_norms_and_biases(name: str) -> None:
+    """Of every family: GPT-2 calls its norms ln_1, ln_2 and ln_f."""
+    row = next(row for row in (ROOT / "launch/METHODS.md").read_text().splitlines() if "norms and biases" in row)
+    (pattern,) = re.findall("trainable='(.*)'", row.replace("\\", ""))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny.FAMILIES[name]))
+    choose_trainable(model, pattern)
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    norms = {f"{name}.weight" for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    wanted = {name for name, _ in model.named_parameters() if name.endswith(".bias") or name in norms}
+    assert norms and trained == wanted
 
 
 def changed(model: Path, folder: Path, *, without: str = "", **config: Any) -> Path:

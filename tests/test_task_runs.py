@@ -93,12 +93,31 @@ def test_no_steps_is_an_evaluation_with_demonstrations(server: JobServer) -> Non
     out = server.folder / "copa"
     options = ["task.name=copa", f"task.path={ROOT}/tests/samples/copa", "train.steps=0", "data.num_dev=0"]
     text = server.run(1, *MODEL, *SMALL, *options, "data.num_demonstrations=2", f"output_dir={out}")
-    assert "2 train, 0 dev" in text
+    before, told, _ = text.partition(" prompts have fewer than data.num_demonstrations=2, without the first ones")
+    assert "2 train, 0 dev" in before and told and "validation/before" not in before
     run_dir = run_dir_of(out)
     assert run_dir is not None
     (row,) = lines(run_dir / "evaluations.jsonl")
     summary = json.loads((run_dir / "summary.json").read_text())["validation"]
     assert row["result"] == summary["before"] == summary["final"] == summary["chosen"]
+
+
+def test_prompts_longer_than_the_model_are_cut_and_told_before_they_are_scored(server: JobServer) -> None:
+    """With the default data.max_length, in a run and in an evaluation; a model has no more positions than it has."""
+    folder, out = server.folder / "long", server.folder / "long_run"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        own = [json.loads(line) for line in (ROOT / f"tests/samples/copa/{split}.jsonl").read_text().splitlines()]
+        own[0]["premise"] = "the film was dull and " * 100
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, own)))
+    options = ["task.name=copa", f"task.path={folder}", "data.num_train=null", "data.num_dev=0"]
+    cut = "to 128 tokens: the model has no positions for more (data.max_length=512)\n"
+    text = server.run(1, *MODEL, *options, "train.steps=0", f"output_dir={out}")
+    before, told, after = text.partition(f"4 rows were cut {cut}")
+    assert "data: " in before and told and "validation/before" in after
+    text = server.run(1, "evaluate", "--model=launch/tiny_opt/model", "model.dtype=float32", *options)
+    before, told, after = text.partition(f"copa: 2 rows were cut {cut}")
+    assert told and "copa validation: accuracy" in after
 
 
 def test_records_that_ask_nothing_are_told_once(server: JobServer) -> None:

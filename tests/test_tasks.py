@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -277,7 +278,7 @@ def test_records_that_ask_nothing_are_left_out_and_counted(
     task = records({}, change, {})
     assert task.examples("train") == 2 * [task.example(first_record(name))]
     assert task.num_skipped == {"train": 1}
-    assert skipped(task) == "records that leave the task nothing to ask, left out: 1 of train"
+    assert skipped(task) == ["records that leave the task nothing to ask, left out: 1 of train"]
     with pytest.raises(ConfigError, match="an example in split 'train', got 2 records that ask nothing"):
         records(change, change).examples("train")
     row = {key: value for key, value in first_record(name).items() if not key.startswith("answer")}
@@ -363,6 +364,28 @@ def test_demonstrations_stand_before_every_prompt_and_are_in_no_split() -> None:
         assert all(shot.endswith(".") for shot in shots), "with their right answers"
     with pytest.raises(ConfigError, match="num_demonstrations=3"):
         Splits.of(task, DataConfig(num_train=1, num_dev=1, num_demonstrations=3), seed=3)
+
+
+@pytest.mark.parametrize("name", ["copa", "squad"])
+def test_demonstrations_that_do_not_fit_are_left_out_as_a_whole(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The first ones go, the same for all options and with the right one alone; none is cut within."""
+    task = task_of(name, **({"max_new_tokens": 3} if name == "squad" else {}))
+    splits = Splits.of(task, DataConfig(num_train=1, num_dev=0, num_demonstrations=2), seed=3)
+    example = splits.train[0]
+    last = max(example.options, key=lambda option: len(tokenizer(option).input_ids))
+    texts = [example.without_shots(count).prompt for count in range(3)]
+    assert texts[2] in {plain.prompt for plain in task.examples("train")} and texts[1] == texts[0].split("\n\n", 1)[1]
+    for count, text in enumerate(texts):
+        scored, written = (len(tokenizer(whole).input_ids) - 1 for whole in (text + last, text))
+        encoder = Encoder(tokenizer, fed := max(scored, written + example.max_new_tokens))
+        alone = replace(example, prompt=text, shots=())
+        for gold_only in (False, True):
+            found, wanted = (encoder.encode(one, gold_only=gold_only) for one in (example, alone))
+            assert (found.rows, found.question) == (wanted.rows, wanted.question)
+        assert encoder.num_short_of_shots == (count > 0) and encoder.num_truncated == 0
+        shorter = Encoder(tokenizer, fed - 1)
+        shorter.encode(example, gold_only=False)
+        assert shorter.num_short_of_shots == 1 and (shorter.num_truncated > 0) == (count == 2)
 
 
 def length(answer: str, accepted: Sequence[str]) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale import runtime
-from zoscale.adapters.schemes import adds_tokens, check_scheme, selection_of
+from zoscale.adapters.schemes import check_scheme, num_virtual_tokens, selection_of
 from zoscale.config import ConfigError, ModelConfig, RunConfig, build
 from zoscale.data.splits import Encoder, Splits
 from zoscale.engine import ZeroOrderEngine
@@ -95,22 +95,37 @@ def _plan(config: RunConfig) -> Plan:
         raise ConfigError(f"no offload_optimizer with optimizer {config.optimizer.name}", "one", "remove it")
     check_offload(config, deepspeed)
     architecture = read_model_config(config.model)
-    encoder = encoder_of(config, architecture)
+    size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
+    encoder = encoder_of(config, architecture, size)
     splits = Splits.of(task, config.data, config.seed)
     data = encoder.fingerprint(splits)
-    size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
     return Plan(task, objective, encoder, splits, data, architecture, size, deepspeed)
 
 
-def encoder_of(config: RunConfig, architecture: Any) -> Encoder:
+def encoder_of(config: RunConfig, architecture: Any, size: ModelSize) -> Encoder:
     """From texts to token ids, with options in one row where the model can.
 
     Raises:
-        ConfigError: if there is no tokenizer.
+        ConfigError: if there is no tokenizer, or the model has no position for a token.
     """
-    length, wanted = config.data.max_length, config.data.share_prefixes and not adds_tokens(config.adapter)
+    length, wanted = longest_row(config, size), config.data.share_prefixes and not num_virtual_tokens(config.adapter)
     branching = wanted and can_share_prefixes(architecture, config.model, length)
     return Encoder(load_tokenizer(config.model), length, branching=branching)
+
+
+def longest_row(config: RunConfig, size: ModelSize) -> int:
+    """`data.max_length`, or as many tokens as the model has positions for beside the adapter's virtual ones.
+
+    Raises:
+        ConfigError: if the virtual tokens take all of them.
+    """
+    if size.positions is None:
+        return config.data.max_length
+    left = size.positions - num_virtual_tokens(config.adapter)
+    if left < 1:
+        got = f"{size.positions - left} for {size.positions} positions"
+        raise ConfigError("fewer virtual tokens than the model has positions", got, "lower adapter.num_virtual_tokens")
+    return min(config.data.max_length, left)
 
 
 def check_methods(config: RunConfig) -> Task:

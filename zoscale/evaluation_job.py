@@ -6,20 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from zoscale import provenance, runtime
 from zoscale.agreement import check_agreement
 from zoscale.assembly import build_engine, encoder_of
 from zoscale.config import ConfigError, RunConfig, build, parse
 from zoscale.data.batch import MicroBatch
-from zoscale.data.splits import Splits, numbered_batches, part
+from zoscale.data.splits import Encoder, Splits, numbered_batches, part
 from zoscale.engine import ZeroOrderEngine
 from zoscale.evaluate import Evaluation
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.loading import read_model_config
-from zoscale.models.sizes import count_parameters
+from zoscale.models.sizes import ModelSize, count_parameters
 from zoscale.plan.fit import shard_size_of_run
 from zoscale.recovery import checkpoint
 from zoscale.recovery.journal import Journal
@@ -28,7 +26,7 @@ from zoscale.recovery.resume import check_replay, check_start, go_to, restore
 from zoscale.release.export import read_origin
 from zoscale.release.run_record import RunRecord, check_trusted
 from zoscale.run_directory import write_json
-from zoscale.run_report import say, skipped
+from zoscale.run_report import say, shortened, skipped
 from zoscale.scoring import RecordingGenerator, score, write_predictions
 from zoscale.tasks import TASKS, Example, Task
 
@@ -41,7 +39,7 @@ class Job:
 
     name: str
     task: Task
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
     examples: Sequence[tuple[int, Example]]
     batches: list[MicroBatch]
 
@@ -62,8 +60,9 @@ def evaluate_command(argv: Sequence[str]) -> int:
     configs = _configurations(arguments, record)
     config = next(iter(configs.values()))
     architecture = read_model_config(config.model)
-    jobs = [_job(name, own, architecture, arguments.split) for name, own in configs.items()]
-    engine = _start(config, architecture)
+    size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
+    jobs = [_job(name, own, architecture, size, arguments.split) for name, own in configs.items()]
+    engine = _start(config, architecture, size)
     log = say(engine.mesh)
     step = _restore(engine, record, which) if record is not None else None
     if step is not None:
@@ -71,12 +70,12 @@ def evaluate_command(argv: Sequence[str]) -> int:
     out = Path(arguments.out) if arguments.out and engine.mesh.is_main else None
     results: dict[str, Any] = {}
     for job in jobs:
+        for told in (*skipped(job.task), *shortened(job.encoder, configs[job.name].data)):
+            log(f"{job.name}: {told}")
         result = _evaluate(job, engine, out)
         results[job.name] = result.flat()
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in result.metrics.items())
         log(f"{job.name} {arguments.split}: {shown} ({result.count} examples)")
-        if told := skipped(job.task):
-            log(f"{job.name}: {told}")
     if out is not None:
         about = {"model": config.model.id, "run": arguments.run, "step": step, "split": arguments.split}
         write_json(out / "results.json", {**about, "results": results, **provenance.facts(config)})
@@ -87,7 +86,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
 
 def _evaluate(job: Job, engine: ZeroOrderEngine, out: Path | None) -> Evaluation:
     """The result of a job, and its predictions in a folder, if one is given. A collective."""
-    generator = RecordingGenerator(engine.answers, job.tokenizer, engine.mesh) if job.task.generates else None
+    generator = RecordingGenerator(engine.answers, job.encoder.tokenizer, engine.mesh) if job.task.generates else None
     result, predictions = score(
         engine.answers, job.examples, job.batches, engine.mesh, job.task.metrics, generator=generator
     )
@@ -136,20 +135,20 @@ def _check_same_run(config: RunConfig, trained: RunConfig) -> None:
             raise ConfigError(f"with --run only options of {sections}", key, f"leave {key} out")
 
 
-def _job(name: str, config: RunConfig, architecture: Any, split: str) -> Job:
+def _job(name: str, config: RunConfig, architecture: Any, size: ModelSize, split: str) -> Job:
     try:
         task: Task = build(config.task, TASKS)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError("options that the task takes", str(error), "correct the configuration") from error
-    encoder = encoder_of(config, architecture)
+    encoder = encoder_of(config, architecture, size)
     numbered = _examples(task, config, split)
     if not numbered:
         raise ConfigError(f"examples in split {split}", "none", "choose another --split, or raise data.num_dev")
     examples = [example for _, example in numbered]
     batches, order = numbered_batches(examples, encoder, config.train.eval_micro_batch_size)
-    return Job(name, task, encoder.tokenizer, [numbered[place] for place in order], batches)
+    return Job(name, task, encoder, [numbered[place] for place in order], batches)
 
 
 def _examples(task: Task, config: RunConfig, split: str) -> list[tuple[int, Example]]:
@@ -163,7 +162,7 @@ def _examples(task: Task, config: RunConfig, split: str) -> list[tuple[int, Exam
     return list(zip(places, Splits.of(task, config.data, config.seed).validation, strict=True))
 
 
-def _start(config: RunConfig, architecture: Any) -> ZeroOrderEngine:
+def _start(config: RunConfig, architecture: Any, size: ModelSize) -> ZeroOrderEngine:
     """All ranks with the model at step 0."""
     accelerator = runtime.start(
         runtime.Runtime(
@@ -173,7 +172,7 @@ def _start(config: RunConfig, architecture: Any) -> ZeroOrderEngine:
             timeout_minutes=config.runtime.timeout_minutes,
             threads=config.runtime.threads,
         ),
-        size=count_parameters(architecture, trust_remote_code=config.model.trust_remote_code),
+        size=size,
     )
     check_agreement(Mesh(accelerator.device), {**config.flatten(), **provenance.libraries()})
     return build_engine(config, architecture, accelerator)

@@ -5,7 +5,8 @@ from typing import Any
 from tqdm import tqdm
 
 from zoscale.assembly import Plan
-from zoscale.config import RunConfig
+from zoscale.config import DataConfig, RunConfig
+from zoscale.data.splits import Encoder
 from zoscale.forward.division import Division
 from zoscale.forward.sequential import SequentialForward
 from zoscale.mesh import Mesh
@@ -42,8 +43,8 @@ def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirect
         f"data: {len(splits.train)} train, {len(splits.dev)} dev (held out of train; chooses the step), "
         f"{len(splits.validation)} validation"
     )
-    if left_out := skipped(made.task):
-        log(left_out)
+    for line in (*skipped(made.task), *shortened(made.encoder, config.data)):
+        log(line)
     method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
     passes = "1 forward and 1 backward pass" if engine.estimator.num_backwards else f"{engine.num_losses} forwards"
     log(f"method: {method}, {passes} per step, {config.train.steps} steps")
@@ -92,10 +93,19 @@ def repeated_work(config: RunConfig, engine: Engine) -> str | None:
     return f"repeated work: micro-batches of a step: {batch // size}; {what}. Try {remedy}"
 
 
-def skipped(task: Task) -> str:
-    """How many records ask nothing; empty if all ask something."""
+def skipped(task: Task) -> list[str]:
+    """How many records ask nothing; no line if all ask something."""
     counts = [f"{count} of {split}" for split, count in task.num_skipped.items() if count]
-    return f"records that leave the task nothing to ask, left out: {', '.join(counts)}" if counts else ""
+    return [f"records that leave the task nothing to ask, left out: {', '.join(counts)}"] if counts else []
+
+
+def shortened(encoder: Encoder, config: DataConfig) -> list[str]:
+    """What was left out because rows would be too long, of all that was encoded so far; no line if nothing was."""
+    longest, asked = encoder.max_length, f"data.max_length={config.max_length}"
+    limit = f"{longest} tokens: the model has no positions for more ({asked})" if longest < config.max_length else asked
+    short = f"{encoder.num_short_of_shots} prompts have fewer than data.num_demonstrations={config.num_demonstrations}"
+    lines = [f"{short}, without the first ones, to fit into {limit}"] if encoder.num_short_of_shots else []
+    return [*lines, *([f"{encoder.num_truncated} rows were cut to {limit}"] if encoder.num_truncated else [])]
 
 
 def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: RunDirectory, shown: str) -> None:
@@ -105,8 +115,6 @@ def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: 
         shown: where the run is tracked.
     """
     validation, name = summary["validation"], made.task.select_by
-    if made.encoder.num_truncated:
-        print(f"{made.encoder.num_truncated} rows were cut to data.max_length={config.data.max_length} tokens")
     print(
         f"validation {name}: {validation['before'][name]:.4f} before, {validation['chosen'][name]:.4f} after "
         f"({validation['before']['count']} examples)"

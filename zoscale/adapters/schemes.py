@@ -79,9 +79,10 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def adds_tokens(adapter: Mapping[str, Any] | None) -> bool:
-    """Whether the adapter puts virtual tokens before every row."""
-    return adapter is not None and bool(peft_config(adapter).is_prompt_learning)
+def num_virtual_tokens(adapter: Mapping[str, Any] | None) -> int:
+    """Virtual tokens that the adapter puts before every row."""
+    config = None if adapter is None else peft_config(adapter)
+    return int(config.num_virtual_tokens or 0) if config is not None and config.is_prompt_learning else 0
 
 
 def choose_trainable(model: nn.Module, pattern: str | None) -> None:

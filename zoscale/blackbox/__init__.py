@@ -11,7 +11,7 @@ Plain tensors, float64 unless the start is of another floating type; one process
 global generators: a run is a function of its seeds.
 """
 
-from zoscale.blackbox.descent import FrankWolfe, GradientDescent, Iterate, Update, iterate, minimize
+from zoscale.blackbox.descent import FrankWolfe, GradientDescent, Iterate, NotFiniteError, Update, iterate, minimize
 from zoscale.blackbox.estimators import (
     SPSA,
     Averaged,
@@ -38,6 +38,7 @@ __all__ = [
     "L1Ball",
     "L2Ball",
     "Minibatches",
+    "NotFiniteError",
     "Oracle",
     "Simplex",
     "SphereSmoothing",

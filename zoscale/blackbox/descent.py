@@ -75,6 +75,22 @@ class Iterate:
     num_calls: int
 
 
+class NotFiniteError(FloatingPointError):
+    """A value of the function is not finite.
+
+    Args:
+        message: what was met.
+        last: the last point before it; the start if there was no step.
+    """
+
+    def __init__(self, message: str, last: Iterate) -> None:
+        super().__init__(message, last)
+        self.last = last
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 def iterate(oracle: Oracle, x: Any, estimator: GradientEstimator, update: Update) -> Iterator[Iterate]:
     """The points of a run without end, the first one included.
 
@@ -112,14 +128,22 @@ def minimize(oracle: Oracle, x: Any, estimator: GradientEstimator, update: Updat
 
     Raises:
         ValueError: also if max_calls does not allow one step; nothing is called then.
-        FloatingPointError: if a value of the function is not finite.
+        NotFiniteError: if a value of the function is not finite; its `last` is the point that was reached.
     """
     point = start_point(x)
     each = estimator.calls_per_step(point.numel())
     least = estimator.calls_at_start(point.numel()) + each
     if max_calls < least:
         raise ValueError(f"expected max_calls >= {least} for one step of {type(estimator).__name__}, got {max_calls}")
-    return next(last for last in iterate(oracle, point, estimator, update) if last.num_calls + each > max_calls)
+    last = Iterate(point, 0, 0)
+    try:
+        for last in iterate(oracle, point, estimator, update):
+            if last.num_calls + each > max_calls:
+                break
+    except FloatingPointError as error:
+        message = f"{error}; `last` of this error is the point after {last.num_steps} steps"
+        raise NotFiniteError(message, last) from error
+    return last
 
 
 def _checked(step_size: StepSize, step: int, limit: float) -> float:

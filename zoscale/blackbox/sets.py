@@ -31,8 +31,15 @@ class ConvexSet(ABC):
     def linear_minimizer(self, g: Tensor) -> Tensor:
         """A point s of the set with the least <s, g>: [d]."""
 
-    def contains(self, x: Tensor, *, tolerance: float = 1e-9) -> bool:
-        """Whether x lies in the set, up to rounding."""
+    def contains(self, x: Tensor, *, tolerance: float | None = None) -> bool:
+        """Whether x lies in the set, up to rounding.
+
+        Args:
+            x: [d].
+            tolerance: of the excess, per unit of max(1, radius); None = 1e-9, or 8 roundings of a coarser type.
+        """
+        if tolerance is None:
+            tolerance = max(1e-9, 8 * torch.finfo(torch.result_type(x, 1.0)).eps)
         return self.excess(x) <= tolerance * max(1.0, self.radius)
 
     def __repr__(self) -> str:
@@ -47,15 +54,20 @@ class Simplex(ConvexSet):
     """
 
     def excess(self, x: Tensor) -> float:
-        return max(-float(x.min()), abs(float(x.sum()) - self.radius))
+        return max(-float(x.min()), abs(float(x.sum(dtype=torch.float64)) - self.radius))
 
     def project(self, x: Tensor) -> Tensor:
-        """By sorting (Held, Wolfe, Crowder 1974): x - threshold, cut at 0."""
-        largest = x.sort(descending=True).values
-        counts = torch.arange(1, x.numel() + 1, dtype=x.dtype, device=x.device)
+        """By sorting (Held, Wolfe, Crowder 1974): x - threshold, cut at 0.
+
+        The projection of x is that of x - max(x), in float64: what counts is then no larger than the radius, however
+        large x is, and the first of the sorted, 0, is always above its threshold, -radius.
+        """
+        below = x.double() - x.max()
+        largest = below.sort(descending=True).values
+        counts = torch.arange(1, x.numel() + 1, dtype=below.dtype, device=x.device)
         thresholds = (largest.cumsum(0) - self.radius) / counts
         support = int((largest > thresholds).sum())
-        return (x - thresholds[support - 1]).clamp(min=0)
+        return (below - thresholds[support - 1]).clamp(min=0).to(x.dtype)
 
     def linear_minimizer(self, g: Tensor) -> Tensor:
         s = torch.zeros_like(g)
@@ -71,7 +83,7 @@ class L1Ball(ConvexSet):
     """
 
     def excess(self, x: Tensor) -> float:
-        return float(x.abs().sum()) - self.radius
+        return float(x.abs().sum(dtype=torch.float64)) - self.radius
 
     def project(self, x: Tensor) -> Tensor:
         """Onto the simplex of absolute values (Duchi et al., ICML 2008)."""

@@ -1,6 +1,7 @@
 """Examples of a run, and how they become micro-batches."""
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -14,6 +15,8 @@ from zoscale.noise.generator import Domain, Key, Noise
 from zoscale.tasks import Example, Task, demonstrate
 
 T = TypeVar("T")
+
+_LONGER = "raise it, or take a model with more positions"
 
 SPLIT, ORDER, STRATA = 0, 1, 2  # second words of the draws in Domain.DATA; strata take all from theirs on
 
@@ -95,7 +98,8 @@ class Encoder:
 
     Args:
         tokenizer: of the model.
-        max_length: longest row in tokens; longer prompts lose their middle start (the first token stays).
+        max_length: longest row in tokens; longer prompts lose as many of their first demonstrations as need be, and
+            what is longer still loses its middle start (the first token stays).
         branching: whether the model can run options that part in one row.
     """
 
@@ -104,12 +108,18 @@ class Encoder:
         self.max_length = max_length
         self.branching = branching
         self._truncated: set[tuple[int, ...]] = set()
+        self._left_out: dict[Example, int] = {}
         self._pad = int(tokenizer.pad_token_id or 0)  # masked, whatever it is
 
     @property
     def num_truncated(self) -> int:
         """Distinct rows that were cut so far."""
         return len(self._truncated)
+
+    @property
+    def num_short_of_shots(self) -> int:
+        """Distinct prompts that lost demonstrations so far."""
+        return sum(count > 0 for count in self._left_out.values())
 
     def fingerprint(self, splits: Splits) -> str:
         """Encode every example once: 16 hex digits that name the token ids of all splits.
@@ -145,6 +155,7 @@ class Encoder:
         Raises:
             ConfigError: for an answer that is empty or does not fit.
         """
+        example = self._with_fitting_shots(example)
         numbers = [example.gold] if gold_only else list(range(len(example.options)))
         answers: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
         prompt: list[int] = self.tokenizer(example.prompt)["input_ids"]
@@ -158,6 +169,25 @@ class Encoder:
         gold = tuple(number == example.gold for number in numbers)
         return Encoded(tuple(merged), gold, self._question(example, numbers))
 
+    def _with_fitting_shots(self, example: Example) -> Example:
+        """The example without its first demonstrations, the fewest so that it fits with each option; else without any.
+
+        So that no demonstration is cut within, and the same ones stand before all options.
+        """
+        if not example.shots:
+            return example
+        if example not in self._left_out:
+            counts = range(len(example.shots))
+            self._left_out[example] = bisect_left(counts, True, key=lambda n: self._fits(example.without_shots(n)))
+        return example.without_shots(self._left_out[example])
+
+    def _fits(self, example: Example) -> bool:
+        """Whether neither the prompt with an option nor that with an answer to generate is longer than a row."""
+        fed = [len(self.tokenizer(example.prompt + option)["input_ids"]) - 1 for option in example.options]
+        if example.max_new_tokens:
+            fed.append(len(self.tokenizer(example.prompt)["input_ids"]) + example.max_new_tokens - 1)
+        return max(fed) <= self.max_length
+
     def _question(self, example: Example, options: Sequence[int]) -> Question:
         """The example's texts; a prompt to generate from is cut so that the answer fits behind it."""
         question = Question(tuple(example.labels[option] for option in options), example.accepted)
@@ -166,7 +196,7 @@ class Encoder:
         room = self.max_length - example.max_new_tokens + 1
         if room < 2:
             got = f"{self.max_length} and an answer of {example.max_new_tokens} tokens"
-            raise ConfigError("data.max_length above the tokens to generate", got, "raise it")
+            raise ConfigError("data.max_length above the tokens to generate", got, _LONGER)
         tokens: list[int] = self.tokenizer(example.prompt)["input_ids"]
         if len(tokens) > room:
             self._truncated.add(tuple(tokens))
@@ -181,9 +211,8 @@ class Encoder:
         if surplus <= 0:
             return tokens, answer_start
         if surplus > answer_start - 2:
-            raise ConfigError(
-                f"answers that fit into data.max_length={self.max_length}", f"{len(tokens)} tokens", "raise it"
-            )
+            expected = f"answers that fit into data.max_length={self.max_length}"
+            raise ConfigError(expected, f"{len(tokens)} tokens", _LONGER)
         self._truncated.add(tuple(tokens[:-1]))
         return tokens[:1] + tokens[1 + surplus :], answer_start - surplus
 

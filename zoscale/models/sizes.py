@@ -1,5 +1,6 @@
-"""Sizes of a causal language model: its parameters, its blocks, the tokens of one pass."""
+"""Sizes of a causal language model: its parameters, its blocks, its positions, the tokens of one pass."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,13 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
 _LIVE_WIDTHS, _LIVE_INNER = 8, 2
 """Activations of a block that live at once: residual, norm, q, k, v, output and others; inner ones twice."""
+_POSITIONS = re.compile(r"(^|[._])(pos|wpe)")
+"""Found in the names of tables with a row for each position."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of parameters, counted without memory.
+    """Numbers of parameters, counted without memory, and of positions.
 
     Args:
         total: all parameters, tied ones once.
@@ -26,6 +29,7 @@ class ModelSize:
         largest_tensor: of the largest tensor.
         matrices_in_block: number of matrices of the block that has most.
         matrices_outside: number of matrices outside of blocks.
+        positions: see `num_positions`.
     """
 
     total: int
@@ -34,6 +38,7 @@ class ModelSize:
     largest_tensor: int = 0
     matrices_in_block: int = 0
     matrices_outside: int = 0
+    positions: int | None = None
 
 
 def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> ModelSize:
@@ -54,7 +59,26 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
         max(param.numel() for param in weights),
         max(matrices, default=num_matrices),
         num_matrices - sum(matrices),
+        num_positions(model),
     )
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """Most tokens of a sequence for a model that looks positions up in a table (OPT, GPT-2, GPT-J); None for others.
+
+    Where positions are computed (rotary, ALiBi), a longer sequence is no error, whatever the configuration says.
+    """
+    most: int | None = getattr(model.config, "max_position_embeddings", None)
+    if most is None:
+        return None
+    learned = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)  # RoBERTa counts from it
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(name) and module.num_embeddings >= most
+    ]
+    fixed = [len(table) for name, table in model.named_buffers() if _POSITIONS.search(name) and table.dim() == 2]
+    tables = [*learned, *(rows for rows in fixed if rows == most)]
+    return min(most, *tables) if tables else None
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -9,11 +9,12 @@ import psutil
 import torch
 from torch import nn
 
+from zoscale.assembly import longest_row
 from zoscale.config import ConfigError, RunConfig, build
 from zoscale.estimators import Estimator, GradientEstimate
 from zoscale.forward.fan_out import WAITING
 from zoscale.methods import TABLES
-from zoscale.models.sizes import hidden_size, tokens_per_pass
+from zoscale.models.sizes import count_parameters, hidden_size, tokens_per_pass
 from zoscale.noise.generator import Noise
 from zoscale.nvme import check_offload, offload_device
 from zoscale.optim import OPTIMIZERS
@@ -45,7 +46,8 @@ def shard_size_of_run(config: RunConfig, architecture: Any) -> int | None:
         return config.mesh.shard_size
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     shapes = ModelShapes(config.model, architecture, config.adapter, config.trainable)
-    job = job_of(config, shapes, ranks, config.data.max_length, copies=not torch.cuda.is_available())
+    size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
+    job = job_of(config, shapes, ranks, longest_row(config, size), copies=not torch.cuda.is_available())
     if job.offload != "none":
         return None
     footprint = shapes.run(job.micro_batch, job.tokens, candidates=job.together if job.fan else None)

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from zoscale.assembly import longest_row
 from zoscale.config import ConfigError, RunConfig, load_yaml, parse
 from zoscale.devices import DEVICES, GIB, Device
 from zoscale.estimators import ESTIMATORS
@@ -69,7 +70,7 @@ def make_plan(
         config: of the run.
         ranks: of the job.
         device: of each rank.
-        tokens: per row; None = data.max_length.
+        tokens: per row; None = as many as a row of the run may have.
         reserve: GiB of the device that are not for tensors; None = as `mesh.shard_size=auto` has it.
         measure: of which methods steps are timed on this machine too.
 
@@ -78,9 +79,9 @@ def make_plan(
     """
     architecture = read_model_config(config.model)
     shapes = ModelShapes(config.model, architecture, config.adapter, config.trainable)
-    job = job_of(config, shapes, ranks, tokens or config.data.max_length, copies=device.copies)
-    budget = device.memory * USABLE if reserve is None else device.memory - reserve * GIB
     size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
+    job = job_of(config, shapes, ranks, tokens or longest_row(config, size), copies=device.copies)
+    budget = device.memory * USABLE if reserve is None else device.memory - reserve * GIB
     report = {
         "model": config.model.id or architecture.model_type,
         "parameters": size.total,
@@ -214,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="kept free for the CUDA context, NCCL and gaps of the allocator (default: 15 %% of the "
                         "memory, as mesh.shard_size=auto)")  # fmt: skip
     parser.add_argument("--batch", type=int, metavar="B", help="rows of a step (default: data.batch_size)")
-    parser.add_argument("--tokens", type=int, metavar="T", help="per row (default: data.max_length)")
+    parser.add_argument("--tokens", type=int, metavar="T", help="per row (default: the most of a row of the run)")
     parser.add_argument("--measure", action="store_true",
                         help="also time steps on this machine, with random weights and a few of the blocks, on all "
                         "ranks if it has a GPU (without any, a core) for each; a minute or two")  # fmt: skip

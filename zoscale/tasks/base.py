@@ -20,6 +20,7 @@ class Example:
         labels: what each option stands for, where a text is scored; left out: the options.
         accepted: the answers that are right; left out: the right option's label.
         max_new_tokens: most tokens of an answer that is generated; 0 = the options are scored.
+        shots: characters of each of the demonstrations that the prompt begins with.
     """
 
     prompt: str
@@ -28,10 +29,15 @@ class Example:
     labels: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
     max_new_tokens: int = 0
+    shots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", self.labels or self.options)
         object.__setattr__(self, "accepted", self.accepted or (self.labels[self.gold],))
+
+    def without_shots(self, count: int) -> "Example":
+        """The example after its later demonstrations only, so many of the first left out."""
+        return replace(self, prompt=self.prompt[sum(self.shots[:count]) :], shots=self.shots[count:])
 
 
 class Task(ABC):
@@ -88,8 +94,8 @@ class Task(ABC):
 
 def demonstrate(example: Example, shots: Sequence[Example]) -> Example:
     """The example after others with their right answers, a blank line between them."""
-    before = "".join(f"{shot.prompt}{shot.options[shot.gold]}".rstrip() + "\n\n" for shot in shots)
-    return replace(example, prompt=before + example.prompt)
+    before = [f"{shot.prompt}{shot.options[shot.gold]}".rstrip() + "\n\n" for shot in shots]
+    return replace(example, prompt="".join(before) + example.prompt, shots=tuple(map(len, before)))
 
 
 def field(record: Mapping[str, Any], name: str) -> Any:
