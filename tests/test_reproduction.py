@@ -126,6 +126,31 @@ def test_options_of_the_command_line(tmp_path: Path) -> None:
         study("sensitivity", "--methods", "zo_sgd")
 
 
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        ("seed=3", "--seeds"), ("name=a", "leave it out"), ("output_dir=a", "--out"), ("model.id=a", "--model"),
+        ("optimizer.name=zo_sgd", "--methods"), ("optimizer.lr=1e-4", "--lr"), ("train.steps=5", "--forwards"),
+        ("train.eval_every=1", "evaluations"), ("tracking.experiment=a", "--out"), ("optimizer={lr: 1e-4}", "--lr"),
+    ],
+)  # fmt: skip
+def test_options_leave_the_protocol_alone(option: str, flag: str) -> None:
+    key = option.replace("={", ".").partition(":")[0].partition("=")[0]
+    for command in COMMANDS:
+        with pytest.raises(ConfigError, match=rf"got {re.escape(key)}=.*: .*{flag}"):
+            study(command, "tracking.mlflow=false", option)
+
+
+def test_options_leave_the_schemes_alone() -> None:
+    """An adapter's options are for schemes that have one."""
+    for option, scheme in (("adapter.r=4", "ft"), ("adapter=null", "lora")):
+        with pytest.raises(ConfigError, match=rf"adapter in the scheme {scheme}, .* --schemes"):
+            Results(study("accuracy", option)).tuning()
+    cell = Results(study("accuracy", "--schemes", "lora", "adapter.r=4")).tuning()[0]
+    assert cell.config.adapter is not None and cell.config.adapter["r"] == 4
+    assert study("accuracy", "--lr", "zo_sgd=1e-2,1e-2").lrs["lora"]["zo_sgd"] == [1e-2], "tried once"
+
+
 def test_a_preset_changes_methods(tmp_path: Path) -> None:
     """Parts of one method's configuration, over those that all presets share; the others stay."""
     made = study("accuracy", "--preset", "smollm2")

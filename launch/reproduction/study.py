@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from reproduction.protocol import check_options, check_scheme
 from zoscale.config import ConfigError, Method, RunConfig, build, load_yaml, parse
 from zoscale.config.schema import fields_of
 from zoscale.estimators import Estimator
@@ -73,7 +74,7 @@ class Study:
         launch: words of the command that `launch/train.py` follows.
         jobs: cells that run at a time.
         out: folder of the runs and the report.
-        options: `key=value`, over everything.
+        options: `key=value`, over everything but the protocol.
     """
 
     tree: Tree
@@ -94,6 +95,7 @@ class Study:
         Raises:
             ConfigError: for a mistake of the user.
         """
+        check_options(given.options)
         tree = read_yaml(preset_file(given.preset))
         needed = {"launch", "jobs", "forwards", "evaluations", "seeds", "base", "schemes", "lrs"}
         needed |= {given.command} - {"accuracy"}
@@ -139,6 +141,7 @@ class Study:
         """
         tree = self._tree(scheme, method, lr, seed)
         config = parse([*self.options, *options], TABLES, DEFAULTS, command="launch/reproduce.py", base=tree)
+        check_scheme(scheme, tree, config.adapter)
         steps = self.tree.get("steps") or self.forwards // cost_of_step(config)
         if steps < 1:
             got = f"{self.forwards} where a step takes {cost_of_step(config)}"
