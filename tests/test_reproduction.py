@@ -122,8 +122,20 @@ def test_options_of_the_command_line(tmp_path: Path) -> None:
     assert "fzoo" in study("accuracy", "--lr", "fzoo=1e-4").methods
     with pytest.raises(ConfigError, match="sensitivity"):
         study("sensitivity", "--preset", "smollm2")
-    with pytest.raises(ConfigError, match="jaguar_sign_sgd, which is varied"):
-        study("sensitivity", "--methods", "zo_sgd")
+
+
+def test_what_sensitivity_varies_keeps_its_method_scheme_and_learning_rate() -> None:
+    found = sensitivity.variants(study("sensitivity", "--lr", "jaguar_sign_sgd=5e-3", "--schemes", "lora"))
+    cells = [cell for row in found.values() for _, own in row for cell in own]
+    assert {(cell.scheme, cell.method, cell.lr) for cell in cells} == {("lora", "jaguar_sign_sgd", 5e-3)}
+    for wrong, message in (
+        (["--methods", "zo_sgd"], "--methods with jaguar_sign_sgd, which is varied, got zo_sgd"),
+        (["--schemes", "ft"], "--schemes with lora, which is varied, got ft"),
+        (["--lr", "zo_sgd=5e-3"], "--lr jaguar_sign_sgd=LR, .* got zo_sgd=0.005"),
+        (["--lr", "jaguar_sign_sgd=5e-3,1e-2"], "one for the method that is varied, got jaguar_sign_sgd=0.005,0.01"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            study("sensitivity", *wrong)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,30 @@ def check_scheme(name: str, wanted: Mapping[str, Any], adapter: Mapping[str, Any
         raise ConfigError(expected, f"options with {'none' if is_wanted else 'one'}", "use --schemes, or drop them")
 
 
+def varied_lr(
+    own: Mapping[str, Any], methods: Sequence[str], schemes: Sequence[str], lrs: Mapping[str, Sequence[float]]
+) -> float:
+    """The one learning rate of the method that `sensitivity` varies: the command line's, or the preset's.
+
+    Args:
+        own: `method`, `scheme` and `lr` of the preset.
+        methods: that are left by the command line.
+        schemes: that are left by the command line.
+        lrs: of the command line, by method.
+
+    Raises:
+        ConfigError: if its method or scheme is not left, or there is another learning rate than its own.
+    """
+    for option, what, left in (("--methods", "method", methods), ("--schemes", "scheme", schemes)):
+        if own[what] not in left:
+            raise ConfigError(f"{option} with {own[what]}, which is varied", ", ".join(left), f"leave {option} out")
+    method = own["method"]
+    if lrs and (set(lrs) != {method} or len(lrs[method]) > 1):
+        got = ", ".join(f"{name}={','.join(f'{lr:g}' for lr in values)}" for name, values in lrs.items())
+        raise ConfigError(f"--lr {method}=LR, one for the method that is varied", got, "leave out the others")
+    return float(lrs[method][0] if lrs else own["lr"])
+
+
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and values, of mappings that are written as text too."""
     for key, given in tree.items():
