@@ -228,6 +228,26 @@ def test_reports_say_what_is_missing(tmp_path: Path) -> None:
     assert "| block | 0.25 | - | - |" in (tmp_path / "sensitivity.md").read_text()
 
 
+def test_the_picture_of_memory_has_the_published_figures_beside_the_planned() -> None:
+    """A panel per model of a published size, in GB; in a row each scheme has its line."""
+    made = study("memory", "--methods", "fo_sgd,zo_sgd,zo_muon")
+    published = read_yaml(HERE / "published.yaml")["memory"]
+    shapes = {"dtype": "float16", "tokens": 8, "rows": 2, "layers": 2, "width": 32, "heads": 4}
+    pairs = {name: memory.pairs_of(made, published[name], shapes) for name in made.tree["planned"]}
+    figure = memory.picture(made, memory.cells(made), memory.empty(made), pairs)
+    panels = {axes.get_title(): {line.get_label(): line.get_xydata().round(3).tolist() for line in axes.lines}
+              for axes in figure.axes}  # fmt: skip
+    assert list(panels)[len(made.schemes) :] == ["opt-1.3b", "opt-13b"]
+    small, large = panels["opt-1.3b"], panels["opt-13b"]
+    assert small["all weights: published"] == [[12.2, -0.333], [4.17, 0.667]], "none of ZO-Muon"
+    assert small["LoRA: published"] == [[5.9, 0.333], [4.13, 1.333]]
+    assert [x for x, _ in large["all weights: published"]] == [97, 51] and "LoRA: published" not in large
+    planned = [memory.planned(made.cell("ft", method, 1e-3, 0).config, shapes) for method in made.methods]
+    assert small["all weights: planned"] == [
+        [round(size / 1e9, 3), round(place - 1 / 3, 3)] for place, size in enumerate(planned)
+    ]
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on_and_reports(server: JobServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled OPT: SIGKILL in the first run, the command that goes on, and once more with nothing to do."""
