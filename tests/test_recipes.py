@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -107,6 +108,35 @@ def test_blackbox_repeats_and_refuses(
     assert "--calls >= 4 * dimension" in capsys.readouterr().err
 
 
+def test_blackbox_keeps_what_is_finished(
+    comparison: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interrupt, the same command again, a part of it, and other options."""
+    first, second, *others = comparison.SETTINGS
+    small = ("--out", str(tmp_path), "--dimension", "4", "--calls", "60", "--seeds", "1", "--tuning-seeds", "1")
+    compare, asked = comparison.compare, []
+
+    def interrupted(name: str, *arguments: int, **options: int) -> Any:
+        asked.append(name)
+        if asked == [first, second]:
+            raise KeyboardInterrupt
+        return compare(name, *arguments, **options)
+
+    monkeypatch.setattr(comparison, "compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(comparison, monkeypatch, *small)
+    assert f"| {first} | SPSA |" in (tmp_path / "comparison.md").read_text()
+    main(comparison, monkeypatch, *small)
+    assert asked == [first, second, second, *others], "the first is not run again"
+    full = (tmp_path / "comparison.json").read_text(), (tmp_path / "comparison.md").read_text()
+    assert list(json.loads(full[0])["runs"]) == list(comparison.SETTINGS)
+    main(comparison, monkeypatch, *small, "--settings", second)
+    with pytest.raises(SystemExit, match="2"):
+        main(comparison, monkeypatch, *small, "--settings", second, "--seeds", "2")
+    assert "expected --seeds 1 as in" in capsys.readouterr().err
+    assert full == ((tmp_path / "comparison.json").read_text(), (tmp_path / "comparison.md").read_text())
+
+
 def test_the_optimum_of_the_comparison_is_one(comparison: ModuleType) -> None:
     """No feasible point is lower: the Frank-Wolfe gap is zero."""
     for name, setting in comparison.SETTINGS.items():
@@ -138,7 +168,22 @@ def test_repeated_learning_runs_repeats_and_keeps(
     assert (tmp_path / "a/repeated_learning.png").read_bytes().startswith(PNG)
     assert loop("a") == first and "round 1" not in capsys.readouterr().out, "a finished loop is kept"
     assert loop("b")["rounds"] == first["rounds"], "a function of the seed"
-    assert loop("b", "--seed", "1")["rounds"] != first["rounds"], "other settings run again"
+    assert loop("c", "--seed", "1")["rounds"] != first["rounds"]
+
+
+def test_repeated_learning_keeps_the_loops_of_a_folder(
+    repeated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of other commands are reported too; other settings are refused."""
+    for pair in ("1,0.5", "0.5,0.5"):
+        main(repeated, monkeypatch, "--out", str(tmp_path), "--loops", pair, *TINY)
+    loops = json.loads((tmp_path / "repeated_learning.json").read_text())["loops"]
+    assert [loop["settings"]["usage"] for loop in loops] == [0.5, 1.0]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit, match="2"):
+        main(repeated, monkeypatch, "--out", str(tmp_path), "--loops", "1,0.5", *TINY, "--seed", "1")
+    assert re.search(r"expected --seed 0 as in .*json, got 1: choose another --out", capsys.readouterr().err)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_repeated_learning_refuses(
