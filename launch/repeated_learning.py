@@ -197,7 +197,7 @@ def run_loop(settings: Settings) -> dict[str, Any]:
 
 
 def describe(residuals: Tensor) -> dict[str, Any]:
-    """Moments of a round's residuals, and the residuals."""
+    """Moments of a round's residuals, and the residuals; a point has no kurtosis."""
     centred = residuals - residuals.mean()
     std = float(centred.square().mean().sqrt())
     return {
@@ -205,13 +205,19 @@ def describe(residuals: Tensor) -> dict[str, Any]:
         "std": std,
         "mean_absolute": float(residuals.abs().mean()),
         "fourth_moment": float(residuals.pow(4).mean()),
-        "excess_kurtosis": float(centred.pow(4).mean()) / std**4 - 3,
+        "excess_kurtosis": float((centred / std).pow(4).mean()) - 3 if std else None,
         "residuals": [round(value, 6) for value in residuals.tolist()],
     }
 
 
 def verdict(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The factor by which the standard deviation changes in a round (fit of its logarithm), and what it says."""
+    """The factor by which the standard deviation changes in a round (fit of its logarithm), and what it says.
+
+    A point (standard deviation 0) is the end of a positive loop.
+    """
+    if any(entry["std"] == 0 for entry in rounds):
+        loop = "positive: the residuals are a delta function"
+        return {"loop": loop, "factor_per_round": 0.0, "standard_error_of_log": None, "change": 0.0}
     logs = torch.tensor([math.log(entry["std"]) for entry in rounds[1:]], dtype=torch.float64)
     times = torch.arange(len(logs), dtype=torch.float64) - (len(logs) - 1) / 2
     spread = float(times.square().sum())
@@ -225,7 +231,8 @@ def verdict(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         loop = "negative: the residuals spread, their density falls towards zero"
     else:
         loop = "neither within these rounds"
-    return {"loop": loop, "factor_per_round": math.exp(slope), "standard_error_of_log": deviation, "change": change}
+    error = deviation if spread else None
+    return {"loop": loop, "factor_per_round": math.exp(slope), "standard_error_of_log": error, "change": change}
 
 
 def plot(loops: Sequence[dict[str, Any]], file: Path) -> None:

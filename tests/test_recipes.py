@@ -114,13 +114,13 @@ def test_blackbox_keeps_what_is_finished(
     """An interrupt, the same command again, a part of it, and other options."""
     first, second, *others = comparison.SETTINGS
     small = ("--out", str(tmp_path), "--dimension", "4", "--calls", "60", "--seeds", "1", "--tuning-seeds", "1")
-    compare, asked = comparison.compare, []
+    asked = []
 
     def interrupted(name: str, *arguments: int, **options: int) -> Any:
         asked.append(name)
         if asked == [first, second]:
             raise KeyboardInterrupt
-        return compare(name, *arguments, **options)
+        return [comparison.Outcome(name, "SPSA", 1.0, {}, [0.5], [[(0, 1.0), (60, 0.5)]])]
 
     monkeypatch.setattr(comparison, "compare", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -199,6 +199,24 @@ def test_repeated_learning_refuses(
         assert message in capsys.readouterr().err
 
 
+def test_residuals_that_collapse_to_a_point(
+    repeated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that hardly moves and users who adopt its predictions as they are: the delta function."""
+    main(repeated, monkeypatch, "--out", str(tmp_path), "--loops", "1,0", "--lr", "1e-9", *TINY)
+    text = (tmp_path / "repeated_learning.json").read_text()
+    (loop,) = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["loops"]
+    last = loop["rounds"][-1]
+    assert (last["std"], last["excess_kurtosis"], set(last["residuals"])) == (0, None, {0})
+    assert loop["verdict"]["loop"].startswith("positive") and loop["verdict"]["change"] == 0
+
+
+def test_moments_of_small_residuals(repeated: ModuleType) -> None:
+    """Their fourth power is none in float64."""
+    found = repeated.describe(1e-90 * torch.tensor([-1.0, 1.0], dtype=torch.float64))
+    assert found["excess_kurtosis"] == pytest.approx(-2)
+
+
 def test_what_is_recorded(repeated: ModuleType) -> None:
     """Usage p of the users takes m(x) + s * scale * noise, the others say the truth; round 0 is true."""
     numbers = {"rounds": 1, "warmup": 1, "steps": 1, "lr": 1e-3, "users": 2000, "noise": 0.0, "seed": 3}
@@ -232,6 +250,7 @@ def test_verdict(repeated: ModuleType, factor: float, name: str) -> None:
     found = repeated.verdict(rounds)
     assert found["loop"].startswith(name)
     assert found["factor_per_round"] == pytest.approx(factor, rel=0.03)
+    assert repeated.verdict(rounds[:2])["standard_error_of_log"] is None, "one round has no error"
 
 
 @pytest.fixture
