@@ -2,8 +2,9 @@
 
 python launch/blackbox.py [--out DIR] [--dimension D] [--calls N] [--seeds S] [--tuning-seeds S] [--settings NAME ...]
 
-Writes comparison.json, comparison.md and comparison.png to DIR. Every method but those with published step sizes picks
-its own from one grid, by the median of its final errors on seeds that are not counted.
+Writes comparison.json, comparison.md and comparison.png to DIR after each setting. Settings that are finished there are
+kept and not run again; all settings of a DIR have the same options. Every method but those with published step sizes
+picks its own from one grid, by the median of its final errors on seeds that are not counted.
 """
 
 import argparse
@@ -13,12 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoscale import blackbox, provenance
 from zoscale.blackbox import ConvexSet, Simplex
+from zoscale.config import ConfigError, exit_with
+from zoscale.run_directory import write_json, write_text
 
 FIRST_TUNING_SEED = 1000
 CURVE_POINTS = 40
@@ -234,7 +238,34 @@ def plot(outcomes: list[Outcome], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def main() -> None:
+def kept(file: Path, options: dict[str, int]) -> tuple[dict[str, Any], list[Outcome]]:
+    """What is finished: facts by setting, and the outcomes.
+
+    Raises:
+        ConfigError: if it was run with other options.
+    """
+    if not file.is_file():
+        return {}, []
+    there = json.loads(file.read_text())
+    for name, value in options.items():
+        if there.get(name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} {there.get(name)} as in {file}", str(value), "choose another --out")
+    if "runs" not in there:
+        raise ConfigError(f"facts by setting in {file}", "a file of an older version", "choose another --out")
+    return there["runs"], [Outcome(**row) for row in there["outcomes"]]
+
+
+def write(out: Path, options: dict[str, int], runs: dict[str, Any], outcomes: list[Outcome]) -> None:
+    """All that is finished as JSON, Markdown and a picture."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "comparison.json", {**options, "runs": runs, "outcomes": [asdict(o) for o in outcomes]})
+    write_text(out / "comparison.md", table(outcomes, options["calls"]))
+    plot(outcomes, out / "comparison.png")
+
+
+def read_command_line() -> tuple[Path, list[str], dict[str, int]]:
+    """The folder of the results, the settings, and the options of all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/blackbox"), help="folder of the results")
     parser.add_argument("--dimension", type=int, default=100, help="d")
@@ -242,26 +273,33 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs per method")
     parser.add_argument("--tuning-seeds", type=int, default=5, help="runs that choose each step size, not counted")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
-    arguments = parser.parse_args()
+    options = vars(parser.parse_args())
+    out, settings = options.pop("out"), options.pop("settings")
     if (
-        arguments.dimension < 2
-        or min(arguments.seeds, arguments.tuning_seeds) < 1
-        or arguments.calls < 4 * arguments.dimension + 2
+        options["dimension"] < 2
+        or min(options["seeds"], options["tuning_seeds"]) < 1
+        or options["calls"] < 4 * options["dimension"] + 2
     ):
         parser.error("expected --dimension >= 2, --seeds and --tuning-seeds >= 1, and --calls >= 4 * dimension + 2")
+    return out, settings, options
+
+
+def main() -> None:
+    out, settings, options = read_command_line()
     torch.set_num_threads(1)
-    started, outcomes = time.perf_counter(), []
-    for name in arguments.settings:
-        outcomes += compare(name, arguments.dimension, arguments.calls, arguments.seeds, arguments.tuning_seeds)
-        print(table(outcomes[-len([o for o in outcomes if o.setting == name]) :], arguments.calls), flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    facts = {"commit": provenance.commit(), "torch": torch.__version__, "seconds": time.perf_counter() - started}
-    options = {name: getattr(arguments, name) for name in ("dimension", "calls", "seeds", "tuning_seeds")}
-    report = {**options, **facts, "outcomes": [asdict(o) for o in outcomes]}
-    (arguments.out / "comparison.json").write_text(json.dumps(report, indent=1) + "\n")
-    (arguments.out / "comparison.md").write_text(table(outcomes, arguments.calls))
-    plot(outcomes, arguments.out / "comparison.png")
-    print(f"{facts['seconds']:.0f} s; {arguments.out}/comparison.{{json,md,png}}")
+    try:
+        runs, outcomes = kept(out / "comparison.json", options)
+    except ConfigError as error:
+        exit_with(error, "launch/blackbox.py")
+    for name in settings:
+        if name not in runs:
+            started = time.perf_counter()
+            outcomes += compare(name, **options)
+            seconds = time.perf_counter() - started
+            runs[name] = {"commit": provenance.commit(), "torch": torch.__version__, "seconds": seconds}
+        print(table([o for o in outcomes if o.setting == name], options["calls"]), flush=True)
+        write(out, options, runs, outcomes)
+    print(f"{sum(run['seconds'] for run in runs.values()):.0f} s; {out}/comparison.{{json,md,png}}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ A loop has a usage p and an adherence s. The bundled OPT predicts a score of a s
 regression, m(x) = (log p(great) - log p(terrible)) / 2; the true score is +-1 (the label) plus noise. In each round new
 users come: with probability p one takes the prediction, and what is recorded is normal around m(x) with standard
 deviation s * (mean absolute residual of the model); else it is the true score. The model is fine-tuned on it by the
-zero-order engine, and the residuals y - m(x) of held-out users are the round's. A finished loop is kept in DIR and not
-run again. Writes loop_<P>_<S>.json, repeated_learning.json and repeated_learning.png.
+zero-order engine, and the residuals y - m(x) of held-out users are the round's. Writes loop_<P>_<S>.json, and of all
+loops in DIR repeated_learning.json and repeated_learning.png. A finished loop is kept and not run again; the loops of a
+DIR differ in P and S only.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from zoscale import provenance
-from zoscale.config import ModelConfig
+from zoscale.config import ConfigError, ModelConfig, exit_with
 from zoscale.data.batch import MicroBatch
 from zoscale.data.splits import Encoder
 from zoscale.engine import OptimizerFactory, ZeroOrderEngine
@@ -196,7 +197,7 @@ def run_loop(settings: Settings) -> dict[str, Any]:
 
 
 def describe(residuals: Tensor) -> dict[str, Any]:
-    """Moments of a round's residuals, and the residuals."""
+    """Moments of a round's residuals, and the residuals; a point has no kurtosis."""
     centred = residuals - residuals.mean()
     std = float(centred.square().mean().sqrt())
     return {
@@ -204,13 +205,19 @@ def describe(residuals: Tensor) -> dict[str, Any]:
         "std": std,
         "mean_absolute": float(residuals.abs().mean()),
         "fourth_moment": float(residuals.pow(4).mean()),
-        "excess_kurtosis": float(centred.pow(4).mean()) / std**4 - 3,
+        "excess_kurtosis": float((centred / std).pow(4).mean()) - 3 if std else None,
         "residuals": [round(value, 6) for value in residuals.tolist()],
     }
 
 
 def verdict(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The factor by which the standard deviation changes in a round (fit of its logarithm), and what it says."""
+    """The factor by which the standard deviation changes in a round (fit of its logarithm), and what it says.
+
+    A point (standard deviation 0) is the end of a positive loop.
+    """
+    if any(entry["std"] == 0 for entry in rounds):
+        loop = "positive: the residuals are a delta function"
+        return {"loop": loop, "factor_per_round": 0.0, "standard_error_of_log": None, "change": 0.0}
     logs = torch.tensor([math.log(entry["std"]) for entry in rounds[1:]], dtype=torch.float64)
     times = torch.arange(len(logs), dtype=torch.float64) - (len(logs) - 1) / 2
     spread = float(times.square().sum())
@@ -224,7 +231,8 @@ def verdict(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         loop = "negative: the residuals spread, their density falls towards zero"
     else:
         loop = "neither within these rounds"
-    return {"loop": loop, "factor_per_round": math.exp(slope), "standard_error_of_log": deviation, "change": change}
+    error = deviation if spread else None
+    return {"loop": loop, "factor_per_round": math.exp(slope), "standard_error_of_log": error, "change": change}
 
 
 def plot(loops: Sequence[dict[str, Any]], file: Path) -> None:
@@ -276,25 +284,45 @@ def read_command_line() -> tuple[Path, list[Settings]]:
         parser.error(str(error))
 
 
+def kept(out: Path, wanted: Settings) -> dict[tuple[float, float], dict[str, Any]]:
+    """The finished loops of a folder, by usage and adherence.
+
+    Raises:
+        ConfigError: if one has other settings beside them than what is wanted.
+    """
+    found = {}
+    for file in sorted(out.glob("loop_*.json")):
+        loop = json.loads(file.read_text())
+        there = loop["settings"]
+        pair = {name: there[name] for name in ("usage", "adherence")}
+        for name, value in (asdict(wanted) | pair).items():
+            if there.get(name) != value:
+                raise ConfigError(f"--{name} {there.get(name)} as in {file}", str(value), "choose another --out")
+        found[there["usage"], there["adherence"]] = loop
+    return found
+
+
 def main() -> None:
     out, wanted = read_command_line()
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    loops = []
+    try:
+        loops = kept(out, wanted[0])
+    except ConfigError as error:
+        exit_with(error, "launch/repeated_learning.py")
     for settings in wanted:
-        name, file = _name(asdict(settings)), out / f"loop_{settings.usage:g}_{settings.adherence:g}.json"
-        done = json.loads(file.read_text()) if file.is_file() else {}
-        if done.get("settings") != asdict(settings):
+        name, pair = _name(asdict(settings)), (settings.usage, settings.adherence)
+        if pair not in loops:
             print(name, flush=True)
             try:
-                done = run_loop(settings)
+                loops[pair] = run_loop(settings)
             except FloatingPointError as error:
                 raise SystemExit(f"{name}: {error}") from error
-            write_json(file, done)
-        loops.append(done)
-        print(f"{name}: {json.dumps(done['verdict'])}", flush=True)
-    write_json(out / "repeated_learning.json", {"loops": loops})
-    plot(loops, out / "repeated_learning.png")
+            write_json(out / f"loop_{settings.usage:g}_{settings.adherence:g}.json", loops[pair])
+        print(f"{name}: {json.dumps(loops[pair]['verdict'])}", flush=True)
+    ordered = [loops[pair] for pair in sorted(loops)]
+    write_json(out / "repeated_learning.json", {"loops": ordered})
+    plot(ordered, out / "repeated_learning.png")
     print(f"{out}/repeated_learning.{{json,png}}")
 
 

@@ -11,6 +11,7 @@ counted as two: all learning rates with the first seed, then the one that was be
 with its own folder and MLflow run. The same command goes on where it was stopped: finished runs are kept, a killed one
 continues. At the end OUT/COMMAND.md and its pictures are written, and put into the runs' MLflow experiment; `--report`
 writes them from what there is and runs nothing. A preset is a file in launch/reproduction/presets, or one of yours.
+Options `key=value` are those of `zoscale train`; what the study sets itself, as seeds and learning rates, has a flag.
 """
 
 import argparse
@@ -41,9 +42,9 @@ def numbers(text: str) -> list[int]:
 
 
 def learning_rates(text: str) -> tuple[str, list[float]]:
-    """`METHOD=LR[,LR...]`."""
+    """`METHOD=LR[,LR...]`, each once."""
     method, _, values = text.partition("=")
-    return method, [float(value) for value in values.split(",")]
+    return method, list(dict.fromkeys(float(value) for value in values.split(",")))
 
 
 def read(argv: list[str]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -107,6 +108,35 @@ def test_blackbox_repeats_and_refuses(
     assert "--calls >= 4 * dimension" in capsys.readouterr().err
 
 
+def test_blackbox_keeps_what_is_finished(
+    comparison: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interrupt, the same command again, a part of it, and other options."""
+    first, second, *others = comparison.SETTINGS
+    small = ("--out", str(tmp_path), "--dimension", "4", "--calls", "60", "--seeds", "1", "--tuning-seeds", "1")
+    asked = []
+
+    def interrupted(name: str, *arguments: int, **options: int) -> Any:
+        asked.append(name)
+        if asked == [first, second]:
+            raise KeyboardInterrupt
+        return [comparison.Outcome(name, "SPSA", 1.0, {}, [0.5], [[(0, 1.0), (60, 0.5)]])]
+
+    monkeypatch.setattr(comparison, "compare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(comparison, monkeypatch, *small)
+    assert f"| {first} | SPSA |" in (tmp_path / "comparison.md").read_text()
+    main(comparison, monkeypatch, *small)
+    assert asked == [first, second, second, *others], "the first is not run again"
+    full = (tmp_path / "comparison.json").read_text(), (tmp_path / "comparison.md").read_text()
+    assert list(json.loads(full[0])["runs"]) == list(comparison.SETTINGS)
+    main(comparison, monkeypatch, *small, "--settings", second)
+    with pytest.raises(SystemExit, match="2"):
+        main(comparison, monkeypatch, *small, "--settings", second, "--seeds", "2")
+    assert "expected --seeds 1 as in" in capsys.readouterr().err
+    assert full == ((tmp_path / "comparison.json").read_text(), (tmp_path / "comparison.md").read_text())
+
+
 def test_the_optimum_of_the_comparison_is_one(comparison: ModuleType) -> None:
     """No feasible point is lower: the Frank-Wolfe gap is zero."""
     for name, setting in comparison.SETTINGS.items():
@@ -138,7 +168,22 @@ def test_repeated_learning_runs_repeats_and_keeps(
     assert (tmp_path / "a/repeated_learning.png").read_bytes().startswith(PNG)
     assert loop("a") == first and "round 1" not in capsys.readouterr().out, "a finished loop is kept"
     assert loop("b")["rounds"] == first["rounds"], "a function of the seed"
-    assert loop("b", "--seed", "1")["rounds"] != first["rounds"], "other settings run again"
+    assert loop("c", "--seed", "1")["rounds"] != first["rounds"]
+
+
+def test_repeated_learning_keeps_the_loops_of_a_folder(
+    repeated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of other commands are reported too; other settings are refused."""
+    for pair in ("1,0.5", "0.5,0.5"):
+        main(repeated, monkeypatch, "--out", str(tmp_path), "--loops", pair, *TINY)
+    loops = json.loads((tmp_path / "repeated_learning.json").read_text())["loops"]
+    assert [loop["settings"]["usage"] for loop in loops] == [0.5, 1.0]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit, match="2"):
+        main(repeated, monkeypatch, "--out", str(tmp_path), "--loops", "1,0.5", *TINY, "--seed", "1")
+    assert re.search(r"expected --seed 0 as in .*json, got 1: choose another --out", capsys.readouterr().err)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_repeated_learning_refuses(
@@ -152,6 +197,24 @@ def test_repeated_learning_refuses(
         with pytest.raises(SystemExit, match="2"):
             main(repeated, monkeypatch, "--out", str(tmp_path), *arguments)
         assert message in capsys.readouterr().err
+
+
+def test_residuals_that_collapse_to_a_point(
+    repeated: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that hardly moves and users who adopt its predictions as they are: the delta function."""
+    main(repeated, monkeypatch, "--out", str(tmp_path), "--loops", "1,0", "--lr", "1e-9", *TINY)
+    text = (tmp_path / "repeated_learning.json").read_text()
+    (loop,) = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["loops"]
+    last = loop["rounds"][-1]
+    assert (last["std"], last["excess_kurtosis"], set(last["residuals"])) == (0, None, {0})
+    assert loop["verdict"]["loop"].startswith("positive") and loop["verdict"]["change"] == 0
+
+
+def test_moments_of_small_residuals(repeated: ModuleType) -> None:
+    """Their fourth power is none in float64."""
+    found = repeated.describe(1e-90 * torch.tensor([-1.0, 1.0], dtype=torch.float64))
+    assert found["excess_kurtosis"] == pytest.approx(-2)
 
 
 def test_what_is_recorded(repeated: ModuleType) -> None:
@@ -187,6 +250,7 @@ def test_verdict(repeated: ModuleType, factor: float, name: str) -> None:
     found = repeated.verdict(rounds)
     assert found["loop"].startswith(name)
     assert found["factor_per_round"] == pytest.approx(factor, rel=0.03)
+    assert repeated.verdict(rounds[:2])["standard_error_of_log"] is None, "one round has no error"
 
 
 @pytest.fixture

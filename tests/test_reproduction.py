@@ -122,8 +122,45 @@ def test_options_of_the_command_line(tmp_path: Path) -> None:
     assert "fzoo" in study("accuracy", "--lr", "fzoo=1e-4").methods
     with pytest.raises(ConfigError, match="sensitivity"):
         study("sensitivity", "--preset", "smollm2")
-    with pytest.raises(ConfigError, match="jaguar_sign_sgd, which is varied"):
-        study("sensitivity", "--methods", "zo_sgd")
+
+
+def test_what_sensitivity_varies_keeps_its_method_scheme_and_learning_rate() -> None:
+    found = sensitivity.variants(study("sensitivity", "--lr", "jaguar_sign_sgd=5e-3", "--schemes", "lora"))
+    cells = [cell for row in found.values() for _, own in row for cell in own]
+    assert {(cell.scheme, cell.method, cell.lr) for cell in cells} == {("lora", "jaguar_sign_sgd", 5e-3)}
+    for wrong, message in (
+        (["--methods", "zo_sgd"], "--methods with jaguar_sign_sgd, which is varied, got zo_sgd"),
+        (["--schemes", "ft"], "--schemes with lora, which is varied, got ft"),
+        (["--lr", "zo_sgd=5e-3"], "--lr jaguar_sign_sgd=LR, .* got zo_sgd=0.005"),
+        (["--lr", "jaguar_sign_sgd=5e-3,1e-2"], "one for the method that is varied, got jaguar_sign_sgd=0.005,0.01"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            study("sensitivity", *wrong)
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        ("seed=3", "--seeds"), ("name=a", "leave it out"), ("output_dir=a", "--out"), ("model.id=a", "--model"),
+        ("optimizer.name=zo_sgd", "--methods"), ("optimizer.lr=1e-4", "--lr"), ("train.steps=5", "--forwards"),
+        ("train.eval_every=1", "evaluations"), ("tracking.experiment=a", "--out"), ("optimizer={lr: 1e-4}", "--lr"),
+    ],
+)  # fmt: skip
+def test_options_leave_the_protocol_alone(option: str, flag: str) -> None:
+    key = option.replace("={", ".").partition(":")[0].partition("=")[0]
+    for command in COMMANDS:
+        with pytest.raises(ConfigError, match=rf"got {re.escape(key)}=.*: .*{flag}"):
+            study(command, "tracking.mlflow=false", option)
+
+
+def test_options_leave_the_schemes_alone() -> None:
+    """An adapter's options are for schemes that have one."""
+    for option, scheme in (("adapter.r=4", "ft"), ("adapter=null", "lora")):
+        with pytest.raises(ConfigError, match=rf"adapter in the scheme {scheme}, .* --schemes"):
+            Results(study("accuracy", option)).tuning()
+    cell = Results(study("accuracy", "--schemes", "lora", "adapter.r=4")).tuning()[0]
+    assert cell.config.adapter is not None and cell.config.adapter["r"] == 4
+    assert study("accuracy", "--lr", "zo_sgd=1e-2,1e-2").lrs["lora"]["zo_sgd"] == [1e-2], "tried once"
 
 
 def test_a_preset_changes_methods(tmp_path: Path) -> None:
@@ -189,6 +226,26 @@ def test_reports_say_what_is_missing(tmp_path: Path) -> None:
     assert memory.planned(from_dict(adam), shapes) - plain == 8 * trained, "two moments"
     assert reproduce.main(["sensitivity", *options]) == 0
     assert "| block | 0.25 | - | - |" in (tmp_path / "sensitivity.md").read_text()
+
+
+def test_the_picture_of_memory_has_the_published_figures_beside_the_planned() -> None:
+    """A panel per model of a published size, in GB; in a row each scheme has its line."""
+    made = study("memory", "--methods", "fo_sgd,zo_sgd,zo_muon")
+    published = read_yaml(HERE / "published.yaml")["memory"]
+    shapes = {"dtype": "float16", "tokens": 8, "rows": 2, "layers": 2, "width": 32, "heads": 4}
+    pairs = {name: memory.pairs_of(made, published[name], shapes) for name in made.tree["planned"]}
+    figure = memory.picture(made, memory.cells(made), memory.empty(made), pairs)
+    panels = {axes.get_title(): {line.get_label(): line.get_xydata().round(3).tolist() for line in axes.lines}
+              for axes in figure.axes}  # fmt: skip
+    assert list(panels)[len(made.schemes) :] == ["opt-1.3b", "opt-13b"]
+    small, large = panels["opt-1.3b"], panels["opt-13b"]
+    assert small["all weights: published"] == [[12.2, -0.333], [4.17, 0.667]], "none of ZO-Muon"
+    assert small["LoRA: published"] == [[5.9, 0.333], [4.13, 1.333]]
+    assert [x for x, _ in large["all weights: published"]] == [97, 51] and "LoRA: published" not in large
+    planned = [memory.planned(made.cell("ft", method, 1e-3, 0).config, shapes) for method in made.methods]
+    assert small["all weights: planned"] == [
+        [round(size / 1e9, 3), round(place - 1 / 3, 3)] for place, size in enumerate(planned)
+    ]
 
 
 @pytest.mark.slow

@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
 
 from reproduction.facts import heading, missing
 from reproduction.markdown import gigabytes, megabytes, number, table
+from reproduction.pictures import Pairs, draw_pairs
 from reproduction.runner import Runner, summary_of
 from reproduction.study import HERE, Cell, Study, merge, read_yaml
 from zoscale.comparison.palette import colour
@@ -72,12 +74,13 @@ def report(study: Study, logs: Path) -> Path:
     found, base, published = cells(study), empty(study), read_yaml(HERE / "published.yaml")["memory"]
     parts = [heading(study, "memory of a rank", list(found.values()))]
     parts += ["## Measured, MB", "", measured_table(study, found, base), *measured_notes(base), ""]
+    pairs = {name: pairs_of(study, published[name], shapes) for name, shapes in study.tree["planned"].items()}
     for name, shapes in study.tree["planned"].items():
         theirs = published[name]
-        parts += [f"## {name}, GB: published, and planned by zoscale", "", planned_table(study, theirs, shapes)]
+        parts += [f"## {name}, GB: published, and planned by zoscale", "", planned_table(study, pairs[name])]
         parts += [f"- Published: {theirs['source']}. {' '.join(theirs.get('elsewhere', []))}".rstrip()]
         parts += [planned_note(shapes), ""]
-    draw(study, found, base, study.out / "memory.png")
+    picture(study, found, base, pairs).savefig(study.out / "memory.png", dpi=120)
     parts += ["![memory](memory.png)", ""]
     parts += missing([cell for cell in [*found.values(), base] if peak(cell) is None], logs)
     path = study.out / "memory.md"
@@ -135,18 +138,31 @@ def state_values(config: RunConfig) -> float:
     return state_per_element(config) if known is None else known
 
 
-def planned_table(study: Study, published: dict[str, Any], shapes: dict[str, Any]) -> str:
-    """One GPU that holds the model alone."""
-    schemes = {name: own for name, own in study.schemes.items() if own.like in published}
-    rows = [["method", *(text for own in schemes.values() for text in (f"{own.title}: published", "planned"))]]
-    for method, own in study.methods.items():
-        row = [own["title"]]
-        for name, scheme in schemes.items():
-            lrs = study.lrs[name].get(method)
-            config = None if lrs is None else study.cell(name, method, lrs[0], study.seeds[0]).config
-            row += [number(published[scheme.like].get(method)), gigabytes(config and planned(config, shapes))]
-        rows.append(row)
+def pairs_of(study: Study, published: dict[str, Any], shapes: dict[str, Any]) -> Pairs:
+    """What was published of a model, and what is planned for one GPU that holds it alone."""
+    found: Pairs = {}
+    for name, scheme in study.schemes.items():
+        if scheme.like in published:
+            found[scheme.title] = [
+                (published[scheme.like].get(method), planned_of(study, name, method, shapes))
+                for method in study.methods
+            ]
+    return found
+
+
+def planned_table(study: Study, pairs: Pairs) -> str:
+    """A row per method, two columns per scheme."""
+    rows = [["method", *(text for title in pairs for text in (f"{title}: published", "planned"))]]
+    for place, own in enumerate(study.methods.values()):
+        cells = [(number(theirs), gigabytes(ours)) for theirs, ours in (pairs[title][place] for title in pairs)]
+        rows.append([own["title"], *(text for cell in cells for text in cell)])
     return table(rows)
+
+
+def planned_of(study: Study, scheme: str, method: str, shapes: dict[str, Any]) -> int | None:
+    """Bytes of a step; None too where the scheme is not for the method."""
+    lrs = study.lrs[scheme].get(method)
+    return None if lrs is None else planned(study.cell(scheme, method, lrs[0], study.seeds[0]).config, shapes)
 
 
 def planned(config: RunConfig, shapes: dict[str, Any]) -> int | None:
@@ -192,9 +208,20 @@ def planned_note(shapes: dict[str, Any]) -> str:
     )
 
 
-def draw(study: Study, found: dict[tuple[str, str], Cell], base: Cell, file: Path) -> None:
+def picture(study: Study, found: dict[tuple[str, str], Cell], base: Cell, pairs: dict[str, Pairs]) -> Figure:
+    """Above what was measured, a panel per scheme; below the models of published sizes, a panel each."""
+    titles = [own["title"] for own in study.methods.values()]
+    heights = [0.3 * len(titles) + 1.2, *([0.45 * len(titles) + 1.4] if pairs else [])]
+    figure = Figure(figsize=(4.5 * max(len(study.schemes), len(pairs)), sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    draw_measured(study, found, base, parts[0])
+    if pairs:
+        draw_pairs(pairs, titles, parts[1])
+    return figure
+
+
+def draw_measured(study: Study, found: dict[tuple[str, str], Cell], base: Cell, figure: SubFigure) -> None:
     """A panel per scheme: measured peaks, with the optimizer's state at their end."""
-    figure = Figure(figsize=(4.5 * len(study.schemes), 0.3 * len(study.methods) + 1.4), layout="constrained")
     panels = figure.subplots(1, len(study.schemes), sharey=True, squeeze=False)[0]
     for axes, (scheme, own) in zip(panels, study.schemes.items(), strict=True):
         for place, method in enumerate(study.methods):
@@ -204,7 +231,8 @@ def draw(study: Study, found: dict[tuple[str, str], Cell], base: Cell, file: Pat
                 axes.barh(place, height / 1e6, color=colour(0))
                 axes.barh(place, min(state, height) / 1e6, left=max(0, height - state) / 1e6, color=colour(1))
         axes.set_yticks(range(len(study.methods)), [study.methods[method]["title"] for method in study.methods])
-        axes.set_title(own.title)
+        axes.set_ylim(len(study.methods) - 0.5, -0.5)
+        axes.set_title(f"measured: {own.title}")
         axes.set_xlabel("MB above the libraries")
-    figure.axes[0].invert_yaxis()
-    figure.savefig(file, dpi=120)
+    marks = [Patch(color=colour(0), label="peak"), Patch(color=colour(1), label="of which optimizer state")]
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)

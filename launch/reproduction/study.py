@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+from reproduction.protocol import check_options, check_scheme, varied_lr
 from zoscale.config import ConfigError, Method, RunConfig, build, load_yaml, parse
 from zoscale.config.schema import fields_of
 from zoscale.estimators import Estimator
@@ -73,7 +74,7 @@ class Study:
         launch: words of the command that `launch/train.py` follows.
         jobs: cells that run at a time.
         out: folder of the runs and the report.
-        options: `key=value`, over everything.
+        options: `key=value`, over everything but the protocol.
     """
 
     tree: Tree
@@ -94,6 +95,7 @@ class Study:
         Raises:
             ConfigError: for a mistake of the user.
         """
+        check_options(given.options)
         tree = read_yaml(preset_file(given.preset))
         needed = {"launch", "jobs", "forwards", "evaluations", "seeds", "base", "schemes", "lrs"}
         needed |= {given.command} - {"accuracy"}
@@ -117,12 +119,13 @@ class Study:
             raise ConfigError("--forwards and --jobs of at least 1 and different --seeds", got, "correct them")
         aside = set(tree.get("only_named", ())) - set(given.lrs)
         methods = chosen(given.methods or [name for name in with_lr if name not in aside], with_lr, "--methods")
-        if tree.get("method", methods[0]) not in methods:
-            raise ConfigError(f"--methods with {tree['method']}, which is varied", ", ".join(methods), "leave it out")
+        own_schemes = chosen(given.schemes, list(schemes), "--schemes")
+        if "vary" in tree:
+            tree["lr"] = varied_lr(tree, methods, own_schemes, given.lrs)
         return cls(
             tree=tree,
             methods={name: known[name] for name in methods},
-            schemes={name: schemes[name] for name in chosen(given.schemes, list(schemes), "--schemes")},
+            schemes={name: schemes[name] for name in own_schemes},
             lrs=lrs, seeds=seeds, forwards=forwards, jobs=jobs, out=given.out, options=tuple(given.options),
             launch=tuple((given.launch or tree["launch"]).split()),
         )  # fmt: skip
@@ -139,6 +142,7 @@ class Study:
         """
         tree = self._tree(scheme, method, lr, seed)
         config = parse([*self.options, *options], TABLES, DEFAULTS, command="launch/reproduce.py", base=tree)
+        check_scheme(scheme, tree, config.adapter)
         steps = self.tree.get("steps") or self.forwards // cost_of_step(config)
         if steps < 1:
             got = f"{self.forwards} where a step takes {cost_of_step(config)}"
