@@ -25,10 +25,15 @@ from zoscale.noise import generator as noise
 from zoscale.noise.generator import Noise
 from zoscale.noise.segments import Segment
 from zoscale.optim import ZOSGD, JaguarSignSGD
-from zoscale.probes import Block, Direction, Gaussian, Piece, Probe, Rademacher
-from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.probes import Block, Direction, Gaussian, Piece, Probe, Rademacher, Row
+from zoscale.rehearsal import Rehearsal
+from zoscale.shards import ShardedParam, TensorSpec, shard_parameters
 
 torch.set_num_threads(1)
+
+
+WIDE = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
+"""Rows of whole words, whose signs stay bits."""
 
 
 @pytest.fixture
@@ -111,9 +116,12 @@ def test_signs_of_several_directions_in_one_pass(has_mask: bool) -> None:
 
 @pytest.mark.usefixtures("fresh_compiled")
 @pytest.mark.parametrize("forward", ["fan_out", "sequential"])
-@pytest.mark.parametrize("probe", [Rademacher(), Gaussian(), Block(rows=0.5, columns=0.5)])
+@pytest.mark.parametrize(
+    "probe", [Rademacher(), Gaussian(), Block(rows=0.5, columns=0.5), Block(rows=0.04, columns=0.5)]
+)
 def test_no_step_compiles_after_the_rehearsal(monkeypatch: pytest.MonkeyPatch, forward: Any, probe: Probe) -> None:
-    """Other steps, learning rates, projected gradients and sizes need no other graph; numbers are those of eager."""
+    """Other steps, learning rates, projected gradients and sizes need no other graph, nor do directions that reach no
+    row of a piece; numbers are those of eager."""
     compile_: Callable[..., Any] = torch.compile
 
     def traced(function: Any, *, options: Any, **rest: Any) -> Any:
@@ -122,10 +130,11 @@ def test_no_step_compiles_after_the_rehearsal(monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.setattr(torch, "compile", traced)
     monkeypatch.setattr(fused, "_WORTH", 2)
     monkeypatch.setattr(noise, "_LONG", 32)
-    q = 2 if isinstance(probe, Block) else 1
+    monkeypatch.setattr("zoscale.shards.CHUNK", 640)  # ten rows of a matrix
+    q, dtype = (2, torch.float32) if isinstance(probe, Block) else (1, torch.bfloat16)
     engines = [
         ZeroOrderEngine(
-            model_of("opt", torch.bfloat16), optimizer=JaguarSignSGD, probe=probe, forward=forward, noise=backend,
+            model_of("opt", dtype, **WIDE), optimizer=JaguarSignSGD, probe=probe, forward=forward, noise=backend,
             estimator=TwoPoint(tau=0.05, num_directions=q),
         )
         for backend in ("compiled", "eager")
@@ -142,6 +151,21 @@ def test_no_step_compiles_after_the_rehearsal(monkeypatch: pytest.MonkeyPatch, f
     assert graphs[0] > 0 and graphs == [graphs[0]] * 3
     for one, other in zip(*(engine.shards for engine in engines), strict=True):
         assert torch.equal(one.truth, other.truth) and torch.equal(one.live, other.live)
+
+
+@pytest.mark.usefixtures("fresh_compiled")
+@pytest.mark.parametrize("probe", [Row(), Block(rows=0.05, columns=0.05)])
+def test_matrices_of_few_rows_are_rehearsed(monkeypatch: pytest.MonkeyPatch, probe: Probe) -> None:
+    """One row of LoRA's A is a large share of it, whose signs stay bits where those of a large matrix are an index."""
+    compile_: Callable[..., Any] = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, options, **rest: compile_(function, backend="eager", **rest))
+    numbers, shards = Noise(0, compiled=True), shard_parameters(nn.Linear(4096, 8, bias=False))
+    Rehearsal(probe, TwoPoint(), JaguarSignSGD, "fp32").run(numbers, shards)
+    graphs, optimizer = counters["stats"]["unique_graphs"], JaguarSignSGD(shards)
+    directions = [probe.draw(numbers, [shard.spec for shard in shards], 0, 0)]
+    assert directions[0].is_bits(Piece(shards[0], 0, len(shards[0])))
+    optimizer.step(TwoPoint().estimate(directions, [1.0, 0.5]))
+    assert counters["stats"]["unique_graphs"] == graphs > 0
 
 
 def test_noise_is_compiled_on_a_gpu_and_for_many_elements() -> None:

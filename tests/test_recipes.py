@@ -306,7 +306,7 @@ def test_no_environment_is_taken_for_installed_that_is_not(checkout: Path, tmp_p
 
 def test_verdicts_on_a_gpu(tmp_path: Path) -> None:
     verdicts = recipe("gpu_verdicts").verdicts
-    assert [verdict.is_reached for verdict in verdicts(tmp_path)] == 8 * [None]
+    assert [verdict.is_reached for verdict in verdicts(tmp_path)] == 19 * [None]
     row = {"variant": "fan_out", "ranks": 1, "seconds_per_step": 0.05, "peak_bytes": 2.9e9, "model_bytes": 2.6e9}
     slow = {"seconds_per_step": 0.06}
     for name, dtype, changes in (("opt-13b", "bf16", {}), ("opt-1.3b", "fp16", {}), ("opt-13b-blocks", "bf16", slow)):
@@ -314,7 +314,15 @@ def test_verdicts_on_a_gpu(tmp_path: Path) -> None:
         report = {"model": name.removesuffix("-blocks"), "rows": rows}
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
     (tmp_path / "passes.json").write_text(json.dumps({"perturb, gaussian": 0.7, "zo_sgd, gaussian": 0.9}))
+    cell = row | {"scheme": "lora", "probe": "block", "q": 1, "dtype": "fp32", "ratio_to_bare": 1.04}
+    changes = [{}, {"variant": "mezo", "ratio_to_bare": 1.5}, {"scheme": "full", "ratio_to_bare": 1.3}, {"q": 4}]
+    report = {"model": "opt-125m", "rows": [cell | own for own in changes]}
+    (tmp_path / "opt-125m-fp32.json").write_text(json.dumps(report))
     assert [str(verdict)[:12].strip() for verdict in verdicts(tmp_path)] == [
         "FAIL", "pass", "FAIL", "FAIL", "FAIL", "not measured", "not measured", "pass",
+        *5 * ["not measured"],
+        "pass", "FAIL", "not measured", "not measured", "pass",
+        "not measured",
     ]  # fmt: skip
+    assert str(verdicts(tmp_path)[-2]).endswith("opt-125m, fp32 lora: at most 0.7 x mezo: 0.69")
     assert "perturb, gaussian 70.0%" in str(verdicts(tmp_path)[0])
