@@ -12,7 +12,9 @@ from processes import ROOT
 sys.path.insert(0, str(ROOT / "launch"))
 
 from bench.cells import SHAPES, Cell
-from bench.variants import build
+from bench.variants import PROBES, build
+
+from zoscale.probes import Block
 
 WIDE: dict[str, Any] = SHAPES["opt-125m"] | {"num_hidden_layers": 4}
 """Large beside the buffers of the noise, which are a few of CHUNK elements whatever the size of the model."""
@@ -30,6 +32,7 @@ def test_a_product_is_counted() -> None:
         ("lora", "block", 1),
         ("lora", "block", 4),
         ("full", "block", 1),
+        ("full", "quarter", 1),
         ("full", "rademacher", 1),
         ("full", "gaussian", 1),
         ("full", "gaussian", 4),
@@ -40,6 +43,7 @@ def test_a_step_adds_little_to_the_bare_forward(
 ) -> None:
     """At most 15 % of the weights and what the bare forward holds; noise and update are included."""
     monkeypatch.setitem(SHAPES, "wide", WIDE)
+    monkeypatch.setitem(PROBES, "quarter", Block(rows=0.25, columns=0.25))
     bench = build(Cell(model="wide", scheme=scheme, probe=probe, q=q, batch=4, tokens=32))
     weights = sum(parameter.nbytes for parameter in bench.engine.model.parameters())
     for name in ("bare", "fan_out"):  # compilation, the optimizer's state

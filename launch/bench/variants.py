@@ -23,7 +23,8 @@ from zoscale.runtime import Runtime, read_deepspeed_config, start
 from zoscale.shards import order_gathers_after_writes
 
 _LR = 1e-7  # so small that a hundred steps leave a random model's loss finite
-_PROBES = {"block": Block(rows=0.1, columns=0.1), "rademacher": Rademacher(), "gaussian": Gaussian()}
+PROBES = {"block": Block(rows=0.1, columns=0.1), "rademacher": Rademacher(), "gaussian": Gaussian()}
+"""By their names in a cell."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _engine(cell: Cell, config: ModelConfig, architecture: object, size: ModelSi
         model,
         accelerator=accelerator,
         optimizer=lambda shards, mesh: JaguarSignSGD(shards, mesh, lr=_LR),
-        probe=_PROBES[cell.probe],
+        probe=PROBES[cell.probe],
         estimator=TwoPoint(num_directions=cell.q, tau=1e-3),
         seed=cell.seed,
         master=cell.master,  # type: ignore[arg-type]
