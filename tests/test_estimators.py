@@ -312,3 +312,16 @@ def test_memory_of_a_perturbation_does_not_grow_with_the_tensor() -> None:
     one = peak(2 * CHUNK)
     assert 2 * 4 * CHUNK < one < 12 * 4 * CHUNK
     assert peak(5 * CHUNK) <= 1.2 * one
+
+
+def test_signs_that_kernels_make_are_not_taken_for_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a tensor that some directions leave alone has streams of the others, and no sum of all."""
+    shards = shards_of([(256, 128)])
+    directions = [
+        Tensors(share=1.0).draw(Noise(0, compiled=True), [shard.spec for shard in shards], 0, k) for k in (0, 1)
+    ]
+    (group,) = pieces(shards)
+    estimate = GradientEstimate(tuple(directions), (1.0, 2.0), 0.0)
+    assert estimate.signs(group) != [None]
+    monkeypatch.setattr(directions[1], "stream", lambda piece: object())
+    assert estimate.signs(group) == [None]

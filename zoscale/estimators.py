@@ -86,8 +86,8 @@ class GradientEstimate:
         return totals if len(self.directions) == 1 else [total.div_(len(self.directions)) for total in totals]
 
     def signs(self, group: Sequence[Piece]) -> list[SignTerms | None]:
-        """Every rho_k z_k on each piece; None where some are no signs as bits."""
-        wanted = [piece for piece in group if all(direction.is_bits(piece) for direction in self.directions)]
+        """Every rho_k z_k on each piece; None where some are no signs as bits, or are made by kernels."""
+        wanted = [p for p in group if all(z.is_bits(p) and z.stream(p) is None for z in self.directions)]
         drawn = [direction.segments(wanted) for direction in self.directions] if wanted else []
         found = {
             piece: SignTerms.of(segments, self.projected_grads, piece.stop - piece.start, piece.shard.truth.device)
