@@ -496,12 +496,15 @@ def test_directions_of_few_rows_and_columns(job: Any) -> None:
 
 
 def test_a_step_of_all_weights_takes_little_more_memory(job: Any) -> None:
-    """As below. One block is gathered at a time, also while the passes of two micro-batches go side by side."""
+    """As below. One block is gathered at a time, also while the passes of two micro-batches go side by side.
+
+    When gloo lets go of a gather's pieces is a matter of timing: equal calls differ by half a block.
+    """
     _, out = job
     for one, two in zip(*(outcome(out, f"peak_full_{turns}")[0]["ranks"] for turns in (1, 2)), strict=True):
         for shard, _, bare, step in (one, two):
             assert shard + step <= 1.15 * (shard + bare)
-        assert two[2] <= 1.05 * one[2], "nothing stays gathered after a step"
+        assert two[2] < one[2] + one[1], "no block is gathered outside its turn"
 
 
 def test_a_step_takes_little_more_memory_than_the_bare_forward(job: Any) -> None:
