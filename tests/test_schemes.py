@@ -195,13 +195,13 @@ def test_generation_of_every_scheme(name: str, arch: str, models: dict[str, Path
     assert len(set(alone)) == 3
 
 
-@pytest.mark.parametrize("name", [*tiny.FAMILIES, "gptj", "roberta"])
+@pytest.mark.parametrize("name", [*tiny.FAMILIES, "gptj", "roberta", "mpt"])
 @torch.no_grad()
 def test_learned_positions_end_where_the_model_does(name: str) -> None:
-    options = {**tiny.FAMILIES["opt"], "model_type": name, "rotary_dim": 4, "is_decoder": True}
+    options = {**tiny.FAMILIES["opt"], "model_type": name, "rotary_dim": 4, "is_decoder": True, "max_seq_len": 40}
     architecture = AutoConfig.for_model(**tiny.FAMILIES.get(name, options))
     model = AutoModelForCausalLM.from_config(architecture).eval()
-    most = {"opt": 40, "gpt2": 40, "gptj": 40, "roberta": 38}.get(name)
+    most = {"opt": 40, "gpt2": 40, "gptj": 40, "roberta": 38, "mpt": 40}.get(name)
     assert num_positions(model) == count_parameters(architecture).positions == most
     for length in (most or 40, 1 + (most or 40)):
         ids = torch.full((1, length), 5)

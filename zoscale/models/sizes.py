@@ -66,9 +66,13 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
 def num_positions(model: nn.Module) -> int | None:
     """Most tokens of a sequence for a model that looks positions up in a table (OPT, GPT-2, GPT-J); None for others.
 
-    Where positions are computed (rotary, ALiBi), a longer sequence is no error, whatever the configuration says.
+    Where positions are computed (rotary, ALiBi), a longer sequence is no error, whatever the configuration says; but
+    MPT's code makes its biases for `max_seq_len` tokens and no more.
     """
-    most: int | None = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    if config.model_type == "mpt":
+        return int(config.max_seq_len)
+    most: int | None = getattr(config, "max_position_embeddings", None)
     if most is None:
         return None
     learned = [
