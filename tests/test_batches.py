@@ -148,6 +148,28 @@ def test_from_labels_refuses(batch: dict[str, torch.Tensor], match: str) -> None
         MicroBatch.from_labels(batch)
 
 
+def test_what_is_sent_to_a_gpu_is_pinned_as_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a strided tensor torch sends a copy, which is not pinned, and for which the host may wait."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(value: torch.Tensor) -> torch.Tensor:
+        pinned.append(value)
+        return value
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", lambda value, device, non_blocking: value)
+    rows = share_prefixes([Row((5, 6, 7), ((2, 8, 0),), 0), Row((5, 6, 9), ((2, 9, 1),), 0)], 40, branching=True)
+    labels = torch.tensor([[4, 5, 6], [7, 8, 9]])
+    for batch in (
+        MicroBatch.from_rows(rows, [[True, False]], 1),
+        MicroBatch.from_labels({"input_ids": labels, "labels": labels}),
+    ):
+        before = len(pinned)
+        batch.to(torch.device("cuda"))
+        assert len(pinned) >= before + 9
+    assert all(value.is_contiguous() for value in pinned)
+
+
 def test_to_moves_every_tensor() -> None:
     moved = MicroBatch.from_rows([Row((1, 2), ((1, 3, 0),), 0)], [[True]], 0).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]

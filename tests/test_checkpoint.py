@@ -119,6 +119,21 @@ def test_any_number_of_files_gives_the_same_weights(model_dir: Path, tmp_path: P
     assert equal(weights(engine), weights(other))
 
 
+def test_a_checkpoint_is_read_to_the_host(model_dir: Path, tmp_path: Path) -> None:
+    """A GPU that weights and state fill has no room for them once more: resumed, or brought back to its best step."""
+    engine = engine_of(model_dir)
+    engine.step(tiny.batch(0))
+    checkpoint.save(engine, tmp_path / "c", "hash")
+    other = engine_of(model_dir)
+    for shard in other.shards:
+        shard.truth = shard.truth.to("meta")  # another device, of which nothing can be read
+    manifest = read_manifest(tmp_path / "c")
+    found = list(checkpoint._read_all(other, tmp_path / "c", manifest, "hash"))
+    assert equal([truth for truth, _ in found], weights(engine))
+    for shard, (_, state) in zip(engine.shards, found, strict=True):
+        assert torch.equal(state["momentum"], engine.optimizer.state_of(shard)["momentum"])
+
+
 def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         tree = json.loads((folder / "manifest.json").read_text())

@@ -125,6 +125,15 @@ def test_devices(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a torch built for CUDA" in wrong("devices", setup)
 
 
+def test_a_gpu_that_only_emulates_bf16(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="Tesla V100", total_memory=32 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert wrong("devices", setup) == "Tesla V100 (32 GiB), without bf16 -> set model.dtype=float16"
+
+
 def test_zero3(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that cannot find each other, and some that do not end."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")

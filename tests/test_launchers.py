@@ -147,3 +147,16 @@ def test_use_cpu_on_a_machine_with_gpus(told: pytest.MonkeyPatch) -> None:
     told.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ConfigError, match="use_cpu from the launcher"):
         launcher.obey("float32")
+
+
+def test_more_ranks_than_gpus(told: pytest.MonkeyPatch) -> None:
+    """NCCL and DeepSpeed would say so in words of their own, or a GPU would be shared."""
+    told.setattr(torch.cuda, "is_available", lambda: True)
+    told.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in (0, 1):
+        told.setenv("WORLD_SIZE", "3")
+        told.setenv("LOCAL_RANK", str(rank))
+        launcher.obey("float32")
+    told.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"a GPU for each rank of a node, got 2 for LOCAL_RANK 2"):
+        launcher.obey("float32")

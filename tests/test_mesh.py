@@ -329,6 +329,19 @@ def test_auto_looks_at_the_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> 
     assert half == 0.5 == fit.memory_of_a_rank(1) / 2, "ranks of a node share it"
 
 
+def test_all_ranks_of_a_node_see_the_memory_of_its_smallest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are used. A rank may see its own GPU alone, whatever its number."""
+    sizes = [80, 40, 4]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=sizes[gpu]))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert (fit.memory_of_a_rank(1), fit.memory_of_a_rank(2), fit.memory_of_a_rank(3)) == (80, 40, 4)
+    del sizes[1:]
+    assert fit.memory_of_a_rank(8) == 80
+
+
 def test_a_single_rank_holds_the_model_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Unless ZeRO-3 is asked for: by a file that the run names, an offload, or a method that is ZeRO-3's."""
     zero3, offload = (str(ROOT / f"ds_configs/{name}.json") for name in ("zero3", "zero3_offload"))

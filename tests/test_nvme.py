@@ -10,6 +10,7 @@ from typing import Any
 
 import plain_aio
 import pytest
+import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from processes import ROOT
 
@@ -103,6 +104,12 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
     with pytest.raises(ConfigError, match=r"expected libaio and its header .* install libaio-dev"):
         ready_nvme(filled(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: True)
+    monkeypatch.setattr(AsyncIOBuilder, "load", lambda self, verbose: os.path.join(None, "include"))  # type: ignore[call-overload]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"and a CUDA toolkit \(CUDA_HOME\) of torch's version .* got expected str"):
+        ready_nvme(filled(tmp_path))  # CUDA_HOME is None
     for offload in (["nvme"], {"device": "tape"}):
         (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload}}))
         with pytest.raises(ConfigError, match="with device none, cpu or nvme"):

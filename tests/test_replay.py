@@ -84,6 +84,10 @@ def test_weights_that_were_touched_are_found(runs: dict[str, Path], tmp_path: Pa
     weights[name].view(-1)[2] += 1e-6
     save_file(weights, path)
     assert f"differs from what the journal gives: by 1.0e-06 in {name}" in replay(str(copy), expect=1)
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["hardware"]["gpus"] = ["NVIDIA H200"]
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert "adapter: the same to 1.0e-06" in replay(str(copy)), "what a GPU and a CPU may differ by"
 
 
 def test_weights_that_are_not_numbers_are_found(runs: dict[str, Path], tmp_path: Path) -> None:

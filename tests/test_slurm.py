@@ -413,6 +413,7 @@ def test_an_installed_package_has_its_templates(installed: Path, tmp_path: Path)
         (["overwrite=true"], "a run that SLURM may start again, got overwrite=true"),
         (["resume=never"], "a run that SLURM may start again, got resume=never"),
         (["--setup=/nowhere"], "a readable file for --setup, got /nowhere"),
+        (["--gpus-per-node=2", "--processes-per-node=3"], "--processes-per-node of at most 2, the GPUs of a node"),
         (["--sweep=seed"], "--sweep key=value,value,..., got seed"),
         (["--sweep=seed=0,"], "--sweep key=value,value,..., got seed=0,"),
         (["--sweep=seed=1,1"], "different runs"),

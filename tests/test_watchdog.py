@@ -313,6 +313,7 @@ class TestJudge:
 
     def test_among_equals_those_outside_a_collective_are_to_blame(self) -> None:
         seen = sights(57, 57, 57, place="torch.distributed.distributed_c10d:3012 (all_reduce)")
+        seen[1] = change(seen[1], place="zoscale.mesh:107 (gather_items)")  # on a GPU, whose host waits for the result
         everyone = judge(seen, 30)
         assert everyone is not None and everyone[1] == [0, 1, 2]
         seen[2] = change(seen[2], place="data:5 (read)")

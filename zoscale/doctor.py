@@ -86,7 +86,7 @@ def check_devices(setup: Setup) -> Finding:
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         names = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
-        if not torch.cuda.is_bf16_supported():
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
             return Finding(f"{names}, without bf16", "set model.dtype=float16")
         return Finding(f"{len(gpus)} x CUDA: {names}")
     if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):

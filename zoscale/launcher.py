@@ -60,6 +60,13 @@ def _check_device() -> None:
         raise ConfigError(
             "GPUs, which are there", "use_cpu from the launcher", "set CUDA_VISIBLE_DEVICES= to hide them"
         )
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if torch.cuda.is_available() and rank >= gpus:
+        remedy = (
+            "start as many ranks as a node has GPUs; set LOCAL_RANK=0 where each rank sees its own alone, or "
+            "CUDA_VISIBLE_DEVICES= to hide them"
+        )
+        raise ConfigError("a GPU for each rank of a node", f"{gpus} for LOCAL_RANK {rank}", remedy)
     os.environ["ACCELERATE_USE_CPU"] = "false"  # it would switch DeepSpeed off; without GPUs it is a CPU anyway
 
 

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zoscale.config import ConfigError, RunConfig
 from zoscale.models.sizes import ModelSize
 from zoscale.optim.first_order import FIRST_ORDER
@@ -134,8 +136,7 @@ def _build_reader() -> None:
         raise ConfigError("libaio and its header for offload_param.device nvme", "none", remedy)
     try:
         AsyncIOBuilder().load(verbose=False)
-    except RuntimeError as error:
+    except Exception as error:  # of any type: on a machine with a GPU but without a CUDA toolkit a TypeError
         got = (str(error).splitlines() or ["no reason"])[0]
-        raise ConfigError(
-            "a C++ compiler that builds DeepSpeed's async_io", got, f"run ds_report, {_REMEDY}"
-        ) from error
+        needed = "a C++ compiler" + " and a CUDA toolkit (CUDA_HOME) of torch's version" * torch.cuda.is_available()
+        raise ConfigError(f"{needed} to build DeepSpeed's async_io", got, f"run ds_report, {_REMEDY}") from error

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 TICK = 1.0  # seconds between two looks
 
+_WAITING = ("torch.distributed", "deepspeed", "zoscale.mesh")
+"""Modules in which a rank waits for others: gloo's collectives block, those on GPUs where their result is read."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -78,7 +81,7 @@ def judge(sights: Mapping[int, Sight], stall_seconds: float) -> tuple[str, Seque
     in_time = [rank for rank, sight in seen.items() if sight.idle <= sight.state.limit]
     if not seen or any(rank in behind or seen[rank].state.phase for rank in in_time):
         return None
-    busy = [rank for rank in behind if not seen[rank].state.place.startswith(("torch.distributed", "deepspeed"))]
+    busy = [rank for rank in behind if not seen[rank].state.place.startswith(_WAITING)]
     blamed = busy if len(beats) == 1 and busy else behind
     told = [seen[rank].tell(rank, "made no progress", seen[rank].idle) for rank in blamed[:8]]
     if len(beats) > 1:

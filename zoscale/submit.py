@@ -49,11 +49,15 @@ def submit_command(argv: Sequence[str]) -> int:
 
 
 def _request(options: argparse.Namespace, runs: Sequence[RunConfig]) -> slurm.Request:
+    ranks, gpus = options.processes_per_node, options.gpus_per_node
+    if ranks and 0 < gpus < ranks:
+        remedy = "lower it, or leave it out: NCCL takes one rank per GPU"
+        raise ConfigError(f"--processes-per-node of at most {gpus}, the GPUs of a node", str(ranks), remedy)
     return slurm.Request(
         name=runs[0].name,
         nodes=options.nodes,
-        gpus_per_node=options.gpus_per_node,
-        processes_per_node=options.processes_per_node or options.gpus_per_node or 1,
+        gpus_per_node=gpus,
+        processes_per_node=ranks or gpus or 1,
         time=options.time,
         num_runs=len(runs),
         max_parallel=options.max_parallel,

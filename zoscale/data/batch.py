@@ -181,8 +181,8 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        if device.type == "cuda":  # from pinned memory the host need not wait
-            tensors = {name: value if value.is_cuda else value.pin_memory() for name, value in tensors.items()}
+        if device.type == "cuda":  # from pinned memory the host need not wait; a column is copied out of it before
+            tensors = {n: value if value.is_cuda else value.contiguous().pin_memory() for n, value in tensors.items()}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 

@@ -123,9 +123,10 @@ def smallest_shard(
 
 
 def memory_of_a_rank(ranks_per_node: int) -> float:
-    """Bytes that a rank may use: its GPU's, or its part of what the node or its container has; in use or not."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory)
+    """Bytes that a rank may use: of a GPU, or its part of what the node or its container has; in use or not."""
+    if torch.cuda.is_available():  # the least of them, so that all ranks come to the same groups
+        gpus = range(min(ranks_per_node, torch.cuda.device_count()))
+        return float(min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus))
     return min(psutil.virtual_memory().total, container_limit()) / ranks_per_node
 
 

@@ -66,8 +66,12 @@ def load(engine: Engine, folder: Path, config_hash: str) -> None:
     for shard, (weights, state) in zip(engine.shards, found, strict=True):
         shard.truth.copy_(weights)
         shard.publish()
-        engine.optimizer.load_state_of(shard, state)
+        engine.optimizer.load_state_of(shard, _placed(state, shard.truth.device))
     engine.num_steps = manifest.step
+
+
+def _placed(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def _fresh(folder: Path) -> None:
@@ -110,7 +114,10 @@ def _scalars(engine: Engine) -> tuple[list[str], dict[str, dict[str, float]]]:
 def _read_all(
     engine: Engine, folder: Path, manifest: Manifest, config_hash: str
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Weights and state of this rank's slices, in the order of the shards that the engine will have."""
+    """Weights and state of this rank's slices, in the order of the shards that the engine will have.
+
+    They are in the host's memory: a GPU that is full of weights and state has no room for both once more.
+    """
     if manifest.config_hash != config_hash:
         got = f"one of configuration {manifest.config_hash}"
         raise ConfigError(f"a checkpoint of configuration {config_hash} in {folder}", got, "check resume")
@@ -120,12 +127,12 @@ def _read_all(
     with torch.no_grad():
         readers = {file.name: _open(folder, file) for file in used}
         for shard in shards:
-            weights = torch.empty_like(shard.truth)
+            weights = torch.empty(len(shard), dtype=shard.truth.dtype)
             if _fill(weights, _WEIGHTS, shard, used, readers, folder) != len(shard):
                 raise damaged(folder / MANIFEST, f"slices that do not cover {shard.spec.name}")
             state: dict[str, Any] = dict(manifest.scalars.get(shard.spec.name, {}))
             for key in manifest.state:  # what no rank had yet is zero
-                state[key] = torch.zeros(len(shard), dtype=torch.float32, device=shard.truth.device)
+                state[key] = torch.zeros(len(shard), dtype=torch.float32)
                 _fill(state[key], key, shard, used, readers, folder)
             yield weights, state
 
@@ -163,8 +170,7 @@ def _fill(
         values = readers[file.name].get_slice(name)
         if list(values.get_shape()) != [held.length]:
             raise damaged(folder / file.name, f"{name} of shape {values.get_shape()}")
-        part = values[start - held.offset : stop - held.offset]
-        target[start - shard.offset : stop - shard.offset] = part.to(target.device)
+        target[start - shard.offset : stop - shard.offset] = values[start - held.offset : stop - held.offset]
         filled += stop - start
     return filled
 
