@@ -382,6 +382,9 @@ def test_long_intervals_raise_the_limit_and_slow_phases_do_not(monkeypatch: pyte
         assert limit_after(300.0) == 600.0
         now[0] += 300.0
     assert limit_after(0.0) == 40.0
+    with dog.slow("first step", repeats=True):
+        now[0] += 50.0
+    assert limit_after(0.0) == 100.0, "the next may take as long, and tells nothing meanwhile"
 
 
 def test_an_error_of_the_watchdog_ends_the_watch_only(

@@ -105,7 +105,7 @@ class Trainer:
         )
         with bar, stop_on_signals(self.engine.mesh, self.ledger.directory.told_to_stop), self.meters.training():
             for step in range(first, self.config.train.steps):
-                with self.watchdog.slow("first step") if step == first else nullcontext():
+                with self.watchdog.slow("first step", repeats=True) if step == first else nullcontext():
                     result = self._step(step)
                 bar.set_postfix_str(f"loss {result.loss:.4f}", refresh=False)
                 bar.update()

@@ -43,7 +43,8 @@ class Watchdog:
     Args:
         rank: of this process.
         world_size: number of ranks; more than one need the default process group.
-        stall_seconds: without progress that end the job; or `PATIENCE` intervals between beats, if that is longer.
+        stall_seconds: without progress that end the job; or `PATIENCE` intervals between beats, or twice the time of a
+            phase that `repeats`, if that is longer.
         slow_seconds: the same in a slow phase.
 
     Raises:
@@ -58,7 +59,7 @@ class Watchdog:
         self.stall_seconds, self.slow_seconds = stall_seconds, slow_seconds
         self._beats, self._num_turns, self._num_posts = 0, 0, 0
         self._beaten: float | None = None  # the last beat, if no phase has begun or ended since
-        self._longest = 0.0
+        self._longest, self._repeated = 0.0, 0.0
         self._phase, self._ended, self._lost = "", "", ""
         self._parent, self._main = os.getppid(), threading.get_ident()
         self._halt, self._posting = threading.Event(), threading.Lock()
@@ -105,26 +106,29 @@ class Watchdog:
         self._num_turns += 1
 
     @contextmanager
-    def slow(self, what: str) -> Iterator[None]:
+    def slow(self, what: str, *, repeats: bool = False) -> Iterator[None]:
         """A phase that may take `slow_seconds` between two moves, for instance loading or the first step.
 
         Args:
             what: its name in messages.
+            repeats: it is one of many alike, of which the others are no slow phases.
         """
-        outer, self._phase = self._phase, what
+        began, outer, self._phase = time.monotonic(), self._phase, what
         self._beaten = None
         self._num_turns += 1
         self._post()  # now: the phase may keep Python's lock from the threads
         try:
             yield
         finally:
+            if repeats:
+                self._repeated = time.monotonic() - began
             self._phase, self._beaten = outer, None
             self._num_turns += 1
             self._post()
 
     def _state(self) -> State:
         phase = "" if self._ended else self._phase or ("" if self._beats else "start")
-        limit = self.slow_seconds if phase else max(self.stall_seconds, PATIENCE * self._longest)
+        limit = self.slow_seconds if phase else max(self.stall_seconds, PATIENCE * self._longest, 2 * self._repeated)
         counts = self._beats, self._beats + self._num_turns, self._num_posts
         frame = sys._current_frames()[self._main]
         while frame.f_back and frame.f_globals.get("__name__") in (__name__, "contextlib"):
