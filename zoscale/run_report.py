@@ -126,6 +126,9 @@ def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: 
             f"{f'since step {since}: ' if since else ''}{session['steps_per_second']:.2f} steps/s, "
             f"{session['tokens_per_second']:.0f} tokens/s; peak memory while training: {', '.join(peaks)}"
         )
+    if summary["skipped_steps"]:
+        skips = f"{summary['skipped_steps']} of {summary['steps']} steps, whose loss was not finite"
+        print(f"skipped: {skips}; zoscale journal {directory.path} tells which")
     print(f"{'adapter' if config.adapter is not None else 'model'}: {directory.adapter}")
     print(f"summary: {directory.summary}")
     print(f"to look at it: {shown}")
