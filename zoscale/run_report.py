@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from zoscale.assembly import Plan
 from zoscale.config import DataConfig, RunConfig
-from zoscale.data.splits import Encoder
+from zoscale.data.splits import Encoder, Splits
 from zoscale.forward.division import Division
 from zoscale.forward.sequential import SequentialForward
 from zoscale.mesh import Mesh
@@ -39,11 +39,7 @@ def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirect
         f"expected memory per rank: {_mb(max(resident))} shard + {_mb(masters)} master + about {_mb(largest)} gathered "
         "+ activations + optimizer state"
     )
-    log(
-        f"data: {len(splits.train)} train, {len(splits.dev)} dev (held out of train; chooses the step), "
-        f"{len(splits.validation)} validation"
-    )
-    for line in (*skipped(made.task), *shortened(made.encoder, config.data)):
+    for line in (*amounts(splits, config.data), *skipped(made.task), *shortened(made.encoder, config.data)):
         log(line)
     method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
     passes = "1 forward and 1 backward pass" if engine.estimator.num_backwards else f"{engine.num_losses} forwards"
@@ -91,6 +87,14 @@ def repeated_work(config: RunConfig, engine: Engine) -> str | None:
         else f"{own.num_repeats / own.num_turns / ranks:.0%} of what the {ranks} ranks compute is repeated"
     )
     return f"repeated work: micro-batches of a step: {batch // size}; {what}. Try {remedy}"
+
+
+def amounts(splits: Splits, config: DataConfig) -> list[str]:
+    """How many examples there are, and whether they are too few for a step."""
+    chosen = "held out of train; chooses the step" if splits.dev else "the result is the last step"
+    counts = f"{len(splits.train)} train, {len(splits.dev)} dev ({chosen}), {len(splits.validation)} validation"
+    few = f"a step of data.batch_size={config.batch_size} takes some of the {len(splits.train)} examples repeatedly"
+    return [f"data: {counts}", *([few] if len(splits.train) < config.batch_size else [])]
 
 
 def skipped(task: Task) -> list[str]:
