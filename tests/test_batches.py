@@ -280,8 +280,19 @@ def test_tokens_that_merge_across_the_boundary_are_answers(letters: PreTrainedTo
 
 
 def test_an_empty_answer_is_refused(words: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ConfigError, match="at least one token"):
+    with pytest.raises(
+        ConfigError, match=r"at least one token each, got answer '' after prompt 'the film'.*candidates"
+    ):
         Encoder(words, 64).micro_batch([Example("the film", ("", " great"))], gold_only=False)
+
+
+def test_options_that_the_tokenizer_does_not_tell_apart_are_refused(words: PreTrainedTokenizerFast) -> None:
+    """Both are unknown words: every model would score them alike."""
+    options = (" sublime", " dreadful")
+    with pytest.raises(ConfigError, match=r"options of different tokens, got the same for .* sublime"):
+        Encoder(words, 64).micro_batch([Example("the film", options)], gold_only=False)
+    assert Encoder(words, 64).micro_batch([Example("the film", options)], gold_only=True).num_examples == 1
+    assert Encoder(words, 64).micro_batch([Example("the film", (*options, " great"))], gold_only=False)
 
 
 def test_truncation_keeps_the_answer_and_counts(words: PreTrainedTokenizerFast) -> None:

@@ -182,6 +182,32 @@ def test_mappings_on_the_command_line_merge_like_those_in_files() -> None:
         assert read(*argv).data == DataConfig(batch_size=8, max_length=9)
 
 
+def test_a_mapping_that_is_one_value_replaces_the_earlier_one(tmp_path: Path) -> None:
+    """Labels of a recipe and of the command line make no set of labels; one of them can still be changed by its key."""
+
+    class Labelled:
+        one_value = ("candidates",)
+
+        def __init__(self, *, candidates: dict[str, str] | list[str], files: dict[str, str] | None = None) -> None: ...
+
+    tables = {**TABLES, "task": {"labelled": Labelled}}
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    files[0].write_text("task: {name: labelled, candidates: {spam: ' spam', ham: ' fine'}, files: {train: a}}")
+    files[1].write_text("task: {candidates: {pos: ' good', neg: ' bad'}, files: {validation: b}}")
+
+    def candidates(*argv: str) -> Any:
+        return parse([MODEL, "--config", str(files[0]), *argv], tables, DEFAULTS).task.args["candidates"]
+
+    new = {"pos": " good", "neg": " bad"}
+    assert candidates("task.candidates={pos: ' good', neg: ' bad'}") == new
+    assert candidates("task={candidates: {pos: ' good', neg: ' bad'}}") == new
+    assert candidates("--config", str(files[1])) == new
+    assert candidates("task.candidates=[' no', ' yes']") == [" no", " yes"]
+    assert candidates("task.candidates.ham=' okay'") == {"spam": " spam", "ham": " okay"}
+    both = parse([MODEL, *(word for file in files for word in ("--config", str(file)))], tables, DEFAULTS)
+    assert both.task.args["files"] == {"train": "a", "validation": "b"}, "other mappings merge key by key"
+
+
 def test_a_partial_adapter_goes_over_the_default_one_and_null_is_full_fine_tuning() -> None:
     full = {"lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
     assert read("adapter.r=4").adapter == {"r": 4, **full}
@@ -297,6 +323,7 @@ MISTAKES = [
     ("optimzer.lr=1", "did you mean optimizer.lr?"),
     ("lr=1", "did you mean optimizer.lr?"),
     ("data.batchsize=3", "did you mean data.batch_size?"),
+    ("optimizer.learning_rate=1", "the keys are optimizer.name, optimizer.lr, optimizer.beta"),
     ("train.batch_size=3", "did you mean data.batch_size?"),
     ("optimizer.nam=zo_sgd", "did you mean optimizer.name?"),
     ("optimizer.name=zosgd", "did you mean zo_sgd?"),

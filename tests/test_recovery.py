@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ from jobs import (
 )
 from processes import ROOT, environment, free_port
 
-from zoscale.config import parse
+from zoscale.config import ConfigError, parse
 from zoscale.methods import DEFAULTS, TABLES
-from zoscale.recovery.journal import Journal
+from zoscale.recovery.journal import Journal, JournalWriter
+from zoscale.recovery.journal_format import Header
+from zoscale.recovery.resume import check_finished
 from zoscale.run_directory import RunDirectory, _empty
 
 STEPS = 24
@@ -262,7 +265,24 @@ def test_a_finished_run_is_left_alone(server: JobServer, whole: Any) -> None:
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
     assert "is finished; overwrite=true starts it again" in server.run(2, *command("sign_lora", out))
     assert "a configuration that has not run yet" in server.run(1, *command("sign_lora", out, "resume=never"), expect=2)
+    changed = server.run(1, *command("sign_lora", out, f"resume={run_dir}", "optimizer.lr=2e-3"), expect=2)
+    assert "expected optimizer.lr=0.001, as" in changed, "its result is not that of another configuration"
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_finished_run_is_not_that_of_other_examples(tmp_path: Path) -> None:
+    """The data behind an unchanged path may have changed since."""
+    config = parse([*SHORT, f"output_dir={tmp_path}"], TABLES, DEFAULTS)
+    numbers = {"num_losses": 2, "num_directions": 1, "num_groups": 1}
+    about = {"seed": 0, "config": config.to_dict(), "config_hash": config.hash, "code": "c", "data": "rows"}
+    path = tmp_path / "journal.bin"
+    check_finished(path, config, "rows")
+    JournalWriter.create(path, Header(**about, **numbers, model="base", trainable="lora")).close()  # type: ignore[arg-type]
+    check_finished(path, config, "rows")
+    with pytest.raises(ConfigError, match=r"the examples that .*journal.bin was written with \(rows\), got others"):
+        check_finished(path, config, "other rows")
+    with pytest.raises(ConfigError, match=r"seed=0, as .*, got 1: change it back"):
+        check_finished(path, replace(config, seed=1), "rows")
 
 
 def test_resume_from_a_named_checkpoint_and_a_moved_run(server: JobServer, whole: Any) -> None:

@@ -311,6 +311,14 @@ def loaded(folder: Path, **options: Any) -> Any:
     return load_model(config, read_model_config(config))
 
 
+def test_an_adapter_that_does_not_fit_is_told_what_the_model_has() -> None:
+    """The default targets are names of OPT and Llama; GPT-2 has others."""
+    config = ModelConfig(config={"n_embd": 16, "n_layer": 2, "n_head": 2, **tiny.FAMILIES["gpt2"]}, dtype="float32")
+    adapter = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    with pytest.raises(ConfigError, match=r"fit GPT2LMHeadModel.*adapter\.target_modules: c_attn, c_proj, c_fc$"):
+        add_adapter(load_model(config, read_model_config(config)), adapter)
+
+
 EXPERTS = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,

@@ -182,6 +182,13 @@ def test_import_completes_a_run_without_duplicates(store: Path) -> None:
         assert out.stdout.strip() == tracker.run_id
     assert history(sqlite(run_dir), tracker.run_id, "loss") == [(1, 3.0), (2, 2.0)]
     assert len(history(sqlite(run_dir), tracker.run_id, "nan")) == 1
+    for wrong, status, message in (
+        ([str(store / "none")], 2, f"expected the folder of a run, got {store / 'none'} without tracking.json"),
+        ([str(run_dir), "nowhere://me:secret@x"], 1, "run it again: nowhere://***@x: "),
+    ):
+        refused = subprocess.run([*command[:3], *wrong], cwd=REPO, capture_output=True, text=True)
+        assert refused.returncode == status and message in refused.stderr
+        assert "Traceback" not in refused.stderr and "secret" not in refused.stderr
 
 
 def test_disabled_and_null_trackers_write_no_store(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoscale
 from zoscale import cli
-from zoscale.config import parse
-from zoscale.data.splits import part
+from zoscale.config import DataConfig, parse
+from zoscale.data.splits import Splits, part
 from zoscale.methods import DEFAULTS, TABLES
+from zoscale.run_directory import RunDirectory
+from zoscale.run_report import amounts, conclude
+from zoscale.tasks import Example
 
 QUICKSTART = ["--config", "launch/recipes/quickstart.yaml"]
 SHORT = ["train.steps=6", "train.eval_every=3", "train.log_every=2", "data.num_dev=48", "data.num_validation=60"]
@@ -211,6 +215,10 @@ def test_completion_task_with_all_weights(tmp_path: Path) -> None:
         (["estimator.tau=-1"], "tau"),
         (["optimizer.groups=[{patern: x}]"], "patern"),
         (["model.id=/nowhere/at/all"], "/nowhere/at/all"),
+        (
+            ["model.id=null", "model.config={model_type: t5}", "model.tokenizer=launch/tiny_opt/model"],
+            "expected a causal language model of transformers, got t5",
+        ),
         (["task.name=completion"], "task.candidates"),
         (["runtime.deepspeed=README.md"], "DeepSpeed JSON"),
     ],
@@ -315,3 +323,26 @@ def test_quickstart_learns_over_three_seeds(tmp_path: Path) -> None:
     assert len(summaries) == 3
     gains = [summary["chosen"]["accuracy"] - summary["before"]["accuracy"] for summary in summaries]
     assert min(gains) >= 0.25, gains
+
+
+def test_the_start_of_a_run_tells_what_there_is() -> None:
+    example = Example("the film", (" great", " terrible"))
+    few = amounts(Splits([example] * 3, [], [example]), DataConfig(batch_size=8))
+    assert few[0] == "data: 3 train, 0 dev (the result is the last step), 1 validation"
+    assert few[1] == "a step of data.batch_size=8 takes some of the 3 examples repeatedly"
+    (enough,) = amounts(Splits([example] * 8, [example] * 2, [example]), DataConfig(batch_size=8))
+    assert enough == "data: 8 train, 2 dev (held out of train; chooses the step), 1 validation"
+
+
+def test_the_end_of_a_run_tells_of_skipped_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse([*QUICKSTART, f"output_dir={tmp_path}"], TABLES, DEFAULTS)
+    accuracy = {"accuracy": 0.5, "count": 8}
+    summary = {
+        "validation": {"before": accuracy, "chosen": accuracy}, "ranks": [], "session": {"steps": 0},
+        "resumed_at_step": None, "steps": 6, "skipped_steps": 0,
+    }  # fmt: skip
+    made, directory = SimpleNamespace(task=SimpleNamespace(select_by="accuracy")), RunDirectory(tmp_path)
+    conclude(config, summary, made, directory, "here")  # type: ignore[arg-type]
+    assert "skipped" not in capsys.readouterr().out
+    conclude(config, summary | {"skipped_steps": 5}, made, directory, "here")  # type: ignore[arg-type]
+    assert "skipped: 5 of 6 steps, whose loss was not finite" in capsys.readouterr().out

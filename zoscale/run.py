@@ -10,7 +10,7 @@ from zoscale.mesh import Mesh
 from zoscale.plan.fit import shard_size_of_run
 from zoscale.preemption import Preempted, end_on_signals
 from zoscale.recovery.ledger import Ledger
-from zoscale.recovery.resume import header_of
+from zoscale.recovery.resume import check_finished, header_of
 from zoscale.release.export import save_trained, write_origin
 from zoscale.run_directory import RunDirectory, write_json
 from zoscale.run_report import conclude, describe, say
@@ -63,6 +63,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
         describe(config, engine, made, directory)
         summary = _watched(config, made, engine, directory)
     else:
+        mesh.on_main(lambda: check_finished(directory.journal, config, made.data))
         say(mesh)(f"{directory.path} is finished; overwrite=true starts it again")
     runtime.stop()
     return summary

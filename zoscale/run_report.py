@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from zoscale.assembly import Plan
 from zoscale.config import DataConfig, RunConfig
-from zoscale.data.splits import Encoder
+from zoscale.data.splits import Encoder, Splits
 from zoscale.forward.division import Division
 from zoscale.forward.sequential import SequentialForward
 from zoscale.mesh import Mesh
@@ -39,11 +39,7 @@ def describe(config: RunConfig, engine: Engine, made: Plan, directory: RunDirect
         f"expected memory per rank: {_mb(max(resident))} shard + {_mb(masters)} master + about {_mb(largest)} gathered "
         "+ activations + optimizer state"
     )
-    log(
-        f"data: {len(splits.train)} train, {len(splits.dev)} dev (held out of train; chooses the step), "
-        f"{len(splits.validation)} validation"
-    )
-    for line in (*skipped(made.task), *shortened(made.encoder, config.data)):
+    for line in (*amounts(splits, config.data), *skipped(made.task), *shortened(made.encoder, config.data)):
         log(line)
     method = f"{config.optimizer.name}, {config.probe.name} probe, {config.estimator.name}"
     passes = "1 forward and 1 backward pass" if engine.estimator.num_backwards else f"{engine.num_losses} forwards"
@@ -93,6 +89,14 @@ def repeated_work(config: RunConfig, engine: Engine) -> str | None:
     return f"repeated work: micro-batches of a step: {batch // size}; {what}. Try {remedy}"
 
 
+def amounts(splits: Splits, config: DataConfig) -> list[str]:
+    """How many examples there are, and whether they are too few for a step."""
+    chosen = "held out of train; chooses the step" if splits.dev else "the result is the last step"
+    counts = f"{len(splits.train)} train, {len(splits.dev)} dev ({chosen}), {len(splits.validation)} validation"
+    few = f"a step of data.batch_size={config.batch_size} takes some of the {len(splits.train)} examples repeatedly"
+    return [f"data: {counts}", *([few] if len(splits.train) < config.batch_size else [])]
+
+
 def skipped(task: Task) -> list[str]:
     """How many records ask nothing; no line if all ask something."""
     counts = [f"{count} of {split}" for split, count in task.num_skipped.items() if count]
@@ -126,6 +130,9 @@ def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: 
             f"{f'since step {since}: ' if since else ''}{session['steps_per_second']:.2f} steps/s, "
             f"{session['tokens_per_second']:.0f} tokens/s; peak memory while training: {', '.join(peaks)}"
         )
+    if summary["skipped_steps"]:
+        skips = f"{summary['skipped_steps']} of {summary['steps']} steps, whose loss was not finite"
+        print(f"skipped: {skips}; zoscale journal {directory.path} tells which")
     print(f"{'adapter' if config.adapter is not None else 'model'}: {directory.adapter}")
     print(f"summary: {directory.summary}")
     print(f"to look at it: {shown}")

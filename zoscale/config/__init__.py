@@ -22,7 +22,7 @@ from zoscale.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
-from zoscale.config.strict_yaml import ConfigError, load_yaml
+from zoscale.config.strict_yaml import ConfigError, load_yaml, show
 
 __all__ = [
     "CheckpointConfig",
@@ -44,5 +44,6 @@ __all__ = [
     "load_yaml",
     "parse",
     "parse_or_exit",
+    "show",
     "validate",
 ]

@@ -2,7 +2,7 @@
 
 import argparse
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -24,9 +24,9 @@ class CommandLine:
     overrides: list[tuple[str, str]] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
 
-    def given(self, base: Mapping[str, Any]) -> Given:
-        """The files merged left to right over `base`, under the overrides."""
-        given = Given()
+    def given(self, base: Mapping[str, Any], whole: Container[str] = ()) -> Given:
+        """The files merged left to right over `base`, under the overrides; `whole` is that of the schema."""
+        given = Given(whole=whole)
         given.add(plain(dict(base), "the configuration"), "the configuration")
         for name in self.files:
             given.add(_read_file(name), name)
@@ -34,7 +34,7 @@ class CommandLine:
             tree: Any = plain(Text(text), key)
             for part in reversed(key.split(".")):
                 tree = {part: tree}
-            given.add(plain(tree, key[:80]), COMMAND_LINE)
+            given.add(plain(tree, key[:80]), COMMAND_LINE, key)
         return given
 
 

@@ -16,23 +16,36 @@ Tables = Mapping[str, Mapping[str, type]]
 
 @dataclass
 class Given:
-    """What the user gave: nested values, and for every dotted key the place that gave it last."""
+    """What the user gave: nested values, and for every dotted key the place that gave it last.
+
+    Args:
+        whole: dotted keys of mappings that are one value; see `Schema`.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    whole: Container[str] = ()
 
-    def add(self, tree: Mapping[str, Any], source: str) -> None:
-        """Merge `tree` over the values: mappings key by key, anything else as a whole."""
-        self.values = self._merged(self.values, tree, source, "")
+    def add(self, tree: Mapping[str, Any], source: str, at: str = "") -> None:
+        """Merge `tree` over the values: mappings key by key, anything else, and what is `whole`, as a whole.
 
-    def _merged(self, base: Any, tree: Mapping[str, Any], source: str, prefix: str) -> dict[str, Any]:
+        Args:
+            tree: nested values.
+            source: where they come from.
+            at: the dotted key that was named, if one was: a key below one that is `whole` goes into that.
+        """
+        self.values = self._merged(self.values, tree, source, "", at)
+
+    def _merged(self, base: Any, tree: Mapping[str, Any], source: str, prefix: str, at: str) -> dict[str, Any]:
         base = Text.as_mapping(base)
         merged = dict(base) if isinstance(base, dict) else {}
         for key, value in tree.items():
             old, dotted = merged.get(key), prefix + key
             self.sources[dotted] = source
+            if dotted in self.whole and not at.startswith(f"{dotted}."):
+                old = None
             new = Text.as_mapping(value) if isinstance(old, dict) else value
-            merged[key] = self._merged(old, new, source, dotted + ".") if isinstance(new, dict) else new
+            merged[key] = self._merged(old, new, source, dotted + ".", at) if isinstance(new, dict) else new
         return merged
 
     def source(self, key: str) -> str:
@@ -48,7 +61,8 @@ class Schema:
 
     A class may have `goes_with`, whose attributes are the default names of other sections where it is chosen, and its
     `options` by section the defaults of what these sections' classes have of them. The root's `brings` has such options
-    by field: they hold unless the field, which stands before the method sections, is null.
+    by field: they hold unless the field, which stands before the method sections, is null. A class may have
+    `one_value`, the names of its options whose mapping is one value: a later mapping replaces an earlier one.
     """
 
     root: type
@@ -103,6 +117,12 @@ class Schema:
         return {arg: value for options in brought for arg, value in options.items() if arg in fields}
 
     @property
+    def whole(self) -> frozenset[str]:
+        """Dotted keys of the options that are `one_value` of any class of their section."""
+        methods = ((section, cls) for section, table in self.tables.items() for cls in table.values())
+        return frozenset(f"{section}.{arg}" for section, cls in methods for arg in getattr(cls, "one_value", ()))
+
+    @property
     def brings(self) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
         """That of the root."""
         return getattr(self.root, "brings", {})
@@ -142,7 +162,8 @@ class Schema:
                 dotted, known = prefix + key, list(self.keys(given))
                 if isinstance(value, dict) and value:
                     dotted += "." + next(iter(value))
-                remedy = did_you_mean(dotted, known, "see --help for every key")
+                beside = ", ".join(name for name in known if prefix and name.startswith(prefix))
+                remedy = did_you_mean(dotted, known, f"the keys are {beside}" if beside else "see --help for every key")
                 if dotted in known:
                     remedy = "write it as nested mappings, section: {key: value}"
                 raise ConfigError("a known key", f"{show(dotted)} (from {given.source(dotted)})", remedy)

@@ -205,7 +205,7 @@ def parse(
     if "--help" in line.flags:
         print(help_text(schema, f"usage: {command} {_USAGE}"))
         raise SystemExit(0)
-    config: RunConfig = _filled(schema, line.given(base or {}))
+    config: RunConfig = _filled(schema, line.given(base or {}, schema.whole))
     if "--print-config" in line.flags:
         print(config.to_yaml(), end="")
         raise SystemExit(0)

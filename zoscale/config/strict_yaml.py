@@ -141,6 +141,10 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
     same_last = [k for k in keys if k.rpartition(".")[2] == last]
     lasts = {k.rpartition(".")[2]: k for k in keys}
     close = difflib.get_close_matches(key, same_last or keys, n=1, cutoff=0.0 if same_last else 0.7)
+    section = key.removesuffix(last)
+    if not same_last and section and any(k.startswith(section) for k in close):  # alike in more than their section?
+        within = {k.removeprefix(section): k for k in keys if k.startswith(section)}
+        close = [within[name] for name in difflib.get_close_matches(last, within, n=1, cutoff=0.6)]
     if not close and (near := difflib.get_close_matches(last, lasts, n=1, cutoff=0.6)):
         close = [lasts[near[0]]]
     return close[0] if close else None

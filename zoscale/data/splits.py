@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from zoscale.config import ConfigError, DataConfig
+from zoscale.config import ConfigError, DataConfig, show
 from zoscale.data.batch import MicroBatch, Question
 from zoscale.data.prefixes import Row, common_prefix, share_prefixes
 from zoscale.noise.generator import Domain, Key, Noise
@@ -153,17 +153,25 @@ class Encoder:
         """Token ids of an example, with all its options or only the right one.
 
         Raises:
-            ConfigError: for an answer that is empty or does not fit.
+            ConfigError: for an answer that is empty or does not fit, and for options that are all the same tokens.
         """
         example = self._with_fitting_shots(example)
         numbers = [example.gold] if gold_only else list(range(len(example.options)))
         answers: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
         prompt: list[int] = self.tokenizer(example.prompt)["input_ids"]
+        spelled: set[tuple[int, ...]] = set()
         for option, number in enumerate(numbers):
             full: list[int] = self.tokenizer(example.prompt + example.options[number])["input_ids"]
-            tokens, answer_start = self._cut(full, common_prefix(prompt, full))
+            answer_start = common_prefix(prompt, full)
+            if not 0 < answer_start < len(full):
+                raise _no_tokens(example.prompt, example.options[number])
+            tokens, answer_start = self._cut(full, answer_start)
+            spelled.add(tuple(full))
             targets = [(place - 1, tokens[place], option) for place in range(answer_start, len(tokens))]
             answers.setdefault(tuple(tokens[:-1]), []).extend(targets)
+        if len(spelled) < min(2, len(numbers)):
+            remedy = "give texts that the tokenizer tells apart (classification: task.candidates)"
+            raise ConfigError("options of different tokens", f"the same for {show(list(example.options))}", remedy)
         rows = [Row(tokens, tuple(targets), 0) for tokens, targets in answers.items()]
         merged = share_prefixes(rows, self.max_length, branching=self.branching)
         gold = tuple(number == example.gold for number in numbers)
@@ -205,8 +213,6 @@ class Encoder:
 
     def _cut(self, tokens: list[int], answer_start: int) -> tuple[list[int], int]:
         """Drop the prompt's earliest tokens but the first, so that at most max_length are fed."""
-        if not 0 < answer_start < len(tokens):
-            raise ConfigError("a prompt and an answer of at least one token each", f"{tokens}", "check task.template")
         surplus = len(tokens) - 1 - self.max_length
         if surplus <= 0:
             return tokens, answer_start
@@ -215,6 +221,13 @@ class Encoder:
             raise ConfigError(expected, f"{len(tokens)} tokens", _LONGER)
         self._truncated.add(tuple(tokens[:-1]))
         return tokens[:1] + tokens[1 + surplus :], answer_start - surplus
+
+
+def _no_tokens(prompt: str, answer: str) -> ConfigError:
+    """The error for a question without a token, or an answer that adds none to it."""
+    got = f"answer {show(answer)} after prompt {show(prompt)}"
+    remedy = "correct the task's texts or the record (classification: task.template, task.candidates)"
+    return ConfigError("a prompt and an answer of at least one token each", got, remedy)
 
 
 def evaluation_batches(examples: Sequence[Example], encoder: Encoder, size: int) -> list[MicroBatch]:

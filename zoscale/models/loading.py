@@ -9,13 +9,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from zoscale.adapters.schemes import choose_trainable, peft_config, quiet_peft, selection_of
 from zoscale.adapters.weighted_lora import weigh_adapters
 from zoscale.config import ConfigError, ModelConfig
 from zoscale.models.quantization import keep_packing, loading_options
-from zoscale.models.sizes import auto_model
+from zoscale.models.sizes import auto_model, is_block
 from zoscale.shards import copy_values, vectors_gathered
 
 
@@ -213,12 +214,21 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
         with vectors_gathered(model) if copies_norms else nullcontext(), quiet_peft():
             adapted = cast(nn.Module, get_peft_model(model, peft_config(adapter)))
     except (ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(
-            f"adapter options that fit {type(model).__name__}", _first_line(error), "correct adapter"
-        ) from error
+        expected = f"adapter options that fit {type(model).__name__}"
+        raise ConfigError(expected, _first_line(error).rstrip("."), _adapter_remedy(model)) from error
     if (selection := selection_of(adapter)) is not None:
         weigh_adapters(adapted, selection)
     return adapted
+
+
+def _adapter_remedy(model: nn.Module) -> str:
+    """What an adapter can be put on: the last names of the linear layers within the blocks."""
+    kinds = (nn.Linear, Conv1D)
+    blocks = [block for block in model.modules() if is_block(model, block)]
+    layers = [name for block in blocks for name, module in block.named_modules() if isinstance(module, kinds)]
+    names = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    targets = f"; the linear layers of its blocks, for adapter.target_modules: {', '.join(names)}" if names else ""
+    return f"correct adapter{targets}"
 
 
 def _missing_folder(place: str) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from zoscale.config import ConfigError
 from zoscale.shards import true_numel
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -42,9 +43,18 @@ class ModelSize:
 
 
 def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> ModelSize:
-    """Sizes of the model that an architecture describes, built on the meta device."""
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_model().from_config(architecture, trust_remote_code=trust_remote_code)
+    """Sizes of the model that an architecture describes, built on the meta device.
+
+    Raises:
+        ConfigError: if it is no causal language model, or its options do not go together.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_model().from_config(architecture, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        got = f"{architecture.model_type} ({reason[:300]})"
+        raise ConfigError("a causal language model of transformers", got, "name another model") from error
     model.tie_weights()
     weights = list(model.parameters())
     total = sum(param.numel() for param in weights)

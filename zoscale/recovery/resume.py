@@ -9,7 +9,7 @@ from zoscale.estimators import GradientEstimate
 from zoscale.optim import ShardedOptimizer
 from zoscale.provenance import code
 from zoscale.recovery import checkpoint
-from zoscale.recovery.journal_format import Header, Record
+from zoscale.recovery.journal_format import HEADER_ROOM, Header, Record, unpack_header
 from zoscale.recovery.manifest import complete
 from zoscale.step import Engine, StepResult
 
@@ -47,27 +47,54 @@ def check_header(found: Header, expected: Header, config: RunConfig, path: Path)
     Raises:
         ConfigError: naming the first difference.
     """
-    if found.config_hash != expected.config_hash:
-        old, new = flatten(found.config), flatten(config.identity())
-        key = next((key for key in new if old.get(key) != new[key]), "the configuration")
-        raise ConfigError(
-            f"{key}={old.get(key)}, as {path} was written with",
-            str(new.get(key)),
-            "change it back, or leave resume=auto to run the new configuration in a folder of its own",
-        )
+    _check_config(found, config, path)
     for name, what in (
         ("model", "base model"),
         ("trainable", "trainable tensors"),
         ("data", "examples"),
         ("num_groups", "parameter groups"),
     ):
-        old, new = getattr(found, name), getattr(expected, name)
-        if old != new:
-            raise ConfigError(
-                f"the {what} that {path} was written with ({old})",
-                f"others ({new})",
-                "restore them, or start again with overwrite=true",
-            )
+        _check_same(what, getattr(found, name), getattr(expected, name), path)
+
+
+def check_finished(path: Path, config: RunConfig, data: str) -> None:
+    """Refuse to take the result of a finished run for that of another configuration or of other examples.
+
+    Args:
+        path: of its journal; without one there is nothing to compare.
+        config: of the run that was asked for.
+        data: fingerprint of its examples.
+
+    Raises:
+        ConfigError: naming the first difference, or a journal that is damaged.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        found, *_ = unpack_header(file.read(HEADER_ROOM), path)
+    _check_config(found, config, path)
+    _check_same("examples", found.data, data, path)
+
+
+def _check_config(found: Header, config: RunConfig, path: Path) -> None:
+    if found.config_hash == config.hash:
+        return
+    old, new = flatten(found.config), flatten(config.identity())
+    key = next((key for key in new if old.get(key) != new[key]), "the configuration")
+    raise ConfigError(
+        f"{key}={old.get(key)}, as {path} was written with",
+        str(new.get(key)),
+        "change it back, or leave resume=auto to run the new configuration in a folder of its own",
+    )
+
+
+def _check_same(what: str, old: object, new: object, path: Path) -> None:
+    if old != new:
+        raise ConfigError(
+            f"the {what} that {path} was written with ({old})",
+            f"others ({new})",
+            "restore them, or start again with overwrite=true",
+        )
 
 
 def check_start(engine: Engine, header: Header) -> None:

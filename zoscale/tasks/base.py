@@ -102,22 +102,39 @@ def field(record: Mapping[str, Any], name: str) -> Any:
     """A field of a record.
 
     Raises:
-        ConfigError: if the record lacks it.
+        ConfigError: if the record lacks it, or holds null there.
     """
+    if name in record and record[name] is None:
+        raise _null(name, "correct the data")
     if name not in record:
         raise ConfigError(f"records with a field {name!r}", ", ".join(sorted(map(str, record))), "correct task.path")
     return record[name]
+
+
+class _Fields(dict[str, Any]):
+    """A record whose nulls are no text: where some records lack a field, readers of files fill it with null."""
+
+    def __getitem__(self, name: str) -> Any:
+        if (value := super().__getitem__(name)) is None:
+            raise _null(name, "correct the data, or leave the field out of the template")
+        return value
+
+
+def _null(name: str, remedy: str) -> ConfigError:
+    return ConfigError(f"a value in field {name!r}", "none", remedy)
 
 
 def render(template: str, record: Mapping[str, Any]) -> str:
     """The template with {field} replaced by the record's fields.
 
     Raises:
-        ConfigError: if the template names a field that the record lacks, or is malformed.
+        ConfigError: if the template names a field that the record lacks or that is null, or is malformed.
     """
     try:
-        return template.format_map(record)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        return template.format_map(_Fields(record))
+    except ConfigError:
+        raise
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         fields = ", ".join(sorted(map(str, record)))
         raise ConfigError(
             f"a template whose {{fields}} are among: {fields}", f"{template!r} ({error})", "correct task.template"

@@ -1,7 +1,7 @@
 """Classification by scoring candidate continuations, and SST-2 with MeZO's prompt."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from zoscale.config import ConfigError
 from zoscale.tasks.base import Example, Task, render
@@ -21,6 +21,8 @@ class Classification(Task):
     """
 
     metrics: tuple[str, ...] = ("accuracy", "calibrated_accuracy", "loss", "lm_loss")
+    one_value: ClassVar[tuple[str, ...]] = ("candidates",)
+    """Options whose mapping is given as a whole: labels of two configurations make no set of labels."""
 
     def __init__(
         self,
