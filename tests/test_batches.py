@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -153,6 +154,22 @@ def test_to_moves_every_tensor() -> None:
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 9 and all(value.device.type == "meta" for value in tensors)
     assert (moved.num_examples, moved.num_tokens) == (1, 2)
+
+
+def test_what_goes_to_a_gpu_is_pinned_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA copies columns of a table to memory that is not pinned before it sends them, and the host waits for that."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(values: torch.Tensor) -> Any:
+        pinned.append(values)
+        return SimpleNamespace(to=lambda device, non_blocking: values.to("meta"))
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    (row,) = share_prefixes([Row((1, 2, n), ((2, n, n),), 0) for n in range(2)], 9, branching=True)
+    batch = MicroBatch.from_rows([row, Row((1,), ((0, 3, 0),), 1)], [[True, False], [True]], 0)
+    moved = batch.to(torch.device("cuda"))
+    assert len(pinned) == 11 and all(values.is_contiguous() for values in pinned)
+    assert moved.ends is not None and moved.ends.device.type == "meta"
 
 
 # --- Encoder. ---
