@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -363,6 +364,14 @@ def test_classification_of_extreme_scores_is_finite() -> None:
     assert predictions(torch.tensor([-1.0, -1.0]), batch).tolist() == [0], "ties go to the first"
     total, _ = classification(torch.tensor([math.nan, 0.0]), batch)
     assert math.isnan(float(total))
+
+
+def test_predictions_of_scores_that_are_not_finite() -> None:
+    (batch,) = tiny.options(merged=False, num_micro_batches=1)
+    for chosen, value in (([0, 0], -torch.inf), ([2, 3], 1.0), ([2, 3], torch.nan)):
+        logprobs = torch.full((len(batch.answer_token),), -torch.inf)
+        logprobs[(batch.answer_option == 2) | (batch.answer_option == 7)] = value
+        assert predictions(logprobs, batch).tolist() == chosen
 
 
 def test_evaluation_counts_every_example_once(words: PreTrainedTokenizerFast) -> None:
