@@ -7,10 +7,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,33 +150,27 @@ def test_from_labels_refuses(batch: dict[str, torch.Tensor], match: str) -> None
         MicroBatch.from_labels(batch)
 
 
-def test_what_is_sent_to_a_gpu_is_pinned_as_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a strided tensor torch sends a copy, which is not pinned, and for which the host may wait."""
-    pinned: list[torch.Tensor] = []
-
-    def pin(value: torch.Tensor) -> torch.Tensor:
-        pinned.append(value)
-        return value
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    monkeypatch.setattr(torch.Tensor, "to", lambda value, device, non_blocking: value)
-    rows = share_prefixes([Row((5, 6, 7), ((2, 8, 0),), 0), Row((5, 6, 9), ((2, 9, 1),), 0)], 40, branching=True)
-    labels = torch.tensor([[4, 5, 6], [7, 8, 9]])
-    for batch in (
-        MicroBatch.from_rows(rows, [[True, False]], 1),
-        MicroBatch.from_labels({"input_ids": labels, "labels": labels}),
-    ):
-        before = len(pinned)
-        batch.to(torch.device("cuda"))
-        assert len(pinned) >= before + 9
-    assert all(value.is_contiguous() for value in pinned)
-
-
 def test_to_moves_every_tensor() -> None:
     moved = MicroBatch.from_rows([Row((1, 2), ((1, 3, 0),), 0)], [[True]], 0).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 9 and all(value.device.type == "meta" for value in tensors)
     assert (moved.num_examples, moved.num_tokens) == (1, 2)
+
+
+def test_what_goes_to_a_gpu_is_pinned_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA copies columns of a table to memory that is not pinned before it sends them, and the host waits for that."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(values: torch.Tensor) -> Any:
+        pinned.append(values)
+        return SimpleNamespace(to=lambda device, non_blocking: values.to("meta"))
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    (row,) = share_prefixes([Row((1, 2, n), ((2, n, n),), 0) for n in range(2)], 9, branching=True)
+    batch = MicroBatch.from_rows([row, Row((1,), ((0, 3, 0),), 1)], [[True, False], [True]], 0)
+    moved = batch.to(torch.device("cuda"))
+    assert len(pinned) == 11 and all(values.is_contiguous() for values in pinned)
+    assert moved.ends is not None and moved.ends.device.type == "meta"
 
 
 # --- Encoder. ---
@@ -379,6 +375,14 @@ def test_classification_of_extreme_scores_is_finite() -> None:
     assert predictions(torch.tensor([-1.0, -1.0]), batch).tolist() == [0], "ties go to the first"
     total, _ = classification(torch.tensor([math.nan, 0.0]), batch)
     assert math.isnan(float(total))
+
+
+def test_predictions_of_scores_that_are_not_finite() -> None:
+    (batch,) = tiny.options(merged=False, num_micro_batches=1)
+    for chosen, value in (([0, 0], -torch.inf), ([2, 3], 1.0), ([2, 3], torch.nan)):
+        logprobs = torch.full((len(batch.answer_token),), -torch.inf)
+        logprobs[(batch.answer_option == 2) | (batch.answer_option == 7)] = value
+        assert predictions(logprobs, batch).tolist() == chosen
 
 
 def test_evaluation_counts_every_example_once(words: PreTrainedTokenizerFast) -> None:

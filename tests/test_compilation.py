@@ -1,6 +1,7 @@
 """Transformer blocks under torch.compile: the losses of eager ones, few graphs, and none after the rehearsal."""
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from zoscale.data.splits import Encoder
 from zoscale.data.train_batches import TrainBatches
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ForwardGrad, TwoPoint
-from zoscale.forward.compilation import CompiledAnswers, check_compile
+from zoscale.forward.compilation import CompiledAnswers, check_compile, compiled_answers
 from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models.answers import AnswerModel
 from zoscale.optim import JaguarSignSGD, ZOSGDConservative
 from zoscale.probes import Gaussian, Layers, Rademacher
 from zoscale.tasks import Example
@@ -163,6 +165,19 @@ def test_what_cannot_be_compiled_is_refused(options: dict[str, Any], message: st
         engine_of("opt", **({"compile": "blocks"} | options))
     answers = engine_of("opt", **(options | {"compile": "auto"})).answers
     assert not isinstance(answers, CompiledAnswers)
+
+
+@pytest.mark.parametrize(("kernels", "kind"), [(None, AnswerModel), (object(), CompiledAnswers)])
+def test_auto_leaves_blocks_as_they_are_where_nothing_can_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, kernels: object, kind: type
+) -> None:
+    """As on a GPU whose machine has no C compiler, which Triton needs too."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr("zoscale.forward.compilation.kernels_on", lambda device: (asked.append(device), kernels)[1])
+    model, gpu = model_of("opt"), torch.device("cuda", 0)
+    answers: Any = AnswerModel(model, model)
+    answers.head = SimpleNamespace(weight=SimpleNamespace(device=gpu))
+    assert type(compiled_answers("auto", answers, None)) is kind and asked == [gpu]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from zoscale.models.generation import Generator
 from zoscale.models.loading import load_model, read_model_config
 from zoscale.models.sizes import is_block
 from zoscale.noise.generator import Noise
-from zoscale.objectives import classification, language_modeling
+from zoscale.objectives import classification, language_modeling, predictions
 from zoscale.optim import OPTIMIZERS
 from zoscale.probes import PROBES
 from zoscale.probes.gradient import Gradient
@@ -86,6 +86,13 @@ def test_the_device_meta_shows_who_reads() -> None:
     engine.objective = lambda logprobs, batch: (logprobs[logprobs > 0].sum(), torch.ones(()))
     with pytest.raises(NotImplementedError, match="nonzero"):
         engine.step(tiny.options(merged=False))
+
+
+def test_options_are_chosen_before_anything_is_read() -> None:
+    """Of all examples at once: a score of choices is read once per candidate, not once per example too."""
+    (batch,) = tiny.options(merged=False, num_micro_batches=1)
+    logprobs = torch.empty(len(batch.answer_token), device="meta")
+    assert predictions(logprobs, batch.to(logprobs.device)).shape == (batch.num_examples,)
 
 
 @pytest.mark.gpu

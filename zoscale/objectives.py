@@ -54,10 +54,9 @@ def sums_in_order(values: Tensor, index: Tensor, count: int) -> Tensor:
 def predictions(logprobs: Tensor, batch: MicroBatch) -> Tensor:
     """The best option of each example, as its number within the example: int64 [num_examples]; ties go to the first."""
     scores = option_scores(logprobs, batch)
-    best = []
-    for example in range(batch.num_examples):
-        best.append(scores[batch.option_example == example].argmax())
-    return torch.stack(best)
+    own = batch.option_example == torch.arange(batch.num_examples, device=scores.device)[:, None]
+    first = own.to(torch.int64).argmax(1)
+    return (torch.where(own, scores, -torch.inf).argmax(1) - first).clamp(min=0)  # below it if none is above -inf
 
 
 def classification(logprobs: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,14 @@
 """`MicroBatch`: the rows that one forward takes, and which outputs answer for what."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoscale.data.prefixes import Row
+from zoscale.noise.fused import on_device
 
 IGNORED = -100
 """Label that Hugging Face gives to tokens without a loss."""
@@ -180,10 +181,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        if device.type == "cuda":  # from pinned memory the host need not wait; a column is copied out of it before
-            tensors = {n: value if value.is_cuda else value.contiguous().pin_memory() for n, value in tensors.items()}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        moved: dict[str, Any] = {n: on_device(v, device) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def _trees(rows: Sequence[Row], width: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from zoscale.config import ConfigError, RunConfig
 from zoscale.data.batch import MicroBatch
 from zoscale.models.answers import AnswerModel
 from zoscale.models.sizes import is_block
+from zoscale.noise.streams import kernels_on
 from zoscale.optim.first_order import FIRST_ORDER
 
 CompileName = Literal["off", "auto", "blocks", "cuda_graphs"]
@@ -82,7 +83,7 @@ def compiled_answers(name: CompileName, answers: AnswerModel, obstacle: str | No
     """The answers that a forward takes its losses from.
 
     Args:
-        name: as configured; auto compiles on a GPU, where nothing stands in the way.
+        name: as configured; auto compiles on a GPU for which Triton can compile, where nothing stands in the way.
         answers: the model as it is.
         obstacle: what the caller knows to stand in the way.
 
@@ -94,6 +95,8 @@ def compiled_answers(name: CompileName, answers: AnswerModel, obstacle: str | No
     found = obstacle or _obstacle(answers)
     if found is None and name == "cuda_graphs" and not torch.cuda.is_available():
         found = "no GPU"
+    if found is None and name == "auto" and kernels_on(answers.head.weight.device) is None:
+        found = "no compiler for its GPU"
     if found is None:
         return CompiledAnswers(answers.model, _MODES["blocks" if name == "auto" else name])
     if name == "auto":

@@ -164,10 +164,13 @@ def _scalars(content: bytes) -> tuple[Tensor, ...]:
 
 
 def on_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device, in the order of its other work: the CPU does not wait for what it sends there."""
+    """A tensor on a device, in the order of its other work: the CPU does not wait for what it sends there.
+
+    Values that do not lie one after the other would be put together in memory that is not pinned, and waited for.
+    """
     if values.device.type != "cpu" or torch.device(device).type != "cuda":
         return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
+    return values.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @functools.cache
