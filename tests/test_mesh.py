@@ -389,3 +389,34 @@ def test_limits_of_control_groups(listed: str, limits: dict[str, str], expected:
         (tmp_path / "root" / name).write_text(text + "\n")
     assert fit.container_limit(tmp_path / "listed", tmp_path / "root") == expected
     assert fit.container_limit(tmp_path / "absent", tmp_path / "root") == float("inf")
+
+
+LATE = """
+import os, torch
+import torch.distributed as dist
+from zoscale.runtime import stop
+
+dist.init_process_group("gloo")
+kept = dist.group.WORLD  # as weights and engines do
+dist.barrier()
+names = {int(thread): open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")}
+late = [thread for thread, name in names.items() if name.startswith("pt_gloo")]
+for thread in names:
+    os.sched_setaffinity(thread, [min(os.sched_getaffinity(0))])
+for thread in late:
+    os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+for _ in range(20):
+    whole = torch.zeros(2000)
+    dist.all_gather(list(whole.split(1000)), torch.ones(1000))
+stop()
+print(f"late: {len(late)}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs Linux's SCHED_IDLE")
+def test_threads_that_drop_their_tensors_late_do_not_abort_the_end(tmp_path: Path) -> None:
+    """Gloo's threads get the processor when the main thread leaves it to them; Python ends meanwhile."""
+    (tmp_path / "late.py").write_text(LATE)
+    said = torchrun(2, str(tmp_path / "late.py")).stdout
+    assert said.count("late: ") == 2 and "late: 0" not in said

@@ -1,5 +1,6 @@
 """Starting the processes: DeepSpeed ZeRO-3 without an optimizer, through Accelerate, on GPUs or CPUs."""
 
+import ctypes
 import json
 import os
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _world
 
 from zoscale.config import ConfigError
 from zoscale.launcher import obey
@@ -221,7 +224,21 @@ def stop() -> None:
     """Leave the process group, all ranks together. Not after an error: a rank that fails alone would wait here."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        for group, (backend, _) in sorted(_world.pg_map.items(), key=lambda item: item[0].group_name):
+            if backend == "gloo":
+                _keep_last_work(group)
         torch.distributed.destroy_process_group()
+
+
+def _keep_last_work(group: ProcessGroup) -> None:
+    """Let no thread of gloo be the last to hold a tensor: it would need Python's lock, and abort the end of Python.
+
+    Such a thread may still be about to drop its last work. A barrier keeps the works that are not dropped yet, and is
+    itself kept to the end of the process.
+    """
+    barrier = torch.distributed.barrier(group, async_op=True)
+    barrier.wait()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(barrier))
 
 
 def _import_deepspeed() -> None:
