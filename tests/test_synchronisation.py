@@ -22,7 +22,6 @@ from zoscale.evaluate import evaluate
 from zoscale.mesh import Mesh
 from zoscale.models.answers import AnswerModel
 from zoscale.models.attention import check_attention
-from zoscale.models.generation import Generator
 from zoscale.models.loading import load_model, read_model_config
 from zoscale.models.sizes import is_block
 from zoscale.noise.generator import Noise
@@ -222,15 +221,6 @@ def test_gathers_of_a_generation_wait_for_writes(monkeypatch: pytest.MonkeyPatch
         ordered.write()
         assert len(engine.generator.texts(asked)) == 2
     assert ordered.num_passes >= 2 * 2, "a pass per token"
-
-
-def test_ranks_that_hold_the_model_whole_generate_by_themselves() -> None:
-    """There is no other rank: whoever waits for one at every token fails."""
-    model = model_of("opt")
-    (batch,) = tiny.options(merged=False, num_micro_batches=1)
-    asked = replace(batch, questions=(Question(("a", "b"), ("a",), (5, 6), 2),) * 2)
-    generator = Generator(AnswerModel(model, model), Letters(), Mesh(ranks=(1, 2), shard_size=1))  # type: ignore[arg-type]
-    assert len(generator.texts(asked)) == 2
 
 
 @pytest.mark.usefixtures("streams")

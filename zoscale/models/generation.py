@@ -20,7 +20,7 @@ class Generator:
     """Writes answers token by token, the most probable one each time, up to the first newline or the end of the text.
 
     Under ZeRO-3 every forward is a collective: all ranks go on until the last one has finished, so all of them call
-    `texts` equally often. A rank that holds the model whole waits for nobody.
+    `texts` equally often.
 
     Args:
         answers: the model.
@@ -57,7 +57,7 @@ class Generator:
             eos_token_id=self._ends or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        synced = self.mesh.shard_size > 1
+        synced = self.mesh.world_size > 1
         with direct_calls(self.answers.module, self._base), _greedy_by_default(self._base):
             rows = self._generate(ids, mask, generation_config=config, synced_gpus=synced).tolist()
         return [self._text(row[: q.max_new_tokens]) for row, q in zip(rows, batch.questions, strict=True)]
