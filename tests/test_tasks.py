@@ -265,6 +265,7 @@ def first_record(name: str) -> dict[str, Any]:
         ("multiple_choice", {"choices": ["ice", "ice"]}),
         ("winogrande", {"option2": "trophy", "option1": "trophy"}),
         ("multiple_choice", {"choices": []}),
+        ("multiple_choice", {"choices": ["ice"], "answer": None}),
     ],
 )
 def test_records_that_ask_nothing_are_left_out_and_counted(

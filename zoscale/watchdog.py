@@ -121,7 +121,7 @@ class Watchdog:
             yield
         finally:
             if repeats:
-                self._repeated = time.monotonic() - began
+                self._repeated = min(time.monotonic() - began, self.slow_seconds)
             self._phase, self._beaten = outer, None
             self._num_turns += 1
             self._post()

@@ -54,7 +54,7 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
     except (ValueError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         got = f"{architecture.model_type} ({reason[:300]})"
-        raise ConfigError("a causal language model of transformers", got, "name another model") from error
+        raise ConfigError("a causal language model of transformers", got, "correct model.id or model.config") from error
     model.tie_weights()
     weights = list(model.parameters())
     total = sum(param.numel() for param in weights)

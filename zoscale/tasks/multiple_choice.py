@@ -137,9 +137,10 @@ class MultipleChoice(_Choice):
     def example(self, record: Mapping[str, Any]) -> Example | None:
         listed = _texts(record, self.options)
         texts = tuple(dict.fromkeys(listed))
-        prompt, answer = render(self.template, record), field(record, self.answer)
+        prompt = render(self.template, record)
         if len(texts) < 2:
             return None
+        answer = field(record, self.answer)
         options = tuple(render(self.continuation, {**record, "option": text}) for text in texts)
         if len(set(options)) < len(options):
             raise ConfigError("a task.continuation with {option} in it", repr(self.continuation), "name it there")

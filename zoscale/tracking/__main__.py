@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from zoscale.tracking.mlflow_store import short_waits, shown, store_uri
+from zoscale.tracking.mlflow_store import shown, store_uri
 from zoscale.tracking.tracker import import_run
 
 
@@ -21,8 +21,7 @@ def _main() -> None:
         got = f"{folder} without {lacking[0]}"
         parser.exit(2, f"{parser.prog}: error: expected the folder of a run, got {got}: check the path\n")
     try:
-        with short_waits():
-            print(import_run(folder, uri=uri))
+        print(import_run(folder, uri=uri))
     except Exception as error:  # whatever MLflow and its store raise
         reason = shown(f"{store_uri(folder, uri)}: {type(error).__name__}: {str(error).strip()}")
         parser.exit(1, f"{parser.prog}: error: nothing is lost; once the store answers, run it again: {reason}\n")

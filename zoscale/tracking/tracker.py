@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from zoscale.tracking.mlflow_sender import Call, Sender
-from zoscale.tracking.mlflow_store import Card, Record, flatten, open_run, send_records, sent_before, shown, store_uri
+from zoscale.tracking.mlflow_store import (
+    Card,
+    Record,
+    flatten,
+    open_run,
+    send_records,
+    sent_before,
+    short_waits,
+    shown,
+    store_uri,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +52,8 @@ def import_run(run_dir: Path, *, uri: str | None = None, status: str = "FINISHED
     sent. Raises whatever MLflow raises.
     """
     card = Card(**json.loads((run_dir / "tracking.json").read_text(encoding="utf-8")))
-    client, run = open_run(run_dir, store_uri(run_dir, uri), card)
+    with short_waits():
+        client, run = open_run(run_dir, store_uri(run_dir, uri), card)
     send_records(client, run.info.run_id, read_metrics(run_dir), known=sent_before(client, run))
     client.set_terminated(run.info.run_id, status)
     return str(run.info.run_id)
