@@ -496,15 +496,12 @@ def test_directions_of_few_rows_and_columns(job: Any) -> None:
 
 
 def test_a_step_of_all_weights_takes_little_more_memory(job: Any) -> None:
-    """As below. One block is gathered at a time, also while the passes of two micro-batches go side by side.
-
-    When gloo lets go of a gather's pieces is a matter of timing: equal calls differ by half a block.
-    """
+    """As below. One block is gathered at a time, also while the passes of two micro-batches go side by side."""
     _, out = job
     for one, two in zip(*(outcome(out, f"peak_full_{turns}")[0]["ranks"] for turns in (1, 2)), strict=True):
-        for shard, _, bare, step in (one, two):
+        for shard, _, bare, step, _ in (one, two):
             assert shard + step <= 1.15 * (shard + bare)
-        assert two[2] < one[2] + one[1], "no block is gathered outside its turn"
+        assert two[2] <= 1.05 * one[4], "nothing stays gathered after a step"
 
 
 def test_a_step_takes_little_more_memory_than_the_bare_forward(job: Any) -> None:
@@ -513,7 +510,7 @@ def test_a_step_takes_little_more_memory_than_the_bare_forward(job: Any) -> None
     world, out = job
     hidden = 9 * 4 * 32 * SHAPE["hidden_size"] * 4
     for one, two in zip(*(outcome(out, f"peak_lora_{turns}")[0]["ranks"] for turns in (1, 2)), strict=True):
-        shard, block, bare, step = one
+        shard, block, bare, step, _ = one
         assert bare > block * (world > 1), "the gathered block is among it"
         assert shard + step <= 1.15 * (shard + bare)
         assert hidden * (world > 1) <= two[3] - step <= 4.6 * hidden
