@@ -579,7 +579,7 @@ def test_the_hash_is_the_same_in_another_process_with_other_hash_seeds() -> None
 
 SAME = ["name=x", "output_dir=/y", "overwrite=true", "tracking.tags.a=b", "runtime.timeout_minutes=1",
         "runtime.threads=2", "runtime.stall_seconds=9", "resume=never", "mesh.shard_size=1", "mesh.shard_size=auto",
-        "checkpoint.every=7", "optimizer.lr=0.010"]  # fmt: skip
+        "checkpoint.every=7", "train.log_every=7", "optimizer.lr=0.010"]  # fmt: skip
 OTHER = ["seed=1", "model.id=x", "adapter.r=4", "adapter=null", "optimizer.lr=0.02", "runtime.noise=eager",
          "optimizer.groups=[]", "data.micro_batch_size=2", "task.name=rte", "master=none",
          "forward.name=sequential", "mesh.candidates=2"]  # fmt: skip

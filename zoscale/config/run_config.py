@@ -129,8 +129,8 @@ class RunConfig:
         """Ten hex digits that name what is computed.
 
         Left out, because they change where results go, how long one waits or who computes, not what is computed:
-        name, output_dir, resume, overwrite, checkpoint, tracking, of mesh all but candidates, which shapes the passes,
-        and of runtime all but deepspeed and noise. Of a model, tokenizer or DeepSpeed file the path counts, not its
+        name, output_dir, resume, overwrite, checkpoint, tracking, train.log_every, of mesh all but candidates, which
+        shapes the passes, and of runtime all but deepspeed and noise. Of a model, tokenizer or DeepSpeed file the path counts, not its
         content; of a function its name. Equal numbers count alike: 1 is 1.0.
         """
         text = json.dumps(_canonical(self.identity()), sort_keys=True, separators=(",", ":"))
@@ -142,6 +142,7 @@ class RunConfig:
         for key in ("name", "output_dir", "resume", "overwrite", "checkpoint", "tracking"):
             del tree[key]
         tree["mesh"] = {"candidates": tree["mesh"]["candidates"]}
+        del tree["train"]["log_every"]
         for key in ("timeout_minutes", "stall_seconds", "threads"):
             del tree["runtime"][key]
         return tree

@@ -11,7 +11,7 @@ from zoscale.noise.segments import Segment
 from zoscale.probes.base import DrawnDirection, Piece, Probe
 from zoscale.shards import TensorSpec
 
-_BLOCK = 2**16  # elements of z made by one matrix product
+_BLOCK, _ROWS = 2**16, 64  # about as many elements of z are made by one product of matrices, in multiples of so many rows
 
 
 def product_slice(left: Tensor, right: Tensor, start: int, stop: int) -> Tensor:
@@ -27,7 +27,7 @@ def product_slice(left: Tensor, right: Tensor, start: int, stop: int) -> Tensor:
         [stop - start].
     """
     width = right.shape[1]
-    size = max(1, _BLOCK // width)
+    size = max(_ROWS, _BLOCK // width // _ROWS * _ROWS)
     first = start // width // size * size
     rows = range(first, -(-stop // width), size)
     blocks = torch.cat([left[row : row + size] @ right for row in rows])
