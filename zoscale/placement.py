@@ -6,7 +6,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from zoscale.mesh import Mesh
-from zoscale.models.sizes import is_block
+from zoscale.models.sizes import blocks_of
 from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up, cut_up_adapters
 
 
@@ -87,7 +87,7 @@ def _shard_in_groups(model: nn.Module, accelerator: GroupedAccelerator) -> nn.Mo
 def _gather_blocks_whole(model: nn.Module) -> None:
     import deepspeed
 
-    blocks = {type(module) for module in model.modules() if is_block(model, module)}
+    blocks = {type(block) for block in blocks_of(model)}
     if blocks:
         deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
 

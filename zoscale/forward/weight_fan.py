@@ -11,7 +11,7 @@ from zoscale.estimators import Candidate
 from zoscale.forward.fan import Rows, replaced_forward
 from zoscale.forward.scratch import Draws
 from zoscale.forward.units import LinearUnit, LookupUnit, Unit, Weights
-from zoscale.models.sizes import is_block
+from zoscale.models.sizes import blocks_of
 from zoscale.shards import trainable_specs
 
 
@@ -29,7 +29,8 @@ def find_units(model: nn.Module) -> list[Unit] | None:
             while name and type(modules[name]).forward is nn.Module.forward:
                 name = name.rpartition(".")[0]
             found[name] = modules[name]
-    if any(_is_out_of_order(model, modules, name) for name in found):
+    blocks = frozenset(blocks_of(model))
+    if any(_is_out_of_order(modules, name, blocks) for name in found):
         return None
     outer = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
     table = getattr(model, "get_input_embeddings", lambda: None)()
@@ -37,12 +38,12 @@ def find_units(model: nn.Module) -> list[Unit] | None:
     return [_unit(found[n], {p: trainable[p] for p in found[n].parameters() if p in trainable}, inputs) for n in outer]
 
 
-def _is_out_of_order(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> bool:
+def _is_out_of_order(modules: Mapping[str, nn.Module], name: str, blocks: frozenset[nn.Module]) -> bool:
     path = name.split(".")
     above = [modules[".".join(path[:depth])] for depth in range(len(path) + 1)]
     return (
         not name
-        or any(is_block(model, inner) for inner in modules[name].modules())
+        or not blocks.isdisjoint(modules[name].modules())
         or any(isinstance(module, nn.MultiheadAttention) for module in above)
         or not {"experts", "lora_magnitude_vector", "prompt_encoder"}.isdisjoint(path)
     )
