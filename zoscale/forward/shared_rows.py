@@ -1,6 +1,6 @@
 """Rows before the first perturbed module are the same for every candidate: their blocks are run once, not K times."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import takewhile
@@ -91,7 +91,7 @@ class SharedRows:
 
 def _are_rows(arguments: tuple[tuple[Any, ...], dict[str, Any]], num_rows: int) -> bool:
     """Whether a block takes hidden states [rows, T, features], and beside them only what is of each row or of all."""
-    if any(isinstance(value, dict) for value in (*arguments[0], *arguments[1].values())):
+    if any(isinstance(value, MutableMapping) for value in (*arguments[0], *arguments[1].values())):
         return False
     tensors = [value for value in pytree.tree_leaves(arguments) if isinstance(value, Tensor) and value.dim() > 1]
     if not tensors or tensors[0].dim() != 3 or tensors[0].shape[0] != num_rows:

@@ -11,6 +11,7 @@ from zoscale.estimators import Candidate
 from zoscale.forward.fan import Rows, replaced_forward
 from zoscale.forward.scratch import Draws
 from zoscale.forward.units import LinearUnit, LookupUnit, Unit, Weights
+from zoscale.lanes import lane
 from zoscale.models.sizes import blocks_of
 from zoscale.shards import trainable_specs
 
@@ -78,7 +79,7 @@ class WeightFan:
         """Within, every unit that the candidates touch runs once per candidate.
 
         Raises:
-            ValueError: if the model used the weights of one in another way than by calling it.
+            ValueError: if the model uses the weights of one in another way than by calling it.
         """
         directions = [candidate.direction for candidate in candidates if candidate.direction is not None]
         touched = [
@@ -88,10 +89,13 @@ class WeightFan:
         ]
         outlines = [outline for unit in touched for outline in unit.outlines]
         draws = Draws(candidates, outlines, [spec for unit in touched for spec in unit.patched])
-        idle = {unit.module for unit in touched}
+        idle, running = {unit.module for unit in touched}, set[nn.Module]()
         with ExitStack() as stack:
             for unit in touched:
-                stack.enter_context(replaced_forward(unit.module, partial(_fanned_forward, idle, unit, rows, draws)))
+                stack.enter_context(
+                    replaced_forward(unit.module, partial(_fanned_forward, idle, running, unit, rows, draws))
+                )
+                stack.enter_context(_used_within(unit, running))
             yield
         if idle:
             names = ", ".join(sorted({type(module).__name__ for module in idle}))
@@ -101,11 +105,37 @@ class WeightFan:
             )
 
 
+@contextmanager
+def _used_within(unit: Unit, running: Set[nn.Module]) -> Iterator[None]:
+    """Within, this pass calls the modules inside a unit in its forward only: elsewhere no candidate would differ."""
+    own = lane()
+
+    def check(module: nn.Module, args: Any) -> None:
+        if lane() == own and unit.module not in running:
+            raise ValueError(
+                f"expected {type(module).__name__} to be called by the forward of {type(unit.module).__name__} only: "
+                "this model calls it in another way; set forward.name=sequential"
+            )
+
+    inner = [module for module in unit.module.modules() if module is not unit.module]
+    owners = [module for module in inner if any(param in unit.weights for param in module.parameters(recurse=False))]
+    handles = [module.register_forward_pre_hook(check) for module in owners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _fanned_forward(
-    idle: set[nn.Module], unit: Unit, rows: Rows, draws: Draws, original: Callable[..., Any]
+    idle: set[nn.Module], running: set[nn.Module], unit: Unit, rows: Rows, draws: Draws, original: Callable[..., Any]
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         idle.discard(unit.module)
-        return unit.forward(original, rows, draws, *args, **kwargs)
+        running.add(unit.module)
+        try:
+            return unit.forward(original, rows, draws, *args, **kwargs)
+        finally:
+            running.discard(unit.module)
 
     return forward
