@@ -6,12 +6,14 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import schemes_worker
 import tiny
 import torch
+from accelerate import DistributedType
 from jobs import JobServer, result_bytes, run_dir_of
 from peft import PeftModel
 from processes import ROOT, torchrun
@@ -31,6 +33,7 @@ from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
 from zoscale.models.loading import add_adapter, load_model, read_model_config
 from zoscale.models.sizes import count_parameters, num_positions
+from zoscale.placement import place
 from zoscale.recovery.replay import replay_command
 from zoscale.release.publish import export_command
 
@@ -338,6 +341,13 @@ def test_models_that_look_ahead_are_refused(kind: str) -> None:
 def test_decoders_by_their_configuration_are_not_refused(options: dict[str, Any]) -> None:
     architecture = AutoConfig.for_model(**options, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
     assert count_parameters(architecture).total > 0
+
+
+def test_a_model_that_reads_weights_where_they_are_not_gathered_is_not_sharded() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", hidden_size=16, num_hidden_layers=2))
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match=r"ZeRO-3 can shard, got rwkv.*mesh\.shard_size=1"):
+        place(model, accelerator)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "zamba"])
