@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -16,6 +16,7 @@ from zoscale.forward.lora_fan import LoraFan, find_lora_pairs
 from zoscale.forward.sequential import SequentialForward, perturbed
 from zoscale.models.sizes import tokens_per_pass
 from zoscale.probes import Block, Gaussian, Probe
+from zoscale.shards import trainable_specs
 from zoscale.step import micro_batches
 
 ARCHITECTURES: dict[str, tuple[dict[str, Any], Any]] = {
@@ -54,6 +55,25 @@ def test_losses_are_those_of_one_pass_per_candidate(name: str, dtype: torch.dtyp
     assert fan.values == pytest.approx(one.values, abs=tolerance)
     assert (fan.count, fan.local_tokens, fan.local_samples) == (one.count, one.local_tokens, one.local_samples)
     assert len({round(value, 5) for value in one.values}) == 4, "the candidates differ"
+
+
+def test_adapters_of_single_experts_are_not_fanned_out() -> None:
+    """They take the tokens that are routed to them, whose number may be a multiple of the rows by chance."""
+    model = nn.Module()
+    model.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=r"experts\..*"), model)
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    assert find_lora_pairs(adapted, [spec for spec, _ in trainable_specs(adapted)]) is None
+
+
+def test_tokens_of_a_pass_where_each_block_has_a_width_of_its_own() -> None:
+    """Gemma 3n's configuration has a list of them."""
+    one, many = nn.Linear(4, 4), nn.Linear(4, 4)
+    one.config = AutoConfig.for_model("gemma3n_text", intermediate_size=64)
+    many.config = AutoConfig.for_model("llama", hidden_size=one.config.hidden_size, intermediate_size=64)
+    assert isinstance(one.config.intermediate_size, list)
+    assert tokens_per_pass(one) == tokens_per_pass(many)
 
 
 def test_adapters_are_rounded_as_one_pass_per_candidate_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:

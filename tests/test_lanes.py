@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from zoscale.forward.fan import replaced_forward
 from zoscale.lanes import Lanes, lane
 from zoscale.models.answers import AnswerModel
-from zoscale.models.sizes import is_block
+from zoscale.models.sizes import blocks_of
 from zoscale.step import micro_batches
 
 
@@ -228,7 +228,7 @@ def test_rows_padded_on_either_side_go_side_by_side(tmp_path: Path) -> None:
     batches = [batch for pair in zip(micro_batches(right), micro_batches(left), strict=True) for batch in pair]
     assert [batch.is_right_padded for batch in batches[1:]] == [False, True, False, True, False]
     answers = AnswerModel(sharded := Sharded(model), model)
-    lanes = Lanes(sharded, model, [module for module in model.modules() if is_block(model, module)])
+    lanes = Lanes(sharded, model, blocks_of(model))
     alone = [answers.answer_logprobs(batch) for batch in batches]
     found = lanes.run([partial(answers.answer_logprobs, batch) for batch in batches])
     assert lanes.share and all(torch.equal(ours, wanted) for ours, wanted in zip(found, alone, strict=True))

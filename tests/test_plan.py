@@ -180,6 +180,15 @@ def test_weights_are_all_there_once(kind: str) -> None:
     assert {weight.width for weight in shapes.weights if weight.trainable} == {4}, "PEFT keeps adapters in fp32"
 
 
+def test_a_model_whose_code_asks_for_values_cannot_be_planned() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 2, "kv_channels": 8, "vocab_size": 50}
+    tree = {"model_type": "jetmoe", "num_local_experts": 2, "intermediate_size": 16, **sizes}
+    config = ModelConfig(config=tree, dtype="float32")
+    shapes = ModelShapes(config, read_model_config(config), None)
+    with pytest.raises(ConfigError, match=r"without values, got JetMoeForCausalLM.*train it without a plan"):
+        shapes.run(2, 4)
+
+
 BOTH: tuple[Method, Method] = ("zero_order", "first_order")
 
 

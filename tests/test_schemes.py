@@ -6,12 +6,14 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import schemes_worker
 import tiny
 import torch
+from accelerate import DistributedType
 from jobs import JobServer, result_bytes, run_dir_of
 from peft import PeftModel
 from processes import ROOT, torchrun
@@ -31,6 +33,7 @@ from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
 from zoscale.models.loading import add_adapter, load_model, read_model_config
 from zoscale.models.sizes import count_parameters, num_positions
+from zoscale.placement import place
 from zoscale.recovery.replay import replay_command
 from zoscale.release.publish import export_command
 
@@ -317,6 +320,44 @@ def test_an_adapter_that_does_not_fit_is_told_what_the_model_has() -> None:
     adapter = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
     with pytest.raises(ConfigError, match=r"fit GPT2LMHeadModel.*adapter\.target_modules: c_attn, c_proj, c_fc$"):
         add_adapter(load_model(config, read_model_config(config)), adapter)
+
+
+def test_layers_that_peft_refuses_are_not_named() -> None:
+    """Nor names of layers that it put in before it came to them."""
+    config = ModelConfig(config={"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2}, dtype="float32")
+    model = load_model(config, read_model_config(config))
+    with pytest.raises(ConfigError, match=r"Mamba-based.*adapter\.target_modules: in_proj, x_proj, dt_proj$"):
+        add_adapter(model, {"r": 2, "target_modules": "all-linear"})
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm", "xlnet", "prophetnet"])
+def test_models_that_look_ahead_are_refused(kind: str) -> None:
+    """The answer would be among what it is predicted from; AutoModelForCausalLM loads them all the same."""
+    with pytest.raises(ConfigError, match=f"do not see those after them, got {kind}: choose a decoder"):
+        count_parameters(AutoConfig.for_model(kind))
+
+
+@pytest.mark.parametrize("options", [{"model_type": "bert", "is_decoder": True}, {"model_type": "gpt_neox"}])
+def test_decoders_by_their_configuration_are_not_refused(options: dict[str, Any]) -> None:
+    architecture = AutoConfig.for_model(**options, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    assert count_parameters(architecture).total > 0
+
+
+def test_a_model_that_reads_weights_where_they_are_not_gathered_is_not_sharded() -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", hidden_size=16, num_hidden_layers=2))
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match=r"ZeRO-3 can shard, got rwkv.*mesh\.shard_size=1"):
+        place(model, accelerator)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "zamba"])
+def test_nested_blocks_and_blocks_that_share_weights_count_once(kind: str) -> None:
+    options = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    layers = {"zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]}}
+    architecture = AutoConfig.for_model(kind, num_hidden_layers=4, **options, **layers.get(kind, {}))
+    size = count_parameters(architecture)
+    assert size.outside_blocks == (64 + 1) * 32, "embedding and final norm"
+    assert size.matrices_outside == 1
 
 
 EXPERTS = {

@@ -23,7 +23,7 @@ from zoscale.mesh import Mesh
 from zoscale.models.answers import AnswerModel
 from zoscale.models.attention import check_attention
 from zoscale.models.loading import load_model, read_model_config
-from zoscale.models.sizes import is_block
+from zoscale.models.sizes import blocks_of
 from zoscale.noise.generator import Noise
 from zoscale.objectives import classification, language_modeling, predictions
 from zoscale.optim import OPTIMIZERS
@@ -146,7 +146,7 @@ class Ordered(nn.Module):
         )  # fmt: skip
         outer = SimpleNamespace(parameter_offload=self.zero, zero_grad=lambda: None)
         self.optimizer: Any = outer if has_optimizer else self.zero
-        next(m for m in model.modules() if is_block(model, m)).register_forward_pre_hook(lambda *_: self.read())
+        blocks_of(model)[0].register_forward_pre_hook(lambda *_: self.read())
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from processes import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from zoscale.assembly import find_objective
 from zoscale.config import ConfigError, DataConfig, parse
@@ -462,6 +462,31 @@ def test_generation_is_the_most_probable_token_each_time(
         Encoder(tokenizer, 5)._question(task.examples("train")[0], [0])
     with pytest.raises(ValueError, match="whose options are scored"):
         generator.texts(evaluation_batches(task_of("rte").examples("train"), Encoder(tokenizer, 512), 2)[0])
+
+
+@pytest.mark.parametrize("kind", ["bart", "recurrent_gemma", "rwkv"])
+def test_models_that_would_count_padding_generate_without(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Their states or positions; see `test_generation_is_the_most_probable_token_each_time` for others."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "lru_width": 32,
+    }
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 48, "attention_hidden_size": 32}
+    sizes |= {"d_model": 32, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    examples = task_of("squad", max_new_tokens=5).examples("train")
+    batch = Encoder(tokenizer, 24).micro_batch(examples, gold_only=True)
+    prompts = [list(question.prompt)[: 6 + 2 * number] for number, question in enumerate(batch.questions)]
+    questions = tuple(replace(q, prompt=tuple(p)) for q, p in zip(batch.questions, prompts, strict=True))
+    found = Generator(AnswerModel(model, model), tokenizer, Mesh()).texts(replace(batch, questions=questions))
+    assert found == [greedy(model, tokenizer, prompt, 5) for prompt in prompts]
 
 
 @torch.no_grad()

@@ -271,3 +271,65 @@ def test_a_weight_read_behind_its_modules_back_is_an_error() -> None:
     engine = ZeroOrderEngine(model, forward="fan_out")
     with pytest.raises(ValueError, match="expected every trained module to be called, got none of Linear"):
         engine.losses(micro_batches(tiny.batch(0, 1)), engine.directions(0))
+
+
+UNUSUAL: dict[str, tuple[dict[str, Any], str]] = {
+    "bloom": ({"vocab_size": 211, "hidden_size": 32, "n_layer": 3, "n_head": 4}, r"h\.2\."),
+    "gemma4_text": (
+        {
+            "vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "global_head_dim": 8, "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 211, "pad_token_id": 0,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        r"layers\.2\.self_attn",
+    ),
+    "hrm_text": (
+        {
+            "vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 16, "head_dim": 8,
+            "num_attention_heads": 4, "num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 3,
+        },
+        r"H_module.*_proj",
+    ),
+    "mamba": (
+        {"vocab_size": 211, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
+        r"layers\.2\..*(in|out)_proj",
+    ),
+}  # fmt: skip
+"""Models with more than hidden states between blocks, blocks that run again or lie in one another; what is trained."""
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_blocks_before_the_trained_ones_of_unusual_models(name: str) -> None:
+    """In a micro-batch of two rows and one of one, in which other rows would be broadcast without an error."""
+    options, trained = UNUSUAL[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **options))
+    for key, parameter in model.named_parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        parameter.requires_grad_(re.search(trained, key) is not None)
+    found = []
+    for forward in ("fan_out", "sequential"):
+        engine = ZeroOrderEngine(
+            model, estimator=TwoPoint(tau=0.2, num_directions=2), probe=Gaussian(), forward=forward,  # type: ignore[arg-type]
+        )  # fmt: skip
+        two, other, _ = tiny.batch(0)
+        batches = micro_batches([two, {key: value[1:] for key, value in other.items()}])
+        found.append([engine.losses(batches, engine.directions(3)).values for _ in range(2)][1])
+    assert found[0] == pytest.approx(found[1], abs=2e-5)
+    assert len({round(value, 5) for value in found[1]}) == 4, "the candidates differ"
+
+
+def test_weights_that_a_module_uses_outside_its_forward_are_refused() -> None:
+    """Gemma 3n: AltUp's forward scales only, its linear layers serve other methods; candidates would be alike there."""
+    options = {
+        "vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_kv_shared_layers": 0, "laurel_rank": 4,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 211, "pad_token_id": 0,
+        "activation_sparsity_pattern": [0.0, 0.0], "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3n_text", **options))
+    engine = ZeroOrderEngine(model, estimator=TwoPoint(tau=0.2), probe=Gaussian())
+    with pytest.raises(ValueError, match=r"by the forward of Gemma3nTextAltUp only.*forward\.name=sequential"):
+        engine.losses(micro_batches(tiny.batch(0)), engine.directions(0))
+    assert not any(module._forward_pre_hooks for module in model.modules())

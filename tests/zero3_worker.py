@@ -32,7 +32,7 @@ from zoscale.forward.sequential import SequentialForward
 from zoscale.meters import CommMeter, Traffic, count_allgathers
 from zoscale.methods import TABLES
 from zoscale.models.loading import read_model_config
-from zoscale.models.sizes import count_parameters, is_block
+from zoscale.models.sizes import blocks_of, count_parameters
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import orthogonalize
 from zoscale.optim.first_order import FIRST_ORDER
@@ -202,7 +202,7 @@ def traffic(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
             engine.step(tiny.batch(step, scenario.get("turns", 1) * engine.mesh.world_size))
             own = Traffic(engine.mesh.gathered_bytes, engine.mesh.num_gathers) - before
             steps.append(astuple(meter.take() + own))
-    blocks = sum(is_block(engine.model, module) for module in engine.model.modules())
+    blocks = len(blocks_of(engine.model))
     return {"steps": steps, "model_bytes": local_bytes(engine.model) * engine.mesh.shard_size, "blocks": blocks}
 
 
@@ -227,7 +227,7 @@ def peak(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     for name, call, times in (("bare", bare, 6), ("step", step, 1)):
         call()  # ZeRO-3 learns the order of the modules anew
         points[name] = [highest_point(call) for _ in range(times)]
-    blocks = [module for module in engine.model.modules() if is_block(engine.model, module)]
+    blocks = blocks_of(engine.model)
     block = max(sum(true_numel(param) * 4 for param in module.parameters()) for module in blocks)
     return {
         "ranks": engine.mesh.gather_objects(

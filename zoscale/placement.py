@@ -5,9 +5,13 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
+from zoscale.config import ConfigError
 from zoscale.mesh import Mesh
-from zoscale.models.sizes import is_block
+from zoscale.models.sizes import blocks_of
 from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up, cut_up_adapters
+
+_READ_ELSEWHERE = ("rwkv", "xlstm")
+"""Model types that ask for shapes or values of weights outside of the modules that own them."""
 
 
 class WholeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate is untyped
@@ -31,6 +35,7 @@ def place(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module,
         accelerator: from `zoscale.start`; None = this process alone.
 
     Raises:
+        ConfigError: for a model that ZeRO-3 cannot shard.
         ValueError: if DeepSpeed was started with an optimizer, or a whole model has weights of another type than its
             accelerator.
     """
@@ -63,6 +68,7 @@ def check_dtype(model: nn.Module, wanted: str) -> None:
 
 def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Hand the model to ZeRO-3 for forward passes only: no optimizer, no gradient hooks, blocks gathered whole."""
+    _check_shardable(model)
     _gather_blocks_whole(model)
     cut_up_adapters(model)
     engine: Any = accelerator.prepare(model)
@@ -77,6 +83,7 @@ def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 def _shard_in_groups(model: nn.Module, accelerator: GroupedAccelerator) -> nn.Module:
     """The same within every shard group."""
+    _check_shardable(model)
     cut_up(model, accelerator.mesh, accelerator.deepspeed)
     _gather_blocks_whole(model)
     sharded = GroupSharded(model, accelerator.deepspeed)
@@ -84,10 +91,17 @@ def _shard_in_groups(model: nn.Module, accelerator: GroupedAccelerator) -> nn.Mo
     return sharded
 
 
+def _check_shardable(model: nn.Module) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _READ_ELSEWHERE:
+        got = f"{kind}, whose code reads weights where ZeRO-3 has not gathered them"
+        raise ConfigError("a model that ZeRO-3 can shard", got, "set mesh.shard_size=1")
+
+
 def _gather_blocks_whole(model: nn.Module) -> None:
     import deepspeed
 
-    blocks = {type(module) for module in model.modules() if is_block(model, module)}
+    blocks = {type(block) for block in blocks_of(model)}
     if blocks:
         deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
 

@@ -19,7 +19,7 @@ from bench.cells import Cell
 from bench.variants import Bench, build
 from zoscale.mesh import Mesh
 from zoscale.meters import CommMeter, MemoryMeter, Traffic, count_allgathers
-from zoscale.models.sizes import is_block
+from zoscale.models.sizes import blocks_of
 from zoscale.runtime import stop
 from zoscale.shards import local_bytes, true_numel
 
@@ -38,7 +38,7 @@ def measure(cell: Cell) -> list[dict[str, Any]]:
     traffic = {name: _traffic(step, bench) for name, step in bench.steps.items()}
     peaks = {name: _peak(step, mesh) for name, step in bench.steps.items()}
     model = bench.engine.model
-    blocks = [m for m in model.modules() if is_block(model, m)]
+    blocks = blocks_of(model)
     shared = {
         "scheme": cell.scheme, "probe": cell.probe, "dtype": cell.dtype, "ranks": cell.ranks, "q": cell.q,
         "batch": cell.batch, "tokens": cell.tokens, "compile": cell.compile,

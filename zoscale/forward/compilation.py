@@ -11,7 +11,7 @@ from zoscale.adapters.weighted_lora import find_slots
 from zoscale.config import ConfigError, RunConfig
 from zoscale.data.batch import MicroBatch
 from zoscale.models.answers import AnswerModel
-from zoscale.models.sizes import is_block
+from zoscale.models.sizes import blocks_of
 from zoscale.noise.streams import kernels_on
 from zoscale.optim.first_order import FIRST_ORDER
 
@@ -37,7 +37,7 @@ class CompiledAnswers(AnswerModel):
         self._is_on = False
         self._is_complete = False
         compiled: dict[type, Callable[..., Any]] = {}
-        for block in [module for module in model.modules() if is_block(model, module)]:
+        for block in blocks_of(model):
             kind = type(block)
             if kind not in compiled:
                 compiled[kind] = torch.compile(kind.forward, dynamic=False, mode=mode)
@@ -112,7 +112,7 @@ def _obstacle(answers: AnswerModel) -> str | None:
         return "weights in 4 bits"
     if find_slots(answers.model):
         return "weighted adapters, which come and go"
-    if not any(is_block(answers.model, module) for module in answers.model.modules()):
+    if not blocks_of(answers.model):
         return "a model without transformer blocks"
     return None
 

@@ -15,7 +15,7 @@ from zoscale.forward.shared_rows import SharedRows
 from zoscale.lanes import Lanes
 from zoscale.mesh import Mesh
 from zoscale.models.answers import AnswerModel
-from zoscale.models.sizes import is_block, tokens_per_pass
+from zoscale.models.sizes import blocks_of, tokens_per_pass
 from zoscale.objectives import Objective
 
 WAITING = 4
@@ -46,7 +46,7 @@ class FanOutForward:
         self.max_tokens = tokens_per_pass(model.model)
         self.num_parts = num_parts
         self.shared = SharedRows(model.model)
-        blocks = [module for module in model.model.modules() if is_block(model.model, module)]
+        blocks = blocks_of(model.model)
         self.lanes = Lanes(model.module, model.model, blocks)
 
     @torch.no_grad()

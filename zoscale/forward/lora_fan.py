@@ -43,7 +43,10 @@ class LoraPair:
 
 
 def find_lora_pairs(model: nn.Module, specs: Sequence[TensorSpec]) -> list[LoraPair] | None:
-    """The LoRA matrices and weights of adapters that the trainable tensors are; None if some are anything else."""
+    """The LoRA matrices and weights of adapters that the trainable tensors are; None if some are anything else.
+
+    Adapters of single experts are: such a layer takes the tokens routed to it, not the rows in their order.
+    """
     from peft.tuners.lora import Linear, LoraLayer
 
     by_name = {spec.name: spec for spec in specs}
@@ -52,6 +55,8 @@ def find_lora_pairs(model: nn.Module, specs: Sequence[TensorSpec]) -> list[LoraP
         is_linear = isinstance(layer, Linear) or (isinstance(layer, LoraLayer) and type(layer).__name__ in _QUANTIZED)
         if not is_linear or layer.merged or layer.disable_adapters:
             continue
+        if "experts" in prefix.split("."):
+            return None
         for adapter in (adapter for adapter in layer.active_adapters if adapter in layer.lora_A):
             a, b = (by_name.pop(f"{prefix}.lora_{matrix}.{adapter}.weight", None) for matrix in "AB")
             if a is None or b is None or adapter in layer.lora_variant or layer.lora_B[adapter].bias is not None:

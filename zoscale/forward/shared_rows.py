@@ -1,8 +1,9 @@
 """Rows before the first perturbed module are the same for every candidate: their blocks are run once, not K times."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,14 +11,17 @@ from torch.utils import _pytree as pytree
 
 from zoscale.estimators import Candidate
 from zoscale.forward.fan import Rows, replaced_forward
-from zoscale.models.sizes import is_block
+from zoscale.lanes import lane
+from zoscale.models.sizes import blocks_of
 from zoscale.shards import trainable_specs
 
 
 class SharedRows:
     """Knows which blocks come before the first perturbed module.
 
-    Which modules come first is seen in the first pass, which shares nothing.
+    Which modules come first is seen in the first pass, which shares nothing. A block that a pass runs again (HRM) gets
+    other rows then, and is not shared. Nothing is where blocks take more than hidden states and what goes with their
+    rows: a bias of each head (BLOOM, MPT), several streams (Gemma 3n), keys of other blocks in a dict (Gemma 4).
 
     Args:
         model: with transformer blocks; without any, nothing is shared.
@@ -25,7 +29,7 @@ class SharedRows:
 
     def __init__(self, model: nn.Module) -> None:
         self._trainable = {param: spec for spec, param in trainable_specs(model)}
-        self._blocks = [module for module in model.modules() if is_block(model, module)]
+        self._blocks = blocks_of(model)
         inside = {inner for block in self._blocks for inner in block.modules()}
         owners = [module for module in model.modules() if module not in inside and self._specs(module, recurse=False)]
         self._watched = [*self._blocks, *owners]
@@ -56,16 +60,27 @@ class SharedRows:
                 repeat = rows.copies if block is blocks[-1] else 1
                 stack.enter_context(replaced_forward(block, partial(_run_once, rows, repeat)))
             if self._order is None:
-                stack.enter_context(self._observed())
+                stack.enter_context(self._observed(rows))
             yield
 
     @contextmanager
-    def _observed(self) -> Iterator[None]:
-        order: dict[nn.Module, None] = {}
-        handles = [m.register_forward_pre_hook(lambda m, args: order.setdefault(m)) for m in self._watched]
+    def _observed(self, rows: Rows) -> Iterator[None]:
+        own, order, again = lane(), dict[nn.Module, None](), set[nn.Module]()
+        are_rows = True
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal are_rows
+            if lane() != own:
+                return
+            if module in order:
+                again.add(module)
+            order.setdefault(module)
+            are_rows &= module not in self._blocks or _are_rows((args, kwargs), rows.copies * rows.rows)
+
+        handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self._watched]
         try:
             yield
-            self._order = list(order)
+            self._order = list(takewhile(lambda module: module not in again, order)) if are_rows else []
         finally:
             for handle in handles:
                 handle.remove()
@@ -74,9 +89,20 @@ class SharedRows:
         return [self._trainable[param] for param in module.parameters(recurse) if param in self._trainable]
 
 
+def _are_rows(arguments: tuple[tuple[Any, ...], dict[str, Any]], num_rows: int) -> bool:
+    """Whether a block takes hidden states [rows, T, features], and beside them only what is of each row or of all."""
+    if any(isinstance(value, MutableMapping) for value in (*arguments[0], *arguments[1].values())):
+        return False
+    tensors = [value for value in pytree.tree_leaves(arguments) if isinstance(value, Tensor) and value.dim() > 1]
+    if not tensors or tensors[0].dim() != 3 or tensors[0].shape[0] != num_rows:
+        return False
+    width = tensors[0].shape[1]
+    return all(x.shape[0] in (1, num_rows) and (x.dim() != 3 or x.shape[1] == width) for x in tensors)
+
+
 def _run_once(rows: Rows, repeat: int, forward: Callable[..., Any]) -> Callable[..., Any]:
     def first_copy(value: Any) -> Any:
-        whole = isinstance(value, Tensor) and value.dim() and value.shape[0] == rows.copies * rows.rows
+        whole = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows.copies * rows.rows
         return value[: rows.rows] if whole else value
 
     def repeated(value: Any) -> Any:

@@ -11,7 +11,8 @@ from zoscale.estimators import Candidate
 from zoscale.forward.fan import Rows, replaced_forward
 from zoscale.forward.scratch import Draws
 from zoscale.forward.units import LinearUnit, LookupUnit, Unit, Weights
-from zoscale.models.sizes import is_block
+from zoscale.lanes import lane
+from zoscale.models.sizes import blocks_of
 from zoscale.shards import trainable_specs
 
 
@@ -29,7 +30,8 @@ def find_units(model: nn.Module) -> list[Unit] | None:
             while name and type(modules[name]).forward is nn.Module.forward:
                 name = name.rpartition(".")[0]
             found[name] = modules[name]
-    if any(_is_out_of_order(model, modules, name) for name in found):
+    blocks = frozenset(blocks_of(model))
+    if any(_is_out_of_order(modules, name, blocks) for name in found):
         return None
     outer = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
     table = getattr(model, "get_input_embeddings", lambda: None)()
@@ -37,12 +39,12 @@ def find_units(model: nn.Module) -> list[Unit] | None:
     return [_unit(found[n], {p: trainable[p] for p in found[n].parameters() if p in trainable}, inputs) for n in outer]
 
 
-def _is_out_of_order(model: nn.Module, modules: Mapping[str, nn.Module], name: str) -> bool:
+def _is_out_of_order(modules: Mapping[str, nn.Module], name: str, blocks: frozenset[nn.Module]) -> bool:
     path = name.split(".")
     above = [modules[".".join(path[:depth])] for depth in range(len(path) + 1)]
     return (
         not name
-        or any(is_block(model, inner) for inner in modules[name].modules())
+        or not blocks.isdisjoint(modules[name].modules())
         or any(isinstance(module, nn.MultiheadAttention) for module in above)
         or not {"experts", "lora_magnitude_vector", "prompt_encoder"}.isdisjoint(path)
     )
@@ -77,7 +79,7 @@ class WeightFan:
         """Within, every unit that the candidates touch runs once per candidate.
 
         Raises:
-            ValueError: if the model used the weights of one in another way than by calling it.
+            ValueError: if the model uses the weights of one in another way than by calling it.
         """
         directions = [candidate.direction for candidate in candidates if candidate.direction is not None]
         touched = [
@@ -87,10 +89,13 @@ class WeightFan:
         ]
         outlines = [outline for unit in touched for outline in unit.outlines]
         draws = Draws(candidates, outlines, [spec for unit in touched for spec in unit.patched])
-        idle = {unit.module for unit in touched}
+        idle, running = {unit.module for unit in touched}, set[nn.Module]()
         with ExitStack() as stack:
             for unit in touched:
-                stack.enter_context(replaced_forward(unit.module, partial(_fanned_forward, idle, unit, rows, draws)))
+                stack.enter_context(
+                    replaced_forward(unit.module, partial(_fanned_forward, idle, running, unit, rows, draws))
+                )
+                stack.enter_context(_used_within(unit, running))
             yield
         if idle:
             names = ", ".join(sorted({type(module).__name__ for module in idle}))
@@ -100,11 +105,37 @@ class WeightFan:
             )
 
 
+@contextmanager
+def _used_within(unit: Unit, running: Set[nn.Module]) -> Iterator[None]:
+    """Within, this pass calls the modules inside a unit in its forward only: elsewhere no candidate would differ."""
+    own = lane()
+
+    def check(module: nn.Module, args: Any) -> None:
+        if lane() == own and unit.module not in running:
+            raise ValueError(
+                f"expected {type(module).__name__} to be called by the forward of {type(unit.module).__name__} only: "
+                "this model calls it in another way; set forward.name=sequential"
+            )
+
+    inner = [module for module in unit.module.modules() if module is not unit.module]
+    owners = [module for module in inner if any(param in unit.weights for param in module.parameters(recurse=False))]
+    handles = [module.register_forward_pre_hook(check) for module in owners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _fanned_forward(
-    idle: set[nn.Module], unit: Unit, rows: Rows, draws: Draws, original: Callable[..., Any]
+    idle: set[nn.Module], running: set[nn.Module], unit: Unit, rows: Rows, draws: Draws, original: Callable[..., Any]
 ) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         idle.discard(unit.module)
-        return unit.forward(original, rows, draws, *args, **kwargs)
+        running.add(unit.module)
+        try:
+            return unit.forward(original, rows, draws, *args, **kwargs)
+        finally:
+            running.discard(unit.module)
 
     return forward

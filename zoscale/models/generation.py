@@ -8,16 +8,24 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from zoscale.data.batch import MicroBatch
+from zoscale.data.batch import MicroBatch, Question
 from zoscale.mesh import Mesh
 from zoscale.models.answers import AnswerModel
 from zoscale.shards import direct_calls, order_gathers_after_writes
 
 _STOP = "\n"
+_COUNT_PADDING = frozenset({
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "git", "marian", "mbart", "mvp",
+    "pegasus", "plbart", "recurrent_gemma", "reformer", "rwkv", "trocr", "whisper",
+})  # fmt: skip
+"""Model types whose states or positions count padding before a prompt, whatever the mask says."""
 
 
 class Generator:
     """Writes answers token by token, the most probable one each time, up to the first newline or the end of the text.
+
+    Prompts are padded on the left, but for models that would count the padding, which write one answer at a time. So do
+    models with code of their own.
 
     Under ZeRO-3 every forward is a collective: all ranks go on until the last one has finished, so all of them call
     `texts` equally often.
@@ -34,6 +42,8 @@ class Generator:
         self.mesh = mesh
         model: Any = answers.model
         self._base = model.get_base_model() if hasattr(model, "peft_config") else model
+        is_known = type(self._base).__module__.startswith("transformers.")
+        self._takes_padding = is_known and self._base.config.model_type not in _COUNT_PADDING
         stop: list[int] = tokenizer.encode(_STOP, add_special_tokens=False)
         ends = {tokenizer.eos_token_id, *(stop if len(stop) == 1 and stop != [tokenizer.unk_token_id] else [])}
         self._ends = sorted(end for end in ends if end is not None)
@@ -47,7 +57,6 @@ class Generator:
         """
         if not batch.questions or not all(question.max_new_tokens for question in batch.questions):
             raise ValueError("expected examples with max_new_tokens, got some whose options are scored")
-        ids, mask = self._prompts([question.prompt for question in batch.questions], batch.input_ids.device)
         order_gathers_after_writes(self.answers.module)
         self.answers.model.eval()
         config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -58,9 +67,19 @@ class Generator:
             pad_token_id=self.tokenizer.pad_token_id,
         )
         synced = self.mesh.world_size > 1
+        rows: list[list[int]] = []
         with direct_calls(self.answers.module, self._base), _greedy_by_default(self._base):
-            rows = self._generate(ids, mask, generation_config=config, synced_gpus=synced).tolist()
-        return [self._text(row[: q.max_new_tokens]) for row, q in zip(rows, batch.questions, strict=True)]
+            for questions in self._together(batch.questions):
+                ids, mask = self._prompts([question.prompt for question in questions], batch.input_ids.device)
+                rows += self._generate(ids, mask, generation_config=config, synced_gpus=synced).tolist()
+        return [self._text(row[: q.max_new_tokens]) for row, q in zip(rows, batch.questions, strict=False)]
+
+    def _together(self, questions: Sequence[Question]) -> list[Sequence[Question]]:
+        """Those to generate at the same time: all, or each by itself, for as many turns as any rank has questions."""
+        if self._takes_padding:
+            return [questions]
+        turns = max(self.mesh.gather_objects(len(questions)))
+        return [[questions[turn % len(questions)]] for turn in range(turns)]
 
     def _generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
         """The new tokens, int64 [E, N]."""

@@ -1,7 +1,7 @@
 """Hugging Face causal language models, built directly sharded, and their tokenizers."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from zoscale.adapters.schemes import choose_trainable, peft_config, quiet_peft, 
 from zoscale.adapters.weighted_lora import weigh_adapters
 from zoscale.config import ConfigError, ModelConfig
 from zoscale.models.quantization import keep_packing, loading_options
-from zoscale.models.sizes import auto_model, is_block
+from zoscale.models.sizes import auto_model, blocks_of
 from zoscale.shards import copy_values, vectors_gathered
 
 
@@ -209,24 +209,28 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
         return model
     from peft import get_peft_model
 
+    layers = _linear_layers(model)  # before PEFT replaces some
     copies_norms = adapter.get("peft_type") == "ln_tuning"  # which needs them whole
     try:
         with vectors_gathered(model) if copies_norms else nullcontext(), quiet_peft():
             adapted = cast(nn.Module, get_peft_model(model, peft_config(adapter)))
     except (ValueError, TypeError, AssertionError) as error:
         expected = f"adapter options that fit {type(model).__name__}"
-        raise ConfigError(expected, _first_line(error).rstrip("."), _adapter_remedy(model)) from error
+        raise ConfigError(expected, _first_line(error).rstrip("."), _adapter_remedy(layers, error)) from error
     if (selection := selection_of(adapter)) is not None:
         weigh_adapters(adapted, selection)
     return adapted
 
 
-def _adapter_remedy(model: nn.Module) -> str:
+def _linear_layers(model: nn.Module) -> list[str]:
     """What an adapter can be put on: the last names of the linear layers within the blocks."""
     kinds = (nn.Linear, Conv1D)
-    blocks = [block for block in model.modules() if is_block(model, block)]
-    layers = [name for block in blocks for name, module in block.named_modules() if isinstance(module, kinds)]
-    names = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    layers = [n for block in blocks_of(model) for n, module in block.named_modules() if isinstance(module, kinds)]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+
+
+def _adapter_remedy(layers: Sequence[str], error: BaseException) -> str:
+    names = [name for name in layers if repr(name) not in str(error)]  # Mamba's out_proj is refused
     targets = f"; the linear layers of its blocks, for adapter.target_modules: {', '.join(names)}" if names else ""
     return f"correct adapter{targets}"
 

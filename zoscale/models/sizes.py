@@ -15,6 +15,10 @@ _WIDTHS = ("hidden_size", "n_embd", "d_model")
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
 _LIVE_WIDTHS, _LIVE_INNER = 8, 2
 """Activations of a block that live at once: residual, norm, q, k, v, output and others; inner ones twice."""
+_CAUSAL_IN_ANY_CASE = ("gpt_neox", "gpt_neox_japanese")
+"""Model types that are causal whatever `is_decoder` says."""
+_NEVER_CAUSAL = ("cpmant", "prophetnet", "xlnet")
+"""Model types of AutoModelForCausalLM of which a token's output depends on those after it, or predicts several."""
 _POSITIONS = re.compile(r"(^|[._])(pos|wpe)")
 """Found in the names of tables with a row for each position."""
 
@@ -46,7 +50,7 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
     """Sizes of the model that an architecture describes, built on the meta device.
 
     Raises:
-        ConfigError: if it is no causal language model, or its options do not go together.
+        ConfigError: if it is no causal language model, as encoders (BERT) are not, or its options do not go together.
     """
     try:
         with torch.device("meta"):
@@ -55,22 +59,33 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         got = f"{architecture.model_type} ({reason[:300]})"
         raise ConfigError("a causal language model of transformers", got, "correct model.id or model.config") from error
+    if not _is_causal(model):
+        remedy = "choose a decoder; if the weights were trained as one, set is_decoder true in its config.json"
+        raise ConfigError("a model whose tokens do not see those after them", architecture.model_type, remedy)
     model.tie_weights()
     weights = list(model.parameters())
     total = sum(param.numel() for param in weights)
-    inside = [list(module.parameters()) for module in model.modules() if is_block(model, module)]
+    inside = [list(block.parameters()) for block in blocks_of(model)]
     blocks = [sum(param.numel() for param in block) for block in inside]
     matrices = [sum(param.dim() > 1 for param in block) for block in inside]
-    num_matrices = sum(param.dim() > 1 for param in weights)
+    outside = set(weights).difference(*inside)
     return ModelSize(
         total,
         max(blocks, default=total),
-        total - sum(blocks),
+        sum(param.numel() for param in outside),
         max(param.numel() for param in weights),
-        max(matrices, default=num_matrices),
-        num_matrices - sum(matrices),
+        max(matrices, default=sum(param.dim() > 1 for param in weights)),
+        sum(param.dim() > 1 for param in outside),
         num_positions(model),
     )
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether outputs depend on earlier tokens only, by the model's type and configuration."""
+    config: Any = model.config
+    if config.model_type in _NEVER_CAUSAL or (config.model_type == "xlm" and not config.causal):
+        return False
+    return config.model_type in _CAUSAL_IN_ANY_CASE or getattr(config, "is_decoder", None) is not False
 
 
 def num_positions(model: nn.Module) -> int | None:
@@ -110,13 +125,17 @@ def tokens_per_pass(model: nn.Module) -> int:
     total = sum(true_numel(weight) for weight in weights)
     hidden = hidden_size(model)
     inner = next((size for name in _INNER_WIDTHS if (size := getattr(config, name, None))), 4 * hidden)
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # one for each block (Gemma 3n)
     per_token = _LIVE_WIDTHS * hidden + _LIVE_INNER * inner
     return int(max(total // 8, 2**30 // weights[0].element_size()) // per_token)
 
 
-def is_block(model: nn.Module, module: nn.Module) -> bool:
-    """Whether a module is a transformer block, by the model's own list of modules that are not split."""
-    return type(module).__name__ in (getattr(model, "_no_split_modules", None) or ())
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, by the model's own list of modules that are not split; the outer one of two (Mamba)."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    inside = {inner for block in found for inner in block.modules() if inner is not block}
+    return [block for block in found if block not in inside]
 
 
 def auto_model() -> Any:

@@ -7,10 +7,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from zoscale.config import ModelConfig
+from zoscale.config import ConfigError, ModelConfig
 from zoscale.data.batch import MicroBatch
 from zoscale.data.prefixes import Row
 from zoscale.forward.fan import Rows
@@ -20,7 +24,7 @@ from zoscale.mesh import Mesh
 from zoscale.models.answers import AnswerModel
 from zoscale.models.loading import add_adapter, new_model
 from zoscale.models.quantization import bytes_in_4_bits, layers_in_4_bits
-from zoscale.models.sizes import is_block
+from zoscale.models.sizes import blocks_of
 from zoscale.plan.allocations import Allocations
 from zoscale.shards import TensorSpec, trainable_specs
 
@@ -101,7 +105,7 @@ class ModelShapes:
         with self._mode:
             _make_fake(self.model)
         self._packed: list[Tensor] = [module.weight for module in packed]  # type: ignore[misc]
-        blocks = [module for module in self.model.modules() if is_block(self.model, module)]
+        blocks = blocks_of(self.model)
         self.specs: list[TensorSpec] = [spec for spec, _ in trainable_specs(self.model)]
         self.pairs = find_lora_pairs(self.model, self.specs) or []
         self.weights = _weights(self.model, blocks, self._packed)
@@ -128,6 +132,9 @@ class ModelShapes:
             candidates: those that share the pass (`FanOutForward`), without the scratch copies of other weights than
                 adapters; None = the model as it is.
             backward: keep what a backward pass needs, and take it.
+
+        Raises:
+            ConfigError: if the model's code asks for values.
         """
         answers = AnswerModel(self.model, self.model)
         batch = example(rows, tokens)
@@ -147,13 +154,21 @@ class ModelShapes:
                     stack.callback(handle.remove)
             stack.enter_context(flops)
             stack.enter_context(tracker)
-            losses = answers.answer_logprobs(batch)
+            losses = self._losses(answers, batch)
             kept = tracker.begin_backward() if backward else 0
             if backward:
                 self._take_back(losses)
         peaks = tracker.peaks
         flop = flops.get_total_flops()
         return Footprint(peaks["blocks"], peaks["outside"], peaks["backward"], kept, tracker.written, flop)
+
+    def _losses(self, answers: AnswerModel, batch: MicroBatch) -> Tensor:
+        try:
+            return answers.answer_logprobs(batch)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            got = f"{type(answers.model).__name__}, whose code asks for values ({error})"
+            remedy = "train it without a plan, with mesh.shard_size a number or null"
+            raise ConfigError("a model that runs on tensors without values", got, remedy) from error
 
     def _take_back(self, losses: Tensor) -> None:
         """The backward pass; gradients are dropped as soon as they are complete, as if they were reduced at once."""

@@ -24,7 +24,7 @@ from zoscale.first_order import FirstOrderEngine, end_engine
 from zoscale.local_job import cause_of, run_here
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.loading import read_model_config
-from zoscale.models.sizes import count_parameters, is_block
+from zoscale.models.sizes import blocks_of, count_parameters
 from zoscale.phases import PhaseTimer, timed
 from zoscale.plan.footprint import example
 from zoscale.runtime import Runtime, read_deepspeed_config, start, stop
@@ -190,7 +190,7 @@ def _take(config: RunConfig, course: Course) -> StepSeconds:
 
 
 def _check_depth(engine: Engine, depth: int) -> None:
-    found = sum(is_block(engine.model, module) for module in engine.model.modules())
+    found = len(blocks_of(engine.model))
     if found != depth:
         raise ConfigError(f"a model with {depth} blocks to time", str(found), "leave --measure out")
 
