@@ -240,6 +240,8 @@ def test_a_model_without_a_position_for_a_token_is_refused() -> None:
         ({"peft_type": "ia3", "r": 8}, None, "a field of peft.IA3Config, got adapter.r"),
         ({"peft_type": "prefix_tuning", "prefix_projection": True}, None, "prefix_projection false"),
         ({"inference_mode": True}, None, "inference_mode false"),
+        ({"layers_to_transform": [0], "target_modules": "q_proj"}, None, "that peft.LoraConfig takes, got `layers_to"),
+        ({"use_dora": True, "lora_bias": True}, None, "lora_bias=True is not supported for DoRA"),
         (None, "(", "a regular expression"),
     ],
 )

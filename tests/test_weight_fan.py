@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from zoscale.config import ConfigError
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Estimator, OneSided, TwoPoint
 from zoscale.forward.fan import Rows
@@ -238,7 +239,7 @@ def test_what_cannot_be_fanned_out_is_run_one_by_one() -> None:
     for model in (dora, routed, own):
         assert find_units(model) is None
         assert isinstance(ZeroOrderEngine(model).forward, SequentialForward)
-        with pytest.raises(ValueError, match="keep rows in order"):
+        with pytest.raises(ConfigError, match="keep rows in order for forward"):
             ZeroOrderEngine(model, forward="fan_out")
 
 

@@ -31,8 +31,8 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
         num_steps: of the run; None = not known.
 
     Raises:
-        ConfigError: for an unknown `peft_type` or field, one that cannot be trained here, or no regular expression; for
-            a selection of adapters that comes after the end of the run.
+        ConfigError: for an unknown `peft_type` or field, one that cannot be trained here, fields that PEFT refuses
+            together, or no regular expression; for a selection of adapters that comes after the end of the run.
     """
     try:
         re.compile(trainable or "")
@@ -45,6 +45,11 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
         for key in ("prefix_projection", "inference_mode"):
             if options.get(key):
                 raise ConfigError(f"adapter.{key} false", "true", "train the virtual tokens themselves")
+        try:
+            peft_config(adapter)
+        except (ValueError, TypeError) as error:
+            got = (str(error).splitlines() or ["no reason"])[0].rstrip(".")
+            raise ConfigError(f"adapter options that peft.{library} takes", got, "correct adapter") from error
     selection = selection_of(adapter)
     if selection is not None and num_steps and selection.last_step >= num_steps:
         got = f"step {selection.last_step} (adapter.warmup_steps, expansions x expand_every)"
