@@ -321,6 +321,21 @@ def test_an_adapter_that_does_not_fit_is_told_what_the_model_has() -> None:
         add_adapter(load_model(config, read_model_config(config)), adapter)
 
 
+@torch.no_grad()
+def test_virtual_tokens_are_as_wide_as_the_embedding(tmp_path: Path) -> None:
+    """OPT-350M's is narrower than its hidden states; what PEFT saves of them it loads again."""
+    narrow = {**tiny.FAMILIES["opt"], "word_embed_proj_dim": 20, "do_layer_norm_before": False}
+    config = ModelConfig(config=narrow, dtype="float32")
+    for init in ("SAMPLE_VOCAB", "RANDOM"):
+        adapter = {"peft_type": "prompt_tuning", "num_virtual_tokens": 3, "prompt_tuning_init": init}
+        model: Any = add_adapter(load_model(config, read_model_config(config)), adapter)
+        batch = tiny.batch(0, 1)[0]
+        logits = model.eval()(**batch).logits
+        model.save_pretrained(tmp_path / init)
+        loaded = PeftModel.from_pretrained(model.get_base_model(), tmp_path / init)
+        assert torch.equal(loaded.eval()(**batch).logits, logits)
+
+
 EXPERTS = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
