@@ -242,6 +242,9 @@ def test_a_model_without_a_position_for_a_token_is_refused() -> None:
         ({"inference_mode": True}, None, "inference_mode false"),
         ({"layers_to_transform": [0], "target_modules": "q_proj"}, None, "that peft.LoraConfig takes, got `layers_to"),
         ({"use_dora": True, "lora_bias": True}, None, "lora_bias=True is not supported for DoRA"),
+        ({"init_lora_weights": "pissa_niter_2"}, None, "that can be made again, got pissa_niter_2: set it to pissa"),
+        ({"peft_type": "weight_lora", "init_lora_weights": "olora"}, None, "leaves the base weights, with weight_lora"),
+        ({"peft_type": "weight_lora", "init_lora_weights": "PiSSA"}, None, "adapter.init_lora_weights that leaves"),
         (None, "(", "a regular expression"),
     ],
 )
