@@ -161,7 +161,7 @@ def test_shapes_of_a_run_are_few_and_known_before() -> None:
 def test_what_cannot_be_compiled_is_refused(options: dict[str, Any], message: str) -> None:
     if options.get("compile") == "cuda_graphs" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         engine_of("opt", **({"compile": "blocks"} | options))
     answers = engine_of("opt", **(options | {"compile": "auto"})).answers
     assert not isinstance(answers, CompiledAnswers)

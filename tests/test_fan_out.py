@@ -76,6 +76,20 @@ def test_tokens_of_a_pass_where_each_block_has_a_width_of_its_own() -> None:
     assert tokens_per_pass(one) == tokens_per_pass(many)
 
 
+@pytest.mark.parametrize("target", ["project_in", "embed_tokens"])
+def test_blocks_after_an_adapter_of_the_embedding_are_not_shared(target: str) -> None:
+    """An adapter's own modules are never called: it is its layer that comes before the blocks. A later pass shares."""
+    options = {**tiny.FAMILIES["opt"], "word_embed_proj_dim": 20, "do_layer_norm_before": False}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules=[target]))
+    for parameter in adapted.parameters():
+        parameter.data.normal_(std=0.15)
+    fan, one = both(adapted, TwoPoint(tau=0.05, num_directions=2), Gaussian())
+    assert fan.values == pytest.approx(one.values, abs=5e-6)
+    assert len({round(value, 5) for value in one.values}) > 1, "the candidates differ"
+
+
 def test_adapters_are_rounded_as_one_pass_per_candidate_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16: what the layers see is the truth plus the perturbation, rounded once."""
     model = model_of("opt", torch.bfloat16).to(torch.bfloat16)  # PEFT itself leaves adapters in fp32

@@ -394,6 +394,7 @@ def test_layers_without_a_direction_cost_no_update(name: str, weight_decay: floa
     assert changed == ([True] * len(shards) if weight_decay else active)
 
 
+TANGENTS = ["estimator.name=forward_grad", "mesh.shard_size=1"]
 RESTING = {
     "zo_sgd", "zo_sgd_conservative", "zo_sign_sgd", "zo_sign_rho", "zo_muon_orthogonal", "zo_muon_subspace"
 }  # fmt: skip
@@ -407,6 +408,8 @@ RESTING = {
         (["optimizer.name=fzoo", "estimator.name=one_sided"], "expected the estimator fzoo with FZOO"),
         (["estimator.name=fzoo", "estimator.num_directions=1"], "num_directions >= 2"),
         (["estimator.name=forward_grad"], "whole model on every rank for estimator forward_grad"),
+        ([*TANGENTS, "objective=accuracy"], "objective classification or lm for estimator forward_grad, got accuracy"),
+        ([*TANGENTS, "forward.name=fan_out"], "forward.name auto or sequential for estimator forward_grad"),
         (["optimizer.name=zo_adam", "optimizer.beta2=1.0"], "expected beta2 in"),
         (["optimizer.name=zo_adam", "optimizer.eps=0.0"], "eps > 0"),
         (["optimizer.name=zo_sgd_momentum", "optimizer.momentum=-0.1"], "expected momentum in"),

@@ -323,6 +323,9 @@ def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: py
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
     assert "name a model that you trust with --base" in refused("export", str(copy), "--merge", capsys=capsys)
+    virtual = "adapter: {peft_type: prompt_tuning, num_virtual_tokens: 3}"
+    config.write_text(re.sub(r"(?m)^adapter:\n(  .*\n)+", f"{virtual}\n", (runs["lora"] / "config.yaml").read_text()))
+    assert "weights can take up, got prompt_tuning" in refused("export", str(copy), "--merge", capsys=capsys)
     shutil.copy(runs["lora"] / "config.yaml", config)
     (copy / "summary.json").unlink()
     assert "zoscale replay" in refused("export", str(copy), "--merge", capsys=capsys)

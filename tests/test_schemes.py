@@ -243,6 +243,11 @@ def test_a_model_without_a_position_for_a_token_is_refused() -> None:
         ({"peft_type": "ia3", "r": 8}, None, "a field of peft.IA3Config, got adapter.r"),
         ({"peft_type": "prefix_tuning", "prefix_projection": True}, None, "prefix_projection false"),
         ({"inference_mode": True}, None, "inference_mode false"),
+        ({"layers_to_transform": [0], "target_modules": "q_proj"}, None, "that peft.LoraConfig takes, got `layers_to"),
+        ({"use_dora": True, "lora_bias": True}, None, "lora_bias=True is not supported for DoRA"),
+        ({"init_lora_weights": "pissa_niter_2"}, None, "that can be made again, got pissa_niter_2: set it to pissa"),
+        ({"peft_type": "weight_lora", "init_lora_weights": "olora"}, None, "leaves the base weights, with weight_lora"),
+        ({"peft_type": "weight_lora", "init_lora_weights": "PiSSA"}, None, "adapter.init_lora_weights that leaves"),
         (None, "(", "a regular expression"),
     ],
 )
@@ -358,6 +363,21 @@ def test_nested_blocks_and_blocks_that_share_weights_count_once(kind: str) -> No
     size = count_parameters(architecture)
     assert size.outside_blocks == (64 + 1) * 32, "embedding and final norm"
     assert size.matrices_outside == 1
+
+
+@torch.no_grad()
+def test_virtual_tokens_are_as_wide_as_the_embedding(tmp_path: Path) -> None:
+    """OPT-350M's is narrower than its hidden states; what PEFT saves of them it loads again."""
+    narrow = {**tiny.FAMILIES["opt"], "word_embed_proj_dim": 20, "do_layer_norm_before": False}
+    config = ModelConfig(config=narrow, dtype="float32")
+    for init in ("SAMPLE_VOCAB", "RANDOM"):
+        adapter = {"peft_type": "prompt_tuning", "num_virtual_tokens": 3, "prompt_tuning_init": init}
+        model: Any = add_adapter(load_model(config, read_model_config(config)), adapter)
+        batch = tiny.batch(0, 1)[0]
+        logits = model.eval()(**batch).logits
+        model.save_pretrained(tmp_path / init)
+        loaded = PeftModel.from_pretrained(model.get_base_model(), tmp_path / init)
+        assert torch.equal(loaded.eval()(**batch).logits, logits)
 
 
 EXPERTS = {

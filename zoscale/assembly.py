@@ -146,13 +146,29 @@ def check_methods(config: RunConfig) -> Task:
         raise
     except ValueError as error:
         raise ConfigError("options that the method takes", str(error), "correct the configuration") from error
-    if estimator.takes_derivatives and config.mesh.shard_size != 1:
-        got = f"mesh.shard_size={'null' if config.mesh.shard_size is None else config.mesh.shard_size}"
-        remedy = "set mesh.shard_size=1: ZeRO-3 gathers weights without their tangents"
-        raise ConfigError(f"the whole model on every rank for estimator {config.estimator.name}", got, remedy)
+    if estimator.takes_derivatives:
+        _check_derivatives(config)
     if config.optimizer.name in FIRST_ORDER:
         check_first_order(config)
     return task
+
+
+def _check_derivatives(config: RunConfig) -> None:
+    """Refuse what an estimator of derivatives cannot do.
+
+    Raises:
+        ConfigError: what was expected.
+    """
+    beside = f"for estimator {config.estimator.name}"
+    if config.mesh.shard_size != 1:
+        got = f"mesh.shard_size={'null' if config.mesh.shard_size is None else config.mesh.shard_size}"
+        remedy = "set mesh.shard_size=1: ZeRO-3 gathers weights without their tangents"
+        raise ConfigError(f"the whole model on every rank {beside}", got, remedy)
+    if config.objective not in OBJECTIVES:
+        wanted = f"objective {' or '.join(OBJECTIVES)} {beside}"
+        raise ConfigError(wanted, config.objective, "others have no derivative: set objective")
+    if config.forward.name == "fan_out":
+        raise ConfigError(f"forward.name auto or sequential {beside}", config.forward.name, "set forward.name")
 
 
 def find_objective(name: str, task: Task) -> Objective:

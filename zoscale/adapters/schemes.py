@@ -22,6 +22,9 @@ PEFT_CONFIGS = {
 }
 """`adapter.peft_type` -> class of peft that has the other fields; `weight_lora` has those of `Selection` too."""
 
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Values of `init_lora_weights`, or how they begin, that take what the adapter starts with off the base weights."""
+
 
 def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_steps: int | None = None) -> None:
     """Refuse what can be refused without a model.
@@ -31,8 +34,9 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
         num_steps: of the run; None = not known.
 
     Raises:
-        ConfigError: for an unknown `peft_type` or field, one that cannot be trained here, or no regular expression; for
-            a selection of adapters that comes after the end of the run.
+        ConfigError: for an unknown `peft_type` or field, one that cannot be trained here, fields that PEFT refuses
+            together, starting values that cannot be made again, or no regular expression; for a selection of adapters
+            that comes after the end of the run.
     """
     try:
         re.compile(trainable or "")
@@ -45,10 +49,33 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
         for key in ("prefix_projection", "inference_mode"):
             if options.get(key):
                 raise ConfigError(f"adapter.{key} false", "true", "train the virtual tokens themselves")
+        try:
+            peft_config(adapter)
+        except (ValueError, TypeError) as error:
+            got = (str(error).splitlines() or ["no reason"])[0].rstrip(".")
+            raise ConfigError(f"adapter options that peft.{library} takes", got, "correct adapter") from error
+        _check_start(name, str(options.get("init_lora_weights")).lower())
     selection = selection_of(adapter)
     if selection is not None and num_steps and selection.last_step >= num_steps:
         got = f"step {selection.last_step} (adapter.warmup_steps, expansions x expand_every)"
         raise ConfigError(f"the last choice of adapters before train.steps={num_steps}", got, "choose earlier")
+
+
+def _check_start(name: str, start: str) -> None:
+    """Refuse starting values of LoRA that whoever loads the result cannot make again.
+
+    Some change the base weights, and PEFT changes them again when it loads the adapter: as they were in training, if
+    the same layers have adapters of the same rank, and nothing is drawn at random.
+
+    Raises:
+        ConfigError: what was expected.
+    """
+    if start.startswith("pissa_niter"):
+        remedy = "set it to pissa: a random decomposition gives others another base"
+        raise ConfigError("adapter.init_lora_weights that can be made again", start, remedy)
+    if name == "weight_lora" and start.startswith(_CHANGES_BASE):
+        got = f"{start}, which layers that lose their adapter would keep"
+        raise ConfigError("adapter.init_lora_weights that leaves the base weights, with weight_lora", got, "change it")
 
 
 def selection_of(adapter: Mapping[str, Any] | None) -> Selection | None:

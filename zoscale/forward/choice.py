@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from zoscale.config import ConfigError
 from zoscale.forward.compilation import CompileName, compiled_answers
 from zoscale.forward.fan import Fan
 from zoscale.forward.fan_out import FanOutForward
@@ -64,10 +65,9 @@ def choose_forward(
 def _misfit(generates: bool) -> ValueError:
     if generates:
         return ValueError("expected a tokenizer and the forward sequential or auto for an objective that generates")
-    return ValueError(
-        "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA or a weight "
-        "outside such a module: use auto or sequential"
-    )
+    got = "experts, DoRA, virtual tokens or a weight outside such a module"
+    expected = "trainable weights in modules that keep rows in order for forward.name fan_out"
+    return ConfigError(expected, got, "set forward.name to auto or sequential")
 
 
 def _check_tangents(name: ForwardName, answers: AnswerModel) -> None:
@@ -77,7 +77,7 @@ def _check_tangents(name: ForwardName, answers: AnswerModel) -> None:
             "gathers weights without their tangents"
         )
     if name == "fan_out":
-        raise ValueError("expected the forward auto or sequential for forward gradients, got fan_out")
+        raise ConfigError("forward.name auto or sequential for forward gradients", "fan_out", "set forward.name")
 
 
 def _obstacle(derivatives: bool, objective: Objective, fan: Fan | None) -> str | None:

@@ -88,7 +88,7 @@ def compiled_answers(name: CompileName, answers: AnswerModel, obstacle: str | No
         obstacle: what the caller knows to stand in the way.
 
     Raises:
-        ValueError: if compiled blocks are asked for and not possible.
+        ConfigError: if compiled blocks are asked for and not possible.
     """
     if name == "off" or (name == "auto" and answers.head.weight.device.type != "cuda"):
         return answers
@@ -101,7 +101,7 @@ def compiled_answers(name: CompileName, answers: AnswerModel, obstacle: str | No
         return CompiledAnswers(answers.model, _MODES["blocks" if name == "auto" else name])
     if name == "auto":
         return answers
-    raise ValueError(f"expected what forward.compile={name} can compile, got {found}: set forward.compile=off")
+    raise ConfigError(f"what forward.compile={name} can compile", found, "set forward.compile=off")
 
 
 def _obstacle(answers: AnswerModel) -> str | None:

@@ -30,17 +30,26 @@ class SharedRows:
     def __init__(self, model: nn.Module) -> None:
         self._trainable = {param: spec for spec, param in trainable_specs(model)}
         self._blocks = blocks_of(model)
-        inside = {inner for block in self._blocks for inner in block.modules()}
-        owners = [module for module in model.modules() if module not in inside and self._specs(module, recurse=False)]
-        self._watched = [*self._blocks, *owners]
+        around = [m for m in model.modules() if m not in self._blocks and any(b in self._blocks for b in m.modules())]
+        beside = [child for module in around for child in module.children() if child not in (*around, *self._blocks)]
+        owners = [module for module in around if self._specs(module, recurse=False)]
+        self._watched = [*self._blocks, *owners, *(module for module in beside if self._specs(module))]
         self._order: list[nn.Module] | None = None
 
     def blocks(self, candidates: Sequence[Candidate]) -> list[nn.Module]:
         """The blocks that run before any module that the candidates' directions touch."""
         directions = [candidate.direction for candidate in candidates if candidate.direction is not None]
-        shared = []
-        for module in self._order or ():
-            if any(direction.touches(spec) for spec in self._specs(module) for direction in directions):
+        order = self._order or []
+        touched = {
+            module
+            for module in self._watched
+            if any(direction.touches(spec) for spec in self._specs(module) for direction in directions)
+        }
+        if not touched.issubset(order):  # they may come first
+            return []
+        shared: list[nn.Module] = []
+        for module in order:
+            if module in touched:
                 break
             if module in self._blocks:
                 shared.append(module)

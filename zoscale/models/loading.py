@@ -213,7 +213,10 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
     copies_norms = adapter.get("peft_type") == "ln_tuning"  # which needs them whole
     try:
         with vectors_gathered(model) if copies_norms else nullcontext(), quiet_peft():
-            adapted = cast(nn.Module, get_peft_model(model, peft_config(adapter)))
+            options = peft_config(adapter)
+            if adapter.get("peft_type") == "prompt_tuning" and options.token_dim is None:
+                options.token_dim = model.get_input_embeddings().embedding_dim  # not hidden_size, as OPT-350M shows
+            adapted = cast(nn.Module, get_peft_model(model, options))
     except (ValueError, TypeError, AssertionError) as error:
         expected = f"adapter options that fit {type(model).__name__}"
         raise ConfigError(expected, _first_line(error).rstrip("."), _adapter_remedy(layers, error)) from error

@@ -13,7 +13,7 @@ from typing import Any, cast
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from zoscale.adapters.schemes import quiet_peft
+from zoscale.adapters.schemes import num_virtual_tokens, quiet_peft
 from zoscale.config import ConfigError
 from zoscale.models.loading import load_model, load_tokenizer, read_model_config
 from zoscale.release.export import ORIGIN, read_origin
@@ -127,6 +127,9 @@ def _check(record: RunRecord, kind: str, repo_id: str | None) -> None:
     config, adapter = record.config, record.directory.adapter
     if kind == "adapter" and config.adapter is None:
         raise ConfigError("a run with an adapter", "one that trained all weights", "export it with --merge")
+    if kind == "merged" and num_virtual_tokens(config.adapter):
+        got = f"{(config.adapter or {})['peft_type']}, whose virtual tokens are no weights of the model"
+        raise ConfigError("an adapter that weights can take up", got, "export it with --adapter")
     if config.adapter is not None and config.model.id is None:
         got = "random weights (model.config)"
         raise ConfigError("a base model that others can load", got, "name it with --base")
