@@ -229,13 +229,16 @@ def touched_by(engine: ZeroOrderEngine, direction: Any) -> str:
 
 
 def test_what_cannot_be_fanned_out_is_run_one_by_one() -> None:
-    """DoRA, experts, a weight of the model itself; `fan_out` says why it cannot."""
-    dora = get_peft_model(model_of("opt"), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    """Variants of LoRA, experts, a weight of the model itself; `fan_out` says why it cannot."""
+    dora, activated = (
+        get_peft_model(model_of("opt"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **variant))
+        for variant in ({"use_dora": True}, {"alora_invocation_tokens": [5, 9]})
+    )
     routed = model_of("opt")
     routed.experts = nn.ModuleList([nn.Linear(2, 2)])
     own = model_of("opt")
     own.scale = nn.Parameter(torch.ones(1))
-    for model in (dora, routed, own):
+    for model in (dora, activated, routed, own):
         assert find_units(model) is None
         assert isinstance(ZeroOrderEngine(model).forward, SequentialForward)
         with pytest.raises(ValueError, match="keep rows in order"):

@@ -65,8 +65,8 @@ def _misfit(generates: bool) -> ValueError:
     if generates:
         return ValueError("expected a tokenizer and the forward sequential or auto for an objective that generates")
     return ValueError(
-        "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA or a weight "
-        "outside such a module: use auto or sequential"
+        "expected trainable weights in modules that keep rows in order for fan_out, got experts, DoRA, aLoRA or a "
+        "weight outside such a module: use auto or sequential"
     )
 
 

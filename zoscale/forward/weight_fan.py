@@ -19,7 +19,7 @@ def find_units(model: nn.Module) -> list[Unit] | None:
     """The smallest modules with a forward of their own that hold all trainable weights, in the model's order.
 
     None if such a module holds blocks, or runs on other rows than those of the batch in their order: experts that take
-    the tokens routed to them, DoRA's magnitudes, virtual tokens, `nn.MultiheadAttention`.
+    the tokens routed to them, DoRA, aLoRA (some tokens only), virtual tokens, `nn.MultiheadAttention`.
     """
     trainable = {param: spec for spec, param in trainable_specs(model)}
     modules = dict(model.named_modules())
@@ -43,8 +43,8 @@ def _is_out_of_order(model: nn.Module, modules: Mapping[str, nn.Module], name: s
     return (
         not name
         or any(is_block(model, inner) for inner in modules[name].modules())
-        or any(isinstance(module, nn.MultiheadAttention) for module in above)
-        or not {"experts", "lora_magnitude_vector", "prompt_encoder"}.isdisjoint(path)
+        or any(isinstance(module, nn.MultiheadAttention) or getattr(module, "lora_variant", None) for module in above)
+        or not {"experts", "prompt_encoder"}.isdisjoint(path)
     )
 
 
