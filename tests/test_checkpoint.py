@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from zoscale.objectives import language_modeling
 from zoscale.optim import JaguarMuon, JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.recovery import checkpoint
 from zoscale.recovery.manifest import Manifest, complete, crc32, keep_last, name_of, read_manifest
-from zoscale.recovery.resume import record_of, replay
+from zoscale.recovery.resume import record_of, replay, restore
 from zoscale.shards import local_slices
 
 
@@ -297,3 +298,14 @@ def test_replicas_are_compared_by_group(model_dir: Path) -> None:
     wrong = [*own[:4], own[4] + 1, *own[5:]]
     with pytest.raises(Diverged, match=engine.specs[4].name):
         check_replicas(engine.shards, Others(own, wrong))
+
+
+def test_a_checkpoint_beyond_the_journal_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    """The journal has no scalars for the steps before it: the run could not be replayed."""
+    engine = engine_of(model_dir)
+    records = [record_of(engine.step(tiny.batch(step))) for step in range(2)]
+    checkpoint.save(engine, tmp_path / name_of(2), "hash")
+    for count in (2, 1):
+        again = engine_of(model_dir)
+        with nullcontext() if count == 2 else pytest.raises(ConfigError, match="step 1 or earlier, got step 2"):
+            restore(again, tmp_path, records[:count], "hash", print, chosen=tmp_path / name_of(2))

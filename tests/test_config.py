@@ -398,6 +398,8 @@ FILES = [
     ("adapter: {a: .nan}", "finite"),
     ("seed: 1" + "0" * 5000, "valid YAML"),
     ("seed: 1" + "0" * 50, "64 bits"),
+    (f"seed: {2**63}", "64 bits"),
+    (f"seed: {-(2**63) - 1}", "64 bits"),
     ("seed: !!set {a}", "null, booleans"),
     ("adapter: {a: !!binary aGk=}", "null, booleans"),
     ("seed: " + "[" * 3000, "valid YAML"),
