@@ -34,8 +34,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model("opt", tmp_path_factory.mktemp("model"))
 
 
-def engine_of(model_dir: Path, optimizer: type[ZeroOrderOptimizer] = JaguarSignSGD) -> ZeroOrderEngine:
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+def engine_of(
+    model_dir: Path, optimizer: type[ZeroOrderOptimizer] = JaguarSignSGD, dtype: torch.dtype = torch.float32
+) -> ZeroOrderEngine:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     return ZeroOrderEngine(model, optimizer=lambda shards, mesh: optimizer(shards, mesh, lr=1e-3), seed=3)
 
 
@@ -47,16 +49,20 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", [JaguarSignSGD, JaguarMuon])
-def test_weights_and_state_come_back(model_dir: Path, tmp_path: Path, optimizer: type[ZeroOrderOptimizer]) -> None:
+def test_weights_and_state_come_back(
+    model_dir: Path, tmp_path: Path, optimizer: type[ZeroOrderOptimizer], dtype: torch.dtype
+) -> None:
     """Pitfall 17: the steps after a checkpoint are those of the run that went on, momentum and seeds included."""
-    engine = engine_of(model_dir, optimizer)
+    engine = engine_of(model_dir, optimizer, dtype)
     for step in range(3):
         engine.step(tiny.batch(step))
     checkpoint.save(engine, tmp_path / "c", "hash")
-    other = engine_of(model_dir, optimizer)
+    other = engine_of(model_dir, optimizer, dtype)
     checkpoint.load(other, tmp_path / "c", "hash")
     assert other.num_steps == 3
+    assert equal([shard.live for shard in engine.shards], [shard.live for shard in other.shards]), "what a model reads"
     for step in range(3, 5):
         engine.step(tiny.batch(step))
         other.step(tiny.batch(step))

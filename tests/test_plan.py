@@ -231,6 +231,8 @@ def test_work_of_a_step() -> None:
     assert full["zero_order"]["work"]["gathered"] == model
     assert one_by_one["zero_order"]["work"]["gathered"] == turns * 4 * model
     assert one_by_one["zero_order"]["work"]["flops"] == full["zero_order"]["work"]["flops"]
+    named = plan_of(2, 8, adapter=None, estimator=estimator, mesh={"shard_size": 2}, forward={"name": "fan_out"})
+    assert named["zero_order"] == full["zero_order"]
     activations = [plan["zero_order"]["memory"]["activations"] for plan in (one_by_one, full)]
     assert activations[0] < activations[1], "of one candidate only"
     assert full["first_order"]["work"]["gathered"] == turns * 2 * model
@@ -453,6 +455,9 @@ def test_what_is_offloaded_is_not_in_the_gpu_memory() -> None:
         assert column["memory"]["gathered weights"] > 40_000 * 256 * 4, "what one block and the embedding take"
         assert column["work"]["uploaded"] == column["work"]["gathered"] == plan["job"]["rounds"] * frozen
         assert column["work"]["received"] == 0 == plain["zero_order"]["work"]["uploaded"]
+    config = {"deepspeed": str(ROOT / "ds_configs/zero3_offload.json")}
+    half = plan_of(2, 8, adapter=LORA, runtime=config)["zero_order"]["work"]
+    assert half["uploaded"] == pytest.approx(half["gathered"] / 2, rel=0.01), "each rank uploads its own shard"
     with pytest.raises(ConfigError, match=r"expected an adapter beside offload_param\.device nvme, got none"):
         plan_of(1, 8, adapter=None, runtime={"deepspeed": str(ROOT / "ds_configs/zero3_nvme.json")})
     with pytest.raises(ConfigError, match=r"expected another mesh\.shard_size beside offload_param\.device cpu"):

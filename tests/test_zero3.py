@@ -173,7 +173,7 @@ MOMENTUM: dict[str, Any] = {
     "check": "resumed",
     "steps": 5,
     "starts": [3],
-    "decay": 0.5,  # of lr, with every step
+    "decay": 1.0,
 }
 
 
