@@ -433,6 +433,12 @@ def test_what_does_not_fit_is_refused_before_the_run(argv: list[str], part: str)
         check_methods(config_of(*argv))
 
 
+def test_an_engine_refuses_a_probe_that_its_rule_cannot_step_along() -> None:
+    """Also where it is built without a configuration."""
+    with pytest.raises(ValueError, match="expected the probe orthogonal"):
+        ZeroOrderEngine(test_forward.tiny("opt"), optimizer=OPTIMIZERS["zo_muon_orthogonal"], probe=Gaussian())
+
+
 # --- Adding a method takes one class and one row. ---
 
 
