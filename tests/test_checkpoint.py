@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from zoscale.objectives import language_modeling
 from zoscale.optim import JaguarMuon, JaguarSignSGD, ZeroOrderOptimizer
 from zoscale.recovery import checkpoint
 from zoscale.recovery.manifest import Manifest, complete, crc32, keep_last, name_of, read_manifest
-from zoscale.recovery.resume import record_of, replay
+from zoscale.recovery.resume import record_of, replay, restore
 from zoscale.shards import local_slices
 
 
@@ -33,8 +34,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_model("opt", tmp_path_factory.mktemp("model"))
 
 
-def engine_of(model_dir: Path, optimizer: type[ZeroOrderOptimizer] = JaguarSignSGD) -> ZeroOrderEngine:
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+def engine_of(
+    model_dir: Path, optimizer: type[ZeroOrderOptimizer] = JaguarSignSGD, dtype: torch.dtype = torch.float32
+) -> ZeroOrderEngine:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     return ZeroOrderEngine(model, optimizer=lambda shards, mesh: optimizer(shards, mesh, lr=1e-3), seed=3)
 
 
@@ -46,16 +49,20 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", [JaguarSignSGD, JaguarMuon])
-def test_weights_and_state_come_back(model_dir: Path, tmp_path: Path, optimizer: type[ZeroOrderOptimizer]) -> None:
+def test_weights_and_state_come_back(
+    model_dir: Path, tmp_path: Path, optimizer: type[ZeroOrderOptimizer], dtype: torch.dtype
+) -> None:
     """Pitfall 17: the steps after a checkpoint are those of the run that went on, momentum and seeds included."""
-    engine = engine_of(model_dir, optimizer)
+    engine = engine_of(model_dir, optimizer, dtype)
     for step in range(3):
         engine.step(tiny.batch(step))
     checkpoint.save(engine, tmp_path / "c", "hash")
-    other = engine_of(model_dir, optimizer)
+    other = engine_of(model_dir, optimizer, dtype)
     checkpoint.load(other, tmp_path / "c", "hash")
     assert other.num_steps == 3
+    assert equal([shard.live for shard in engine.shards], [shard.live for shard in other.shards]), "what a model reads"
     for step in range(3, 5):
         engine.step(tiny.batch(step))
         other.step(tiny.batch(step))
@@ -297,3 +304,14 @@ def test_replicas_are_compared_by_group(model_dir: Path) -> None:
     wrong = [*own[:4], own[4] + 1, *own[5:]]
     with pytest.raises(Diverged, match=engine.specs[4].name):
         check_replicas(engine.shards, Others(own, wrong))
+
+
+def test_a_checkpoint_beyond_the_journal_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    """The journal has no scalars for the steps before it: the run could not be replayed."""
+    engine = engine_of(model_dir)
+    records = [record_of(engine.step(tiny.batch(step))) for step in range(2)]
+    checkpoint.save(engine, tmp_path / name_of(2), "hash")
+    for count in (2, 1):
+        again = engine_of(model_dir)
+        with nullcontext() if count == 2 else pytest.raises(ConfigError, match="step 1 or earlier, got step 2"):
+            restore(again, tmp_path, records[:count], "hash", print, chosen=tmp_path / name_of(2))

@@ -167,6 +167,22 @@ def test_what_cannot_be_compiled_is_refused(options: dict[str, Any], message: st
     assert not isinstance(answers, CompiledAnswers)
 
 
+class Linear4bit(nn.Module):
+    """As bitsandbytes names its own."""
+
+
+def test_models_that_cannot_be_compiled_are_refused() -> None:
+    """Also where no option says so: a model may come in 4 bits."""
+    for change, message in (("extra", "weights in 4 bits"), ("blocks", "a model without transformer blocks")):
+        model: Any = model_of("opt")
+        if change == "extra":
+            model.extra = Linear4bit()
+        else:
+            model.model.decoder.layers = nn.ModuleList()
+        with pytest.raises(ValueError, match=f"got {message}"):
+            compiled_answers("blocks", AnswerModel(model, model), None)
+
+
 @pytest.mark.parametrize(("kernels", "kind"), [(None, AnswerModel), (object(), CompiledAnswers)])
 def test_auto_leaves_blocks_as_they_are_where_nothing_can_be_compiled(
     monkeypatch: pytest.MonkeyPatch, kernels: object, kind: type

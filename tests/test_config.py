@@ -398,6 +398,8 @@ FILES = [
     ("adapter: {a: .nan}", "finite"),
     ("seed: 1" + "0" * 5000, "valid YAML"),
     ("seed: 1" + "0" * 50, "64 bits"),
+    (f"seed: {2**63}", "64 bits"),
+    (f"seed: {-(2**63) - 1}", "64 bits"),
     ("seed: !!set {a}", "null, booleans"),
     ("adapter: {a: !!binary aGk=}", "null, booleans"),
     ("seed: " + "[" * 3000, "valid YAML"),
@@ -432,8 +434,8 @@ def test_adapter_keys_are_checked_against_the_fields_of_the_library() -> None:
 
 
 def test_parse_or_exit_prints_one_line_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse_or_exit(["sed=1"], TABLES, DEFAULTS, command="zoscale train")
+    with pytest.raises(SystemExit) as caught:  # of two mistakes, the unknown key
+        parse_or_exit(["sed=1", "optimizer.name=zosgd"], TABLES, DEFAULTS, command="zoscale train")
     err = capsys.readouterr().err
     assert caught.value.code == 2
     assert err.count("\n") == 1

@@ -213,6 +213,8 @@ def test_forward_gradients_are_the_derivatives_that_backpropagation_gives(kind: 
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert all(torch.equal(a, shard.live) for a, shard in zip(before, engine.shards, strict=True))
     assert not engine.step(batches).skipped
+    with pytest.raises(ValueError, match="auto or sequential for forward gradients, got fan_out"):
+        ZeroOrderEngine(test_forward.tiny(kind), estimator=estimator, probe=engine.probe, forward="fan_out")
 
 
 # --- The conservative rule's second round. ---
@@ -419,6 +421,7 @@ RESTING = {
         (["optimizer.name=fo_sgd", "estimator.name=two_point"], "expected the estimator backpropagation with FOSGD"),
         (["optimizer.name=fo_adamw", "probe.name=block"], "expected the probe gradient with FOAdamW, got Block"),
         (["optimizer.name=fo_adamw", "optimizer.max_grad_norm=0.0"], "finite max_grad_norm > 0"),
+        (["optimizer.name=fo_adamw", "optimizer.eps=0.0"], "eps > 0"),
         (["optimizer.name=fo_adamw", "objective=f1"], "objective classification or lm with optimizer fo_adamw, got f1"),
         (["optimizer.name=fo_adamw", "mesh.shard_size=1"], "mesh.shard_size null with optimizer fo_adamw, got 1"),
         (["optimizer.name=fo_adamw", "mesh.candidates=2"], "mesh.candidates 1"),
@@ -431,6 +434,12 @@ RESTING = {
 def test_what_does_not_fit_is_refused_before_the_run(argv: list[str], part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         check_methods(config_of(*argv))
+
+
+def test_an_engine_refuses_a_probe_that_its_rule_cannot_step_along() -> None:
+    """Also where it is built without a configuration."""
+    with pytest.raises(ValueError, match="expected the probe orthogonal"):
+        ZeroOrderEngine(test_forward.tiny("opt"), optimizer=OPTIMIZERS["zo_muon_orthogonal"], probe=Gaussian())
 
 
 # --- Adding a method takes one class and one row. ---

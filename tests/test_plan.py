@@ -240,6 +240,8 @@ def test_work_of_a_step() -> None:
     assert full["zero_order"]["work"]["gathered"] == model
     assert one_by_one["zero_order"]["work"]["gathered"] == turns * 4 * model
     assert one_by_one["zero_order"]["work"]["flops"] == full["zero_order"]["work"]["flops"]
+    named = plan_of(2, 8, adapter=None, estimator=estimator, mesh={"shard_size": 2}, forward={"name": "fan_out"})
+    assert named["zero_order"] == full["zero_order"]
     activations = [plan["zero_order"]["memory"]["activations"] for plan in (one_by_one, full)]
     assert activations[0] < activations[1], "of one candidate only"
     assert full["first_order"]["work"]["gathered"] == turns * 2 * model
@@ -261,6 +263,14 @@ def test_work_of_a_step() -> None:
     few = {"adapter": LORA, "estimator": estimator, "data": {"batch_size": 1, "micro_batch_size": 1}}
     one, four = (plan_of(4, 8, **few, mesh={"candidates": parts})["zero_order"]["work"] for parts in (1, 4))
     assert four["flops"] == pytest.approx(one["flops"] / 4), "one row of four candidates occupies four ranks"
+    assert plan_of(1, 8, adapter=LORA, estimator=estimator)["zero_order"]["work"]["gathered"] == 0, "all is there"
+    halved = {"model": {"config": SHAPES, "dtype": "bfloat16"}}
+    kinds: list[dict[str, Any]] = [{}, {"optimizer": {"name": "zo_sgd"}}, halved, halved | {"master": "none"}]
+    traffic = [
+        plan_of(1, 8, adapter=None, **kind)["zero_order"]["work"]["traffic"] / full["parameters"] for kind in kinds
+    ]
+    assert traffic[0] - traffic[1] == 2 * 4, "a momentum is read and written"
+    assert traffic[2] - traffic[3] == 2 * 4 - 2, "so is a master, and the weights are written only"
     for column in (lora["zero_order"], full["first_order"]):
         seconds = column["seconds"]
         assert seconds["compute"] == column["work"]["flops"] / 67e12
@@ -397,16 +407,19 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "1,027,456 parameters" in capsys.readouterr().out
     (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
     shapes = ["plan", "--model", str(tmp_path / "shapes.yaml"), "--gpus", "2", "--reserve", "0", "adapter=null"]
-    assert cli.main([*shapes, "--json", "--gpu-memory", "0.01"]) == 1
+    more = ["model.dtype=float32", "--json", "--gpu-memory", "0.01", "--batch", "6", "--flops", "2"]
+    assert cli.main([*shapes, *more]) == 1
     report = json.loads(capsys.readouterr().out)
+    assert (report["job"]["batch"], report["job"]["micro_batch"]) == (6, 1), "which four do not divide"
+    assert report["zero_order"]["seconds"]["compute"] == report["zero_order"]["work"]["flops"] / 2e12
     assert report["parameters"] == sum(weight.numel for weight in shapes_of(None).weights)
     assert cli.main([*shapes, "--gpu-memory", "0.01"]) == 1
-    assert "does not fit: more GPUs" in capsys.readouterr().out
+    assert "does not fit: more GPUs" in (text := capsys.readouterr().out) and " NO " in text
     assert cli.main([*shapes[:-1], "model.quantization=nf4"]) == 0
     assert "zero-order, nf4" in (text := capsys.readouterr().out) and "set mesh.shard_size=1: 2 replicas" in text
     for options, message in (
         (["--gpus", "0", "--model", str(tmp_path / "shapes.yaml")], "--gpus"),
-        (["--gpus", "2"], "model.id"),
+        (["--gpus", "2"], "expected --model, --config or model.id"),
         (["--gpus", "2", "--model", "/nowhere"], "there is no folder /nowhere"),
         ([*shapes[1:], "--link", "-1"], "link above 0"),
         ([*shapes[1:], "optimizer.name=fo_adamw"], "a zero-order optimizer to plan"),
@@ -446,10 +459,14 @@ def test_what_is_offloaded_is_not_in_the_gpu_memory() -> None:
     assert nvme["host"]["buffers of NVMe"] == (2 * 6 + 2) * 40_000 * 256 * 4, "two blocks, tokens and positions"
     for plan in (cpu, nvme):
         column = plan["zero_order"]
+        assert "leave mesh.shard_size as it is: 1 of 1 ranks share a copy, offloaded" in table(plan)
         assert column["memory"].keys().isdisjoint(held) and column["total"] < plain["zero_order"]["total"]
         assert column["memory"]["gathered weights"] > 40_000 * 256 * 4, "what one block and the embedding take"
         assert column["work"]["uploaded"] == column["work"]["gathered"] == plan["job"]["rounds"] * frozen
         assert column["work"]["received"] == 0 == plain["zero_order"]["work"]["uploaded"]
+    config = {"deepspeed": str(ROOT / "ds_configs/zero3_offload.json")}
+    half = plan_of(2, 8, adapter=LORA, runtime=config)["zero_order"]["work"]
+    assert half["uploaded"] == pytest.approx(half["gathered"] / 2, rel=0.01), "each rank uploads its own shard"
     with pytest.raises(ConfigError, match=r"expected an adapter beside offload_param\.device nvme, got none"):
         plan_of(1, 8, adapter=None, runtime={"deepspeed": str(ROOT / "ds_configs/zero3_nvme.json")})
     with pytest.raises(ConfigError, match=r"expected another mesh\.shard_size beside offload_param\.device cpu"):

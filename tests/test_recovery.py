@@ -262,6 +262,8 @@ def test_a_finished_run_is_left_alone(server: JobServer, whole: Any) -> None:
     out, _ = whole("sign_lora")
     run_dir = run_dir_of(out)
     assert run_dir is not None
+    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert kept == ["step_00000015", "step_00000020"], "the last of checkpoint.keep, and none of the best without dev"
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
     assert "is finished; overwrite=true starts it again" in server.run(2, *command("sign_lora", out))
     assert "a configuration that has not run yet" in server.run(1, *command("sign_lora", out, "resume=never"), expect=2)

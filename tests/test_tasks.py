@@ -571,8 +571,11 @@ def test_evaluations_of_any_metrics_are_kept_on_disk(tmp_path: Path) -> None:
     log = EvaluationLog(path, Mesh())
     assert log.get("dev", 3) == Evaluation(5, {"accuracy": 0.5, "loss": 1.0, "lm_loss": 2.0})
     log.add("dev", 4, Evaluation(2, {"f1": 0.25, "mine:score": 3.0}))
+    with path.open("a") as file:
+        file.write('{"name": "dev", "st')
+    EvaluationLog(path, Mesh()).add("dev", 5, Evaluation(1, {}))
     again = EvaluationLog(path, Mesh())
-    assert again.series("dev")[1] == (4, Evaluation(2, {"f1": 0.25, "mine:score": 3.0}))
+    assert again.series("dev")[1:] == [(4, Evaluation(2, {"f1": 0.25, "mine:score": 3.0})), (5, Evaluation(1, {}))]
     path.write_text('{"name": "dev", "step": 3, "result": {"accuracy": 0.5}}\n')
     with pytest.raises(ConfigError, match="count of examples"):
         EvaluationLog(path, Mesh())

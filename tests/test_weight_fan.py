@@ -230,14 +230,16 @@ def touched_by(engine: ZeroOrderEngine, direction: Any) -> str:
 
 
 def test_what_cannot_be_fanned_out_is_run_one_by_one() -> None:
-    """DoRA, single tokens of a tied head, experts, a weight of the model itself; `fan_out` says why it cannot."""
-    dora = get_peft_model(model_of("opt"), LoraConfig(target_modules=["q_proj"], use_dora=True))
-    tokens = get_peft_model(model_of("opt"), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5]))
+    """Variants of LoRA, single tokens of a tied head, experts, a weight of the model itself; `fan_out` says why it cannot."""
+    dora, activated, tokens = (
+        get_peft_model(model_of("opt"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **variant))
+        for variant in ({"use_dora": True}, {"alora_invocation_tokens": [5, 9]}, {"trainable_token_indices": [5]})
+    )
     routed = model_of("opt")
     routed.experts = nn.ModuleList([nn.Linear(2, 2)])
     own = model_of("opt")
     own.scale = nn.Parameter(torch.ones(1))
-    for model in (dora, tokens, routed, own):
+    for model in (dora, activated, tokens, routed, own):
         assert find_units(model) is None
         assert isinstance(ZeroOrderEngine(model).forward, SequentialForward)
         with pytest.raises(ConfigError, match="keep rows in order for forward"):

@@ -165,6 +165,7 @@ ADAMW: dict[str, Any] = {
     "check": "resumed",
     "steps": 5,
     "starts": [3],
+    "decay": 0.5,  # of lr, with every step
 }
 MOMENTUM: dict[str, Any] = {
     "optimizer": "fo_sgd",
@@ -172,13 +173,14 @@ MOMENTUM: dict[str, Any] = {
     "check": "resumed",
     "steps": 5,
     "starts": [3],
+    "decay": 1.0,
 }
 
 
 def chosen(method: dict[str, Any], *starts: int) -> dict[str, Any]:
     """A first-order method with groups of which some are empty after the choices."""
     groups = [{"pattern": "factor", "lr_scale": 2.0}, {"pattern": "layers.0", "lr_scale": 0.5}]
-    changes = {"adapter": ADAPTER, "starts": starts, "steps": 6, "scale": 0.5}
+    changes = {"adapter": ADAPTER, "starts": starts, "steps": 6, "scale": 0.5, "decay": 1.0}
     return LORA | method | changes | {"optimizer_args": method["optimizer_args"] | {"groups": groups}}
 
 
@@ -289,6 +291,7 @@ def backpropagated(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[A
     masters = {n: tiny.values(n, tuple(p.shape)).requires_grad_() for n, p in trained.items()}
     limit = scenario["optimizer_args"].get("max_grad_norm", math.inf)
     optimizer = torch_optimizer(scenario, masters)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, scenario["decay"])
     losses, norms = [], []
     for step in range(scenario["steps"]):
         with torch.no_grad():
@@ -302,6 +305,7 @@ def backpropagated(scenario: dict[str, Any], models: dict[str, Path]) -> tuple[A
         losses.append(loss.item())
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), limit)))
         optimizer.step()
+        schedule.step()
     return losses, norms, masters
 
 
@@ -518,7 +522,7 @@ def test_a_step_takes_little_more_memory_than_the_bare_forward(job: Any) -> None
 
 @pytest.mark.parametrize("name", [name for name, (s, _) in FIRST_ORDER.items() if s["check"] == "resumed"])
 def test_backpropagation_equals_plain_torch(job: Any, models: dict[str, Path], name: str) -> None:
-    """DeepSpeed's stage-3 optimizer: losses, gradient norms, weights; a checkpoint leads any world to the same."""
+    """DeepSpeed's stage-3 optimizer: losses, norms, weights, at any lr; a checkpoint leads any world to the same."""
     world, out = job
     scenario, worlds = FIRST_ORDER[name]
     if world not in worlds:

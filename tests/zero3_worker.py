@@ -322,6 +322,7 @@ def resumed(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
     folder, report = Path(scenario["model"]), dict[str, Any]()
     folders = {place: folder.with_name(f"{scenario['name']}_checkpoint_{place}") for place in scenario["starts"]}
     engine.arrange = partial(arrange_watched, engine, engine.arrange)  # type: ignore[method-assign]
+    lrs = [group["lr"] for group in engine.optimizer.param_groups]
     for first in (0, *scenario["starts"]):
         if first:
             load(engine, folders[first], "hash")
@@ -329,6 +330,8 @@ def resumed(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
         for step in range(engine.num_steps, scenario["steps"]):
             if step in folders and not folders[step].exists():
                 save(engine, folders[step], "hash")
+            for group, lr in zip(engine.optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * scenario["decay"] ** step
             result = engine.step(tiny.batch(step, 4))
             losses.append(result.loss)
             norms.append(result.estimate.projected_grads[0])

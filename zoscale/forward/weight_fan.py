@@ -20,8 +20,8 @@ def find_units(model: nn.Module) -> list[Unit] | None:
     """The smallest modules with a forward of their own that hold all trainable weights, in the model's order.
 
     None if such a module holds blocks, or runs on other rows than those of the batch in their order: experts that take
-    the tokens routed to them, DoRA's magnitudes, virtual tokens, `nn.MultiheadAttention`; or has weights in common with
-    another, as PEFT's `trainable_token_indices` has of a tied head.
+    the tokens routed to them, DoRA, aLoRA (some tokens only), virtual tokens, `nn.MultiheadAttention`; or has weights in
+    common with another, as PEFT's `trainable_token_indices` has of a tied head.
     """
     trainable = {param: spec for spec, param in trainable_specs(model)}
     modules = dict(model.named_modules())
@@ -46,8 +46,8 @@ def _is_out_of_order(modules: Mapping[str, nn.Module], name: str, blocks: frozen
     return (
         not name
         or not blocks.isdisjoint(modules[name].modules())
-        or any(isinstance(module, nn.MultiheadAttention) for module in above)
-        or not {"experts", "lora_magnitude_vector", "prompt_encoder", "token_adapter"}.isdisjoint(path)
+        or any(isinstance(module, nn.MultiheadAttention) or getattr(module, "lora_variant", None) for module in above)
+        or not {"experts", "prompt_encoder", "token_adapter"}.isdisjoint(path)
     )
 
 

@@ -129,7 +129,7 @@ def _shard_sizes(config: RunConfig, job: Job) -> list[int]:
 
 def _first_order(config: RunConfig, architecture: Any, job: Job, device: Device, budget: float) -> dict[str, Any]:
     """AdamW under ZeRO-3, which cannot cut up weights in 4 bits: they are as they were before."""
-    model, job = replace(config.model, quantization=None), replace(job, candidates=1, parts=1)
+    model, job = replace(config.model, quantization=None), replace(job, candidates=1)
     shapes = ModelShapes(model, architecture, config.adapter, config.trainable)
     footprint = shapes.run(job.micro_batch, job.tokens, backward=True)
     memory, work = first_order_memory(shapes, job, footprint), first_order_work(shapes, job, footprint)

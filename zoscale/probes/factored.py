@@ -11,7 +11,10 @@ from zoscale.noise.segments import Segment
 from zoscale.probes.base import DrawnDirection, Piece, Probe
 from zoscale.shards import TensorSpec
 
-_BLOCK, _ROWS = 2**16, 64  # about as many elements of z are made by one product of matrices, in multiples of so many rows
+_BLOCK, _ROWS = (
+    2**16,
+    64,
+)  # about as many elements of z are made by one product of matrices, in multiples of so many rows
 
 
 def product_slice(left: Tensor, right: Tensor, start: int, stop: int) -> Tensor:
