@@ -230,7 +230,7 @@ def touched_by(engine: ZeroOrderEngine, direction: Any) -> str:
 
 
 def test_what_cannot_be_fanned_out_is_run_one_by_one() -> None:
-    """Variants of LoRA, single tokens of a tied head, experts, a weight of the model itself; `fan_out` says why it cannot."""
+    """Variants of LoRA, tokens of a tied head, experts, a weight of the model itself; `fan_out` says why it cannot."""
     dora, activated, tokens = (
         get_peft_model(model_of("opt"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **variant))
         for variant in ({"use_dora": True}, {"alora_invocation_tokens": [5, 9]}, {"trainable_token_indices": [5]})

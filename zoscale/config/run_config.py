@@ -130,8 +130,8 @@ class RunConfig:
 
         Left out, because they change where results go, how long one waits or who computes, not what is computed:
         name, output_dir, resume, overwrite, checkpoint, tracking, train.log_every, of mesh all but candidates, which
-        shapes the passes, and of runtime all but deepspeed and noise. Of a model, tokenizer or DeepSpeed file the path counts, not its
-        content; of a function its name. Equal numbers count alike: 1 is 1.0.
+        shapes the passes, and of runtime all but deepspeed and noise. Of a model, tokenizer or DeepSpeed file the path
+        counts, not its content; of a function its name. Equal numbers count alike: 1 is 1.0.
         """
         text = json.dumps(_canonical(self.identity()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]

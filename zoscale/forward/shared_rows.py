@@ -77,7 +77,7 @@ class SharedRows:
         own, order, again = lane(), dict[nn.Module, None](), set[nn.Module]()
         are_rows = True
 
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def note(module: nn.Module, args: Any, kwargs: Any = None) -> None:  # in another lane it may be removed by then
             nonlocal are_rows
             if lane() != own:
                 return

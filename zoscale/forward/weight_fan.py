@@ -20,8 +20,8 @@ def find_units(model: nn.Module) -> list[Unit] | None:
     """The smallest modules with a forward of their own that hold all trainable weights, in the model's order.
 
     None if such a module holds blocks, or runs on other rows than those of the batch in their order: experts that take
-    the tokens routed to them, DoRA, aLoRA (some tokens only), virtual tokens, `nn.MultiheadAttention`; or has weights in
-    common with another, as PEFT's `trainable_token_indices` has of a tied head.
+    the tokens routed to them, DoRA, aLoRA (some tokens only), virtual tokens, `nn.MultiheadAttention`; or has weights
+    of another too, as PEFT's `trainable_token_indices` has of a tied head.
     """
     trainable = {param: spec for spec, param in trainable_specs(model)}
     modules = dict(model.named_modules())
