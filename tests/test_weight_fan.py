@@ -251,9 +251,9 @@ def test_rows_that_left_their_order_are_refused() -> None:
     assert rows.by_candidate(torch.zeros(6, 7, 4)).shape == (2, 21, 4)
     assert rows.by_candidate(torch.zeros(1, 10, 4)).shape == (2, 5, 4)
     for shape in ((5, 4), (1, 9, 4), (7, 3, 4)):
-        with pytest.raises(ValueError, match=r"forward\.name=sequential"):
+        with pytest.raises(ConfigError, match=r"forward\.name=sequential"):
             rows.by_candidate(torch.zeros(shape))
-        with pytest.raises(ValueError, match=r"forward\.name=sequential"):
+        with pytest.raises(ConfigError, match=r"forward\.name=sequential"):
             rows.split_call([torch.zeros(shape)], {})
 
 
@@ -273,8 +273,32 @@ def test_a_weight_read_behind_its_modules_back_is_an_error() -> None:
     layer: Any = model.model.decoder.layers[0]  # type: ignore[union-attr]
     layer.fc1 = Behind(layer.fc1)
     engine = ZeroOrderEngine(model, forward="fan_out")
-    with pytest.raises(ValueError, match="expected every trained module to be called, got none of Linear"):
+    with pytest.raises(ConfigError, match="expected every trained module to be called, got none of Linear"):
         engine.losses(micro_batches(tiny.batch(0, 1)), engine.directions(0))
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [None, torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_rows_that_a_model_counts_for_itself_are_told_from_a_lack_of_memory(raised: RuntimeError | None) -> None:
+    model = model_of("opt")
+
+    def fail(module: nn.Module, args: Any) -> None:
+        if raised is not None:
+            raise raised
+        args[0] + torch.zeros(2, *args[0].shape[1:])  # the rows of one candidate
+
+    model.model.decoder.layers[0].register_forward_pre_hook(fail)  # type: ignore[union-attr, index]
+    engine = ZeroOrderEngine(model, forward="fan_out")
+    with pytest.raises((ConfigError, RuntimeError)) as caught:
+        engine.losses(micro_batches(tiny.batch(0, 1)), engine.directions(0))
+    if raised is not None:
+        assert caught.value is raised
+    else:
+        assert re.fullmatch(r"expected a model.*must match the size.*forward\.name=sequential", str(caught.value))
+        assert isinstance(caught.value, ConfigError)
+        assert type(caught.value.__cause__) is RuntimeError
 
 
 UNUSUAL: dict[str, tuple[dict[str, Any], str]] = {
@@ -324,8 +348,11 @@ def test_blocks_before_the_trained_ones_of_unusual_models(name: str) -> None:
     assert len({round(value, 5) for value in found[1]}) == 4, "the candidates differ"
 
 
-def test_weights_that_a_module_uses_outside_its_forward_are_refused() -> None:
-    """Gemma 3n: AltUp's forward scales only, its linear layers serve other methods; candidates would be alike there."""
+def test_weights_that_a_module_uses_outside_its_forward_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3n: AltUp's forward scales only, its linear layers serve other methods; candidates would be alike there.
+
+    Known models of this kind are run one by one.
+    """
     options = {
         "vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_kv_shared_layers": 0, "laurel_rank": 4,
@@ -333,7 +360,11 @@ def test_weights_that_a_module_uses_outside_its_forward_are_refused() -> None:
         "activation_sparsity_pattern": [0.0, 0.0], "layer_types": ["sliding_attention", "full_attention"],
     }  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3n_text", **options))
+    assert isinstance(ZeroOrderEngine(model).forward, SequentialForward)
+    with pytest.raises(ConfigError, match=r"in its own way: set forward\.name to auto or sequential"):
+        ZeroOrderEngine(model, forward="fan_out")
+    monkeypatch.setattr("zoscale.forward.weight_fan._OWN_WAYS", ())
     engine = ZeroOrderEngine(model, estimator=TwoPoint(tau=0.2), probe=Gaussian())
-    with pytest.raises(ValueError, match=r"by the forward of Gemma3nTextAltUp only.*forward\.name=sequential"):
+    with pytest.raises(ConfigError, match=r"by the forward of Gemma3nTextAltUp only.*forward\.name=sequential"):
         engine.losses(micro_batches(tiny.batch(0)), engine.directions(0))
     assert not any(module._forward_pre_hooks for module in model.modules())

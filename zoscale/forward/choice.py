@@ -65,7 +65,7 @@ def choose_forward(
 def _misfit(generates: bool) -> ValueError:
     if generates:
         return ValueError("expected a tokenizer and the forward sequential or auto for an objective that generates")
-    got = "experts, DoRA, aLoRA, virtual tokens or a weight outside such a module"
+    got = "experts, DoRA, aLoRA, virtual tokens, a weight elsewhere, or a model that uses some in its own way"
     expected = "trainable weights in modules that keep rows in order for forward.name fan_out"
     return ConfigError(expected, got, "set forward.name to auto or sequential")
 

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from zoscale.config import ConfigError
 from zoscale.estimators import Candidate
 from zoscale.lanes import lane
+
+SEQUENTIAL = "set forward.name=sequential"
+"""What helps where a model cannot give every candidate its own weights within one forward."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Rows:
         """[K, n, features] of a module's input [K R, ..., features], or [1, K P, features] at the head.
 
         Raises:
-            ValueError: if the rows are not those of the candidates in order (a router moved them).
+            ConfigError: if the rows are not those of the candidates in order (a router moved them).
         """
         if not (self._in_order(x) or (x.shape[0] == 1 and x.shape[1] == self.copies * self.positions)):
             raise self.error(x)
@@ -55,7 +59,7 @@ class Rows:
         """The arguments of a module's forward, per candidate.
 
         Raises:
-            ValueError: if they hold activations and none has K R rows.
+            ConfigError: if they hold activations and none has K R rows.
         """
         values = [*args, *kwargs.values()]
         activations = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
@@ -83,12 +87,11 @@ class Rows:
     def _in_order(self, x: Tensor) -> bool:
         return x.shape[0] % (self.copies * self.rows) == 0
 
-    def error(self, x: Tensor) -> ValueError:
+    def error(self, x: Tensor) -> ConfigError:
         """What is raised where a module's input is not the rows of the candidates."""
-        return ValueError(
-            f"expected {self.copies} x {self.rows} rows in the order of the candidates, got a tensor of shape "
-            f"{tuple(x.shape)}: this model moves rows between modules; set forward.name=sequential"
-        )
+        expected = f"{self.copies} x {self.rows} rows in the order of the candidates"
+        got = f"a tensor of shape {tuple(x.shape)}"
+        return ConfigError(expected, got, f"this model moves rows between modules; {SEQUENTIAL}")
 
 
 class Fan(Protocol):

@@ -1,15 +1,18 @@
 """`FanOutForward`: the losses of all candidates in one pass; each layer is gathered once per step."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from zoscale.config import ConfigError
 from zoscale.data.batch import MicroBatch
 from zoscale.estimators import Candidate
 from zoscale.forward.division import Division, Item, cut
-from zoscale.forward.fan import Fan, Rows
+from zoscale.forward.fan import SEQUENTIAL, Fan, Rows
 from zoscale.forward.sequential import Losses, reduce_losses
 from zoscale.forward.shared_rows import SharedRows
 from zoscale.lanes import Lanes
@@ -20,6 +23,8 @@ from zoscale.objectives import Objective
 
 WAITING = 4
 """Times the tokens of a pass: hidden states that may wait between two blocks, a fraction of its activations."""
+_OF_SHAPES = re.compile(r"\b(sizes?|shapes?|dimension|same modules)\b", re.IGNORECASE)
+"""Found in errors of operations whose operands do not fit; not in those of a lack of memory."""
 
 
 class FanOutForward:
@@ -51,7 +56,11 @@ class FanOutForward:
 
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
-        """See `Forward`."""
+        """See `Forward`.
+
+        Raises:
+            ConfigError: if the model's code cannot run the rows of several candidates together.
+        """
         division = Division(self.mesh, len(batches), len(candidates), self.num_parts, together=False)
         items = division.items()
         places = _places(items)
@@ -79,7 +88,8 @@ class FanOutForward:
         tokens = len(items) * most * max(batch.input_ids.numel() for batch in batches)
         num_rounds = min(len(passes), -(-tokens // (WAITING * self.max_tokens)))
         for one in cut(slice(0, len(passes)), num_rounds):
-            self.lanes.run(passes[one])
+            with _fitting():
+                self.lanes.run(passes[one])
         return reduce_losses(division.gather(table), items, batches)
 
     def counts(
@@ -109,6 +119,18 @@ class FanOutForward:
         rows, tokens = batch.input_ids.shape
         limit = self.max_tokens // tokens if self.max_rows is None else self.max_rows
         return -(-length // max(1, limit // rows))
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Within, tensors that do not fit one another are an error of the forward that was chosen."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if type(error) not in (RuntimeError, IndexError) or not _OF_SHAPES.search(str(error)):
+            raise
+        expected = "a model that runs the rows of all candidates together"
+        raise ConfigError(expected, str(error).splitlines()[0].rstrip("."), SEQUENTIAL) from error
 
 
 def _places(items: Sequence[Item]) -> dict[int, int]:

@@ -7,22 +7,35 @@ from typing import Any
 
 from torch import nn
 
+from zoscale.config import ConfigError
 from zoscale.estimators import Candidate
-from zoscale.forward.fan import Rows, replaced_forward
+from zoscale.forward.fan import SEQUENTIAL, Rows, replaced_forward
 from zoscale.forward.scratch import Draws
 from zoscale.forward.units import LinearUnit, LookupUnit, Unit, Weights
 from zoscale.lanes import lane
 from zoscale.models.sizes import blocks_of
 from zoscale.shards import trainable_specs
 
+_OWN_WAYS = frozenset(
+    {
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fuyu", "gemma3n", "gemma3n_text", "git",
+        "got_ocr2", "gpt_neox_japanese", "lfm3", "marian", "mbart", "moss_transcribe_diarize", "mvp", "pegasus",
+        "plbart", "reformer", "trocr", "whisper", "zamba2",
+    }
+)  # fmt: skip
+"""Model types that leave modules uncalled, read their weights in another way, or count the rows for themselves."""
+
 
 def find_units(model: nn.Module) -> list[Unit] | None:
     """The smallest modules with a forward of their own that hold all trainable weights, in the model's order.
 
-    None if such a module holds blocks, or runs on other rows than those of the batch in their order: experts that take
-    the tokens routed to them, DoRA, aLoRA (some tokens only), virtual tokens, `nn.MultiheadAttention`; or has weights
-    of another too, as PEFT's `trainable_token_indices` has of a tied head.
+    None if the model is known to use some in a way of its own; if such a module holds blocks, or runs on other rows
+    than those of the batch in their order: experts that take the tokens routed to them, DoRA, aLoRA (some tokens only),
+    virtual tokens, `nn.MultiheadAttention`; or has weights of another too, as PEFT's `trainable_token_indices` has of a
+    tied head.
     """
+    if getattr(getattr(model, "config", None), "model_type", None) in _OWN_WAYS:
+        return None
     trainable = {param: spec for spec, param in trainable_specs(model)}
     modules = dict(model.named_modules())
     found: dict[str, nn.Module] = {}
@@ -80,7 +93,7 @@ class WeightFan:
         """Within, every unit that the candidates touch runs once per candidate.
 
         Raises:
-            ValueError: if the model uses the weights of one in another way than by calling it.
+            ConfigError: if the model uses the weights of one in another way than by calling it.
         """
         directions = [candidate.direction for candidate in candidates if candidate.direction is not None]
         touched = [
@@ -100,10 +113,8 @@ class WeightFan:
             yield
         if idle:
             names = ", ".join(sorted({type(module).__name__ for module in idle}))
-            raise ValueError(
-                f"expected every trained module to be called, got none of {names}: the model reads their weights in "
-                "another way; set forward.name=sequential"
-            )
+            remedy = f"the model has no use for them here, or reads their weights in another way; {SEQUENTIAL}"
+            raise ConfigError("every trained module to be called", f"none of {names}", remedy)
 
 
 @contextmanager
@@ -113,10 +124,8 @@ def _used_within(unit: Unit, running: Set[nn.Module]) -> Iterator[None]:
 
     def check(module: nn.Module, args: Any) -> None:
         if lane() == own and unit.module not in running:
-            raise ValueError(
-                f"expected {type(module).__name__} to be called by the forward of {type(unit.module).__name__} only: "
-                "this model calls it in another way; set forward.name=sequential"
-            )
+            expected = f"{type(module).__name__} to be called by the forward of {type(unit.module).__name__} only"
+            raise ConfigError(expected, "a call from elsewhere", SEQUENTIAL)
 
     inner = [module for module in unit.module.modules() if module is not unit.module]
     owners = [module for module in inner if any(param in unit.weights for param in module.parameters(recurse=False))]
