@@ -335,6 +335,33 @@ def test_layers_that_peft_refuses_are_not_named() -> None:
         add_adapter(model, {"r": 2, "target_modules": "all-linear"})
 
 
+_MOE: dict[str, Any] = {
+    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 8, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 2, "num_local_experts": 2, "head_dim": 8,
+    "num_experts_per_tok": 1, "shared_expert_intermediate_size": 8, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "excluded"),
+    [
+        ("laguna", r"PEFT loads as it was saved.*shared_experts\.gate_proj", 3),  # renamed to shared_experts..gate_proj
+        ("llama4_text", r"only multiply.*feed_forward\.router \(Llama4Router\)", 1),
+        ("phimoe", r"only multiply.*mlp\.router \(PhimoeTopKRouter\)", 1),
+    ],
+)
+def test_layers_whose_adapters_fail_or_get_lost_are_refused(kind: str, reason: str, excluded: int) -> None:
+    """As the remedy says, the others can be trained."""
+    config = ModelConfig(config={"model_type": kind, **_MOE}, dtype="float32")
+    adapter = {"r": 2, "target_modules": "all-linear"}
+    with pytest.raises(ConfigError, match=reason) as caught:
+        add_adapter(load_model(config, read_model_config(config)), adapter)
+    names = re.findall(r"[\w.]+", str(caught.value).partition("adapter.exclude_modules=")[2].partition("]")[0])
+    assert len(names) == excluded
+    adapted = add_adapter(load_model(config, read_model_config(config)), adapter | {"exclude_modules": names})
+    assert any(parameter.requires_grad for parameter in adapted.parameters())
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm", "xlnet", "prophetnet"])
 def test_models_that_look_ahead_are_refused(kind: str) -> None:
     """The answer would be among what it is predicted from; AutoModelForCausalLM loads them all the same."""

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
+from zoscale.adapters.layers import check_adapted
 from zoscale.adapters.schemes import choose_trainable, peft_config, quiet_peft, selection_of
 from zoscale.adapters.weighted_lora import weigh_adapters
 from zoscale.config import ConfigError, ModelConfig
@@ -202,7 +203,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
         trainable: without an adapter, pattern of the names of the weights to train; None = all.
 
     Raises:
-        ConfigError: for unknown fields, or targets or names that the model does not have.
+        ConfigError: for unknown fields, targets or names that the model does not have, or see `check_adapted`.
     """
     if adapter is None:
         choose_trainable(model, trainable)
@@ -220,6 +221,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
     except (ValueError, TypeError, AssertionError) as error:
         expected = f"adapter options that fit {type(model).__name__}"
         raise ConfigError(expected, _first_line(error).rstrip("."), _adapter_remedy(layers, error)) from error
+    check_adapted(adapted)
     if (selection := selection_of(adapter)) is not None:
         weigh_adapters(adapted, selection)
     return adapted
