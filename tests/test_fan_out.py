@@ -1,5 +1,6 @@
 """`FanOutForward` against `SequentialForward` on plain tensors; real ranks are in test_zero3.py."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -65,6 +66,37 @@ def test_adapters_of_single_experts_are_not_fanned_out() -> None:
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("lora_" in name)
     assert find_lora_pairs(adapted, [spec for spec, _ in trainable_specs(adapted)]) is None
+
+
+class _Behind(nn.Module):
+    """Reads a layer's weights without calling it, and calls one of several others."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.some = nn.ModuleList([nn.Sequential(nn.Linear(36, 36)), nn.Linear(36, 36), nn.Linear(36, 36)])
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return nn.functional.linear(self.some[2](x), self.inner.weight, self.inner.bias)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("forward", ["fan_out", "sequential"])
+def test_adapters_of_layers_that_are_not_called_are_told_once(forward: Any) -> None:
+    """Mamba's dt_proj is such a layer; of a list, as experts are, other inputs may call others."""
+    options = dict(tiny.FAMILIES["opt"])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    for layer in model.model.decoder.layers:
+        layer.self_attn.v_proj = _Behind(layer.self_attn.v_proj)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "inner", "some.0.0", "some.1", "some.2"]))
+    engine = ZeroOrderEngine(adapted, forward=forward)
+    with pytest.warns(UserWarning, match=r"not call model\.decoder\.layers\.\*\.self_attn\.v_proj\.inner, so") as told:
+        engine.step(tiny.batch(0))
+    assert len(told) == 1
+    assert not any(module._forward_pre_hooks for module in adapted.modules())
+    other = ZeroOrderEngine(model_of("opt", torch.float32), forward=forward)
+    with warnings.catch_warnings(action="error"):
+        engine.step(tiny.batch(1))
+        other.step(tiny.batch(0))
 
 
 def test_tokens_of_a_pass_where_each_block_has_a_width_of_its_own() -> None:

@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,9 +12,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapters.choice import AdapterChoice, Shapes
+from zoscale.adapters.layers import uncalled_told
 from zoscale.adapters.selection import Selection
 from zoscale.data.batch import MicroBatch
 from zoscale.estimators import Estimator, GradientEstimate
+from zoscale.forward.compilation import CompiledAnswers
 from zoscale.forward.sequential import Forward, Losses
 from zoscale.mesh import Mesh
 from zoscale.models.answers import AnswerModel
@@ -111,6 +114,7 @@ class Engine(ABC):
         self.adapters = AdapterChoice(model, selection, Noise(noise.seed), mesh) if selection is not None else None
         self.num_steps = 0
         self._rehearsal: Rehearsal | None = None
+        self._is_watched = False
 
     @abstractmethod
     def _take_over(self) -> None:
@@ -147,7 +151,8 @@ class Engine(ABC):
             self._rehearsal.run(self.noise, self.shards)
             self._rehearsal = None
         directions, batches = self.directions(self.num_steps), micro_batches(batch)
-        losses = self.losses(batches, directions)
+        with self._watched():
+            losses = self.losses(batches, directions)
         estimate = self.estimator.estimate(directions, losses.values)
         if self.optimizer.num_trials:
             estimate, losses = self._try(batches, estimate, losses)
@@ -189,6 +194,12 @@ class Engine(ABC):
         self.adapters.arrange(shapes, partial(cut_up_like, self.model))
         forget_order(self.answers.module)
         self._take_over()
+
+    def _watched(self) -> AbstractContextManager[None]:
+        """Within, once, one rank looks which adapters run; not in compiled blocks, whose graphs hold no hooks."""
+        is_due, self._is_watched = not self._is_watched, True
+        is_compiled = isinstance(getattr(self.forward, "model", None), CompiledAnswers)
+        return uncalled_told(self.model) if is_due and self.mesh.is_main and not is_compiled else nullcontext()
 
     def _try(
         self, batches: Sequence[MicroBatch], estimate: GradientEstimate, losses: Losses

@@ -1,7 +1,9 @@
-"""Layers with an adapter: that they can have one, and that PEFT loads it again."""
+"""Layers with an adapter: that they can have one, that PEFT loads it again, and that the model calls them."""
 
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -55,6 +57,42 @@ def _leave_out(names: Iterable[str]) -> str:
     ends = [[part for part in name.split(".")[-2:] if not part.isdigit()] for name in names]
     excluded = ",".join(dict.fromkeys(".".join(end) for end in ends))
     return f"set adapter.exclude_modules=[{excluded}], or other adapter.target_modules"
+
+
+@contextmanager
+def uncalled_told(model: nn.Module) -> Iterator[None]:
+    """Warn after it of layers with trained adapters that the model did not call: these adapters change nothing.
+
+    Such a layer's weights are read behind its back (Mamba's `dt_proj`), or the pass has no use for it. Of modules in a
+    list, as experts are, other inputs may call others.
+    """
+    layers = {name for name, layer in _layers(model).items() if any(p.requires_grad for p in layer.parameters())}
+    above = {part for name in layers for part in _paths(name)}
+    watched = {name: module for name, module in model.named_modules() if name in above}
+    called: set[nn.Module] = set()
+    handles = [m.register_forward_pre_hook(lambda module, args: called.add(module)) for m in watched.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    ran = {part for name, module in watched.items() if module in called for part in _paths(name)}
+    idle = [name for name in layers if name not in ran and not _is_one_of_many(watched, name, ran)]
+    if ran and idle:
+        what = f"the model does not call {_shown(idle)}, so that their adapters change nothing"
+        warnings.warn(f"{what}: train others (adapter.target_modules, adapter.exclude_modules)", stacklevel=2)
+
+
+def _is_one_of_many(modules: dict[str, nn.Module], name: str, ran: set[str]) -> bool:
+    """Whether the outermost module around a layer that did not run is in a list."""
+    outermost = next(p for p in _paths(name) if p not in ran and type(modules[p]).forward is not nn.Module.forward)
+    return isinstance(modules.get(outermost.rpartition(".")[0]), nn.ModuleList | nn.ModuleDict)
+
+
+def _paths(name: str) -> list[str]:
+    """The names of the modules around one, from the outermost on, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
