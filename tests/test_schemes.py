@@ -31,7 +31,7 @@ from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
-from zoscale.models.loading import add_adapter, load_model, read_model_config
+from zoscale.models.loading import add_adapter, load_model, load_tokenizer, read_model_config
 from zoscale.models.sizes import count_parameters, num_positions
 from zoscale.placement import place
 from zoscale.recovery.replay import replay_command
@@ -387,6 +387,29 @@ EXPERTS = {
     "first_k_dense_replace": 1,
 }  # fmt: skip
 """A model with a buffer that its checkpoint holds."""
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"revision": "v1"}, ("a/b", {"revision": "v1", "trust_remote_code": False})),
+        ({"trust_remote_code": True}, ("a/b", {"revision": None, "trust_remote_code": True})),
+        ({"revision": "v1", "tokenizer": "c/d"}, ("c/d", {"revision": None, "trust_remote_code": False})),
+        ({"revision": "v1", "tokenizer": "a/b"}, ("a/b", {"revision": "v1", "trust_remote_code": False})),
+    ],
+)
+def test_a_revision_is_of_the_model_and_not_of_a_tokenizer_from_elsewhere(
+    options: dict[str, Any], asked: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, dict[str, Any]]] = []
+
+    def from_pretrained(place: str, **given: Any) -> SimpleNamespace:
+        seen.append((place, given))
+        return SimpleNamespace(pad_token_id=None, eos_token="</s>", pad_token=None)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    assert load_tokenizer(ModelConfig(id="a/b", **options)).pad_token == "</s>"
+    assert seen == [asked]
 
 
 def test_weights_that_a_checkpoint_lacks_are_refused(tmp_path: Path) -> None:
