@@ -36,6 +36,7 @@ from zoscale.objectives import (
     sums_by,
     sums_in_order,
 )
+from zoscale.run_report import shortened
 from zoscale.tasks import SST2, TASKS, Classification, Completion, Example, Task
 from zoscale.tasks.sources import Source
 
@@ -304,6 +305,9 @@ def test_truncation_keeps_the_answer_and_counts(words: PreTrainedTokenizerFast) 
     assert encoder.num_truncated == 2, "a row that just fits is not cut"
     fits = encoder.micro_batch([Example("a b c", (" not so good",))], gold_only=True)
     assert fits.input_ids.shape == (1, 6) and encoder.num_truncated == 2
+    assert shortened(encoder, DataConfig(max_length=6)) == ["2 rows were cut to data.max_length=6"]
+    (told,) = shortened(encoder, DataConfig(max_length=7))
+    assert told == "2 rows were cut to 6 tokens: the model has no positions for more (data.max_length=7)"
     with pytest.raises(ConfigError, match="max_length=6"):
         encoder.micro_batch([Example("a", (" not so good not so good",))], gold_only=True)
 
@@ -363,6 +367,17 @@ def test_objectives_against_full_logits(words: PreTrainedTokenizerFast) -> None:
     with torch.no_grad():
         total, number = language_modeling(AnswerModel(model, model).answer_logprobs(gold), gold)
     assert float(total) == pytest.approx(lm, abs=1e-4) and float(number) == tokens
+
+
+@torch.no_grad()
+def test_a_pass_holds_logits_at_the_answers_and_no_keys_and_values(words: PreTrainedTokenizerFast) -> None:
+    model, found = tiny_opt(64), []
+    model.register_forward_hook(lambda module, args, output: found.append(output))
+    batch = Encoder(words, 64).micro_batch(EXAMPLES, gold_only=False)
+    AnswerModel(model, model).answer_logprobs(batch)
+    (output,) = found
+    assert output.past_key_values is None and model.config.use_cache, "which transformers would fill"
+    assert output.logits.shape[:2] == (1, batch.position_row.numel()) < (1, batch.input_ids.numel())
 
 
 def test_classification_of_extreme_scores_is_finite() -> None:
