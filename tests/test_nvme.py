@@ -129,5 +129,7 @@ def test_what_does_not_go_with_it_is_refused(changes: dict[str, Any], zero: dict
     deepspeed = read_deepspeed_config(FILE)
     check_offload(RunConfig.from_dict({"model": {"id": "x"}}, TABLES, DEFAULTS), deepspeed)
     deepspeed["zero_optimization"] |= zero
+    config = RunConfig.from_dict({"model": {"id": "x"}, **changes}, TABLES, DEFAULTS)
     with pytest.raises(ConfigError, match=message):
-        check_offload(RunConfig.from_dict({"model": {"id": "x"}, **changes}, TABLES, DEFAULTS), deepspeed)
+        check_offload(config, deepspeed)
+    check_offload(config, {"zero_optimization": {}})
