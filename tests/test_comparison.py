@@ -302,6 +302,19 @@ def test_spreads_and_bytes() -> None:
     assert (mebibytes(2.0**20), mebibytes(3 * 2.0**30), mebibytes(None)) == ("1.0 MiB", "3.00 GiB", "-")
 
 
+def test_tables_say_what_was_measured() -> None:
+    larger = {"rank_1/peak_memory_bytes": {10: 2.0**22}, "rank_1/gathered_bytes_per_step": {10: 2.0**20}}
+    runs = [run("muon", seed, (0.5, 0.9, 0.7, 0.6, 0.8), metrics=larger) for seed in (0, 1)]
+    comparison = compare([*runs, run("sgd", 0, (0.5, 0.5, 0.5, 0.5, 0.6), per_step=0.05)], "x", None)
+    muon = ["muon", "2", "0.5000", "0.8000", "0.9000", "160", "4", "0.002222", "200", "4.0 MiB", "1.0 MiB"]
+    sgd = ["sgd", "1", "0.5000", "0.6000", "0.6000", "160", "2", "0.001111", "200", "2.0 MiB", "-"]
+    assert tables.result_table(comparison)[1:] == [muon, sgd]
+    assert tables.time_table(comparison) == [["group", "forward", "evaluation", "sum"],
+                                             *([name, "65", "125", "190"] for name in ("muon", "sgd"))]  # fmt: skip
+    assert tables.run_table(comparison)[1] == ["muon", "muon-0", "0", "FINISHED", "40", "abc", "id-muon-0"]
+    assert tables.difference_table(comparison)[1:] == [["optimizer.name", "muon", "sgd"]]
+
+
 def test_a_terminal_gets_no_control_characters() -> None:
     assert list(tables.align([["a", "b"], ["\x1b[31mred", "x"]])) == ["a".ljust(15) + "b", r"'\x1b[31mred'  x"]
 
