@@ -410,6 +410,8 @@ def test_a_revision_is_of_the_model_and_not_of_a_tokenizer_from_elsewhere(
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
     assert load_tokenizer(ModelConfig(id="a/b", **options)).pad_token == "</s>"
     assert seen == [asked]
+    with pytest.raises(ConfigError, match=r"model.tokenizer beside model.config, got none"):
+        load_tokenizer(ModelConfig(config={"model_type": "opt"}))
 
 
 def test_weights_that_a_checkpoint_lacks_are_refused(tmp_path: Path) -> None:
