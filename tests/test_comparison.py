@@ -96,6 +96,13 @@ def test_ranks_and_devices_are_compared_too() -> None:
         ),
         ([{"optimizer.beta": "0.9"}, {"optimizer.name": "sgd"}], ["muon", "sgd"]),
         (
+            [
+                {"optimizer.name": name, "data.p": str(int(place == 1)), "data.q": str(place % 2)}
+                for place, name in enumerate(("muon", "muon", "sgd", "sgd"))
+            ],
+            ["muon, q 0", "muon, q 1", "sgd, q 0", "sgd, q 1"],
+        ),
+        (
             [{f"data.p{i}": str(i == j) for i in range(6)} for j in range(6)],
             ["p0 True, p1 False, p2 False, p3 False", "p0 False, p1 True, p2 False, p3 False"],
         ),
@@ -254,6 +261,16 @@ def test_what_a_reader_must_know_is_noted() -> None:
     assert "not judged: old, other." in notes
     assert "Left out, as they have no dev/accuracy: empty-0." in notes
     assert "different commits: abc, def." in notes
+
+
+def test_runs_without_costs_are_shown_and_not_judged() -> None:
+    without = {name: dict[int, float]() for axis in AXES for name in axis.metrics}
+    comparison = compare([run(name, 0, (0.5, 0.6), metrics=without) for name in ("a", "b")], "x", None)
+    assert comparison.verdicts == () and not list(tables.explanations(comparison))
+    assert "Without running totals of their cost, so not judged: a, b." in comparison.notes
+    assert [row[:5] for row in tables.result_table(comparison)[1:]] == [
+        [name, "1", "0.5000", "0.6000", "0.6000"] for name in ("a", "b")
+    ]
 
 
 def test_a_run_that_broke_off_does_not_end_the_comparison() -> None:
