@@ -24,7 +24,7 @@ from zoscale.data.batch import MicroBatch
 from zoscale.data.prefixes import Row, share_prefixes
 from zoscale.data.splits import Encoder, Splits, evaluation_batches, part
 from zoscale.data.train_batches import TrainBatches
-from zoscale.evaluate import evaluate
+from zoscale.evaluate import Evaluation, evaluate
 from zoscale.mesh import Mesh
 from zoscale.models.answers import AnswerModel
 from zoscale.objectives import (
@@ -36,6 +36,8 @@ from zoscale.objectives import (
     sums_by,
     sums_in_order,
 )
+from zoscale.progress import BestOnDev, Score, Skips
+from zoscale.run_report import shortened
 from zoscale.tasks import SST2, TASKS, Classification, Completion, Example, Task
 from zoscale.tasks.sources import Source
 
@@ -282,6 +284,28 @@ def test_an_empty_answer_is_refused(words: PreTrainedTokenizerFast) -> None:
         Encoder(words, 64).micro_batch([Example("the film", ("", " great"))], gold_only=False)
 
 
+@pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1.0), ("lm_loss", -1.0)])
+def test_the_best_on_dev_is_finite_and_the_earlier_of_equals(metric: str, sign: float) -> None:
+    best = BestOnDev(metric, first_step=2)
+    found = [
+        step
+        for step, value in enumerate([0.9, 0.8, math.nan, 0.5, 0.4, 0.5, math.nan, 0.6, 0.6])
+        if best.consider(Score(step, Evaluation(8, {metric: sign * value, "other": 0.0})))
+    ]
+    assert found == [2, 3, 7], "none before the first step; the first that may be kept, though it is broken"
+    assert best.score is not None and best.score.step == 7
+    assert not best.consider(Score(9, Evaluation(8, {metric: sign, "other": math.inf}))), "broken weights"
+
+
+def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run() -> None:
+    skips = Skips(most_in_row=2)
+    for step, skipped in enumerate([True, True, False, True, True]):
+        skips.count(step, skipped=skipped)
+    with pytest.raises(FloatingPointError, match=r"for 3 steps in a row, up to step 5; lower optimizer\.lr"):
+        skips.count(5, skipped=True)
+    assert skips.total == 5
+
+
 def test_options_that_the_tokenizer_does_not_tell_apart_are_refused(words: PreTrainedTokenizerFast) -> None:
     """Both are unknown words: every model would score them alike."""
     options = (" sublime", " dreadful")
@@ -304,6 +328,9 @@ def test_truncation_keeps_the_answer_and_counts(words: PreTrainedTokenizerFast) 
     assert encoder.num_truncated == 2, "a row that just fits is not cut"
     fits = encoder.micro_batch([Example("a b c", (" not so good",))], gold_only=True)
     assert fits.input_ids.shape == (1, 6) and encoder.num_truncated == 2
+    assert shortened(encoder, DataConfig(max_length=6)) == ["2 rows were cut to data.max_length=6"]
+    (told,) = shortened(encoder, DataConfig(max_length=7))
+    assert told == "2 rows were cut to 6 tokens: the model has no positions for more (data.max_length=7)"
     with pytest.raises(ConfigError, match="max_length=6"):
         encoder.micro_batch([Example("a", (" not so good not so good",))], gold_only=True)
 
@@ -363,6 +390,17 @@ def test_objectives_against_full_logits(words: PreTrainedTokenizerFast) -> None:
     with torch.no_grad():
         total, number = language_modeling(AnswerModel(model, model).answer_logprobs(gold), gold)
     assert float(total) == pytest.approx(lm, abs=1e-4) and float(number) == tokens
+
+
+@torch.no_grad()
+def test_a_pass_holds_logits_at_the_answers_and_no_keys_and_values(words: PreTrainedTokenizerFast) -> None:
+    model, found = tiny_opt(64), []
+    model.register_forward_hook(lambda module, args, output: found.append(output))
+    batch = Encoder(words, 64).micro_batch(EXAMPLES, gold_only=False)
+    AnswerModel(model, model).answer_logprobs(batch)
+    (output,) = found
+    assert output.past_key_values is None and model.config.use_cache, "which transformers would fill"
+    assert output.logits.shape[:2] == (1, batch.position_row.numel()) < (1, batch.input_ids.numel())
 
 
 def test_classification_of_extreme_scores_is_finite() -> None:

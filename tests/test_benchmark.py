@@ -12,9 +12,13 @@ from torch import nn
 sys.path.insert(0, str(ROOT / "launch"))
 
 import benchmark
+from bench.cells import SHAPES
 from bench.mezo import Mezo
 from bench.scale import Layers, Network, curve, first_exposed, simulate
 
+from zoscale.config import ModelConfig
+from zoscale.models.loading import read_model_config
+from zoscale.models.sizes import count_parameters
 from zoscale.shards import shard_parameters
 
 KEYS = {
@@ -27,6 +31,13 @@ TINY = ["--model", "tiny", "--tokens", "8", "--batch", "2", "--repetitions", "1"
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     return benchmark.main()
+
+
+def test_shapes_are_those_of_the_published_models() -> None:
+    sizes = {"opt-125m": 125_239_296, "opt-1.3b": 1_315_758_080, "opt-13b": 12_853_473_280, "opt-30b": 29_974_540_288}
+    made = {name: read_model_config(ModelConfig(config=shape)) for name, shape in SHAPES.items() if name != "tiny"}
+    assert {name: count_parameters(config).total for name, config in made.items()} == sizes
+    assert {config.hidden_size // config.num_attention_heads for config in made.values()} == {64, 128}
 
 
 # --- measuring ---------------------------------------------------------------------------------------------

@@ -265,6 +265,7 @@ def test_feasible_is_told_from_infeasible_in_every_type() -> None:
         thirds = torch.full((3,), 1 / 3, dtype=dtype)
         eps = torch.finfo(dtype).eps
         assert Simplex().contains(thirds) and not Simplex().contains(thirds + max(1e-8, 8 * eps))
+        assert Simplex(1e6).contains(1e6 * thirds), "the roundings of large sets are large"
     assert Simplex().contains(torch.tensor([1, 0])) and not L1Ball().contains(torch.tensor([1, 1]))
 
 

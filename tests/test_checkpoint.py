@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from zoscale import provenance
 from zoscale.agreement import check_agreement
 from zoscale.config import ConfigError
 from zoscale.data.batch import MicroBatch
@@ -287,6 +289,34 @@ def test_agreement_names_the_first_difference() -> None:
         check_agreement(Others(same, same | {"code": "2"}), same)
     with pytest.raises(ConfigError, match="the same more on all ranks"):
         check_agreement(Others(same | {"more": 1}), same)
+
+
+def test_the_commit_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `+` if it was changed since; not that of a project that has the package installed beside its own code."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    def commit_in(folder: str) -> str:
+        monkeypatch.setattr(provenance, "__file__", str(tmp_path / folder / "provenance.py"))
+        return provenance.commit()
+
+    for folder in ("zoscale", ".venv/zoscale"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "provenance.py").write_text("1\n")
+    assert commit_in("zoscale") == "unknown", "outside a checkout"
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    assert commit_in("zoscale") == git("rev-parse", "HEAD")[:12]
+    assert commit_in(".venv/zoscale") == "unknown"
+    git("tag", "v1")
+    (tmp_path / "zoscale/provenance.py").write_text("2\n")
+    assert commit_in("zoscale") == git("rev-parse", "HEAD")[:12] + "+"
+    (tmp_path / "zoscale/COMMIT").write_text("abc")
+    assert commit_in("zoscale") == "abc", "of a copy"
 
 
 def test_another_base_model_in_a_replica_is_refused(model_dir: Path) -> None:

@@ -323,6 +323,8 @@ def test_names_from_a_store_are_only_text(home: Path, tmp_path: Path) -> None:
     card["run_name"] = card["params"]["optimizer.name"] = card["tags"]["git_commit"] = evil
     (folder / "tracking.json").write_text(json.dumps(card))
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.html").write_text("an earlier one")
     assert cli.main(["compare", str(folder), str(run_dirs(home)[1]), "--out", str(out)]) == 0
     with page(offline=True) as tab:
         tab.goto((out / "report.html").as_uri())

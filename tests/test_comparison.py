@@ -96,6 +96,13 @@ def test_ranks_and_devices_are_compared_too() -> None:
         ),
         ([{"optimizer.beta": "0.9"}, {"optimizer.name": "sgd"}], ["muon", "sgd"]),
         (
+            [
+                {"optimizer.name": name, "data.p": str(int(place == 1)), "data.q": str(place % 2)}
+                for place, name in enumerate(("muon", "muon", "sgd", "sgd"))
+            ],
+            ["muon, q 0", "muon, q 1", "sgd, q 0", "sgd, q 1"],
+        ),
+        (
             [{f"data.p{i}": str(i == j) for i in range(6)} for j in range(6)],
             ["p0 True, p1 False, p2 False, p3 False", "p0 False, p1 True, p2 False, p3 False"],
         ),
@@ -256,6 +263,16 @@ def test_what_a_reader_must_know_is_noted() -> None:
     assert "different commits: abc, def." in notes
 
 
+def test_runs_without_costs_are_shown_and_not_judged() -> None:
+    without = {name: dict[int, float]() for axis in AXES for name in axis.metrics}
+    comparison = compare([run(name, 0, (0.5, 0.6), metrics=without) for name in ("a", "b")], "x", None)
+    assert comparison.verdicts == () and not list(tables.explanations(comparison))
+    assert "Without running totals of their cost, so not judged: a, b." in comparison.notes
+    assert [row[:5] for row in tables.result_table(comparison)[1:]] == [
+        [name, "1", "0.5000", "0.6000", "0.6000"] for name in ("a", "b")
+    ]
+
+
 def test_a_run_that_broke_off_does_not_end_the_comparison() -> None:
     """Its folder may end before training: nothing could be said of the others at that cost."""
     broken = [run("sgd", 3, (0.5,), status="FAILED"), run("muon", 3, (0.5, 0.6), status="KILLED")]
@@ -300,6 +317,19 @@ def test_spreads_and_bytes() -> None:
     assert spread(Spread.of([1.0, 2.0, None, math.nan])) == "1.500 [1, 2]"
     assert spread(Spread.of([2.0, 2.0])) == "2" and spread(Spread.of([])) == "-"
     assert (mebibytes(2.0**20), mebibytes(3 * 2.0**30), mebibytes(None)) == ("1.0 MiB", "3.00 GiB", "-")
+
+
+def test_tables_say_what_was_measured() -> None:
+    larger = {"rank_1/peak_memory_bytes": {10: 2.0**22}, "rank_1/gathered_bytes_per_step": {10: 2.0**20}}
+    runs = [run("muon", seed, (0.5, 0.9, 0.7, 0.6, 0.8), metrics=larger) for seed in (0, 1)]
+    comparison = compare([*runs, run("sgd", 0, (0.5, 0.5, 0.5, 0.5, 0.6), per_step=0.05)], "x", None)
+    muon = ["muon", "2", "0.5000", "0.8000", "0.9000", "160", "4", "0.002222", "200", "4.0 MiB", "1.0 MiB"]
+    sgd = ["sgd", "1", "0.5000", "0.6000", "0.6000", "160", "2", "0.001111", "200", "2.0 MiB", "-"]
+    assert tables.result_table(comparison)[1:] == [muon, sgd]
+    assert tables.time_table(comparison) == [["group", "forward", "evaluation", "sum"],
+                                             *([name, "65", "125", "190"] for name in ("muon", "sgd"))]  # fmt: skip
+    assert tables.run_table(comparison)[1] == ["muon", "muon-0", "0", "FINISHED", "40", "abc", "id-muon-0"]
+    assert tables.difference_table(comparison)[1:] == [["optimizer.name", "muon", "sgd"]]
 
 
 def test_a_terminal_gets_no_control_characters() -> None:

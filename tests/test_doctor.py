@@ -110,13 +110,14 @@ def test_packages(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     version = importlib.metadata.version
 
     def other(name: str) -> str:
-        if name == "deepspeed":
+        if name in ("deepspeed", "plotly"):
             raise importlib.metadata.PackageNotFoundError(name)
         return "0.1" if name == "peft" else version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", other)
     text = wrong("packages", setup)
     assert "peft 0.1 (want" in text and "deepspeed not installed" in text and "torch" not in text
+    assert "plotly" not in text, "optional"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU of this machine")

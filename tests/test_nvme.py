@@ -92,8 +92,13 @@ def test_a_folder_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pyt
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
     monkeypatch.setattr(nvme, "open", refuse, raising=False)
-    assert nvme._own_folder(tmp_path).is_dir()
-    assert (tmp_path / "zoscale-theirs").is_dir()
+    at_the_end: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(nvme.atexit, "register", lambda *call: at_the_end.append(call))
+    own = nvme._own_folder(tmp_path)
+    assert own.is_dir() and own.with_suffix(".lock").exists()
+    for work, *given in at_the_end:
+        work(*given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zoscale-theirs", "zoscale-theirs.lock"]
 
 
 @pytest.mark.usefixtures("reader")
@@ -129,5 +134,7 @@ def test_what_does_not_go_with_it_is_refused(changes: dict[str, Any], zero: dict
     deepspeed = read_deepspeed_config(FILE)
     check_offload(RunConfig.from_dict({"model": {"id": "x"}}, TABLES, DEFAULTS), deepspeed)
     deepspeed["zero_optimization"] |= zero
+    config = RunConfig.from_dict({"model": {"id": "x"}, **changes}, TABLES, DEFAULTS)
     with pytest.raises(ConfigError, match=message):
-        check_offload(RunConfig.from_dict({"model": {"id": "x"}, **changes}, TABLES, DEFAULTS), deepspeed)
+        check_offload(config, deepspeed)
+    check_offload(config, {"zero_optimization": {}})

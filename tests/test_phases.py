@@ -76,11 +76,16 @@ def test_a_pause_is_left_out_with_all_phases_in_it(clock: Clock) -> None:
         clock.now += 1
         with timer.pause():
             clock.now += 10
-            with timer.phase("forward"), timer.pause():
+            with timer.phase("forward"):
+                clock.now += 10
+                with timer.pause():
+                    clock.now += 10
                 clock.now += 10
             clock.now += 10
         clock.now += 2
-    assert spent(timer) == {"update": 3}
+        with timer.phase("gather"):
+            clock.now += 4
+    assert spent(timer) == {"update": 3, "gather": 4}
 
 
 def test_work_that_is_still_queued_counts_later(clock: Clock) -> None:

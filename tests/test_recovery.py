@@ -35,10 +35,12 @@ from jobs import (
 from processes import ROOT, environment, free_port
 
 from zoscale.config import ConfigError, parse
+from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.recovery.journal import Journal, JournalWriter
 from zoscale.recovery.journal_format import Header
 from zoscale.recovery.resume import check_finished
+from zoscale.run import _enter
 from zoscale.run_directory import RunDirectory, _empty
 
 STEPS = 24
@@ -313,6 +315,19 @@ def test_a_run_in_a_folder_named_checkpoints_is_no_checkpoint(tmp_path: Path) ->
         (run / "config.yaml").touch()
         assert RunDirectory.of(config).path == run
         assert RunDirectory.of(config).chosen_checkpoint(config) == (None if folder == run else folder)
+
+
+def test_a_folder_that_a_rank_does_not_see_is_refused(tmp_path: Path) -> None:
+    """Each node would keep its own half of the checkpoints."""
+
+    class Elsewhere(Mesh):
+        def on_main(self, work: Any) -> Any:
+            """Rank 0 works on another disk."""
+
+    config = parse([*SHORT, f"output_dir={tmp_path}"], TABLES, DEFAULTS)
+    with pytest.raises(ConfigError, match="set output_dir to a writable folder that all ranks share"):
+        _enter(config, Elsewhere())
+    assert _enter(config, Mesh()).config.exists()
 
 
 def test_an_overwrite_that_was_cut_short_leaves_no_past(server: JobServer, whole: Any) -> None:

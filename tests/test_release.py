@@ -168,6 +168,13 @@ def test_mistakes_of_an_evaluation(
     )
 
 
+def test_ranks_that_evaluate_something_else_are_refused(server: JobServer, tmp_path: Path) -> None:
+    command = ["evaluate", f"--model={MODEL}", *TASK]
+    text = server.run_differing([*command, f"--out={tmp_path / 'out'}"], [*command, "data.num_validation=12"])
+    assert "expected the same data.num_validation on all ranks, got 11 on rank 0 and 12 on rank 1" in text
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_of_pickles_loads_only_the_model_that_the_user_names(
     server: JobServer, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +273,11 @@ def test_all_weights_are_exported_as_they_are(runs: dict[str, Path], capsys: pyt
     assert str(out) in capsys.readouterr().out
     weights, saved = load_file(out / "model.safetensors"), load_file(runs["full"] / "adapter/model.safetensors")
     assert all(torch.equal(weights[name], saved[name]) for name in weights)
+    half = runs["full"].parent / "half"
+    assert cli.main(["export", str(runs["full"]), "--merge", "--dtype", "bfloat16", "--out", str(half)]) == 0
+    rounded = load_file(half / "model.safetensors")
+    assert rounded.keys() == weights.keys()
+    assert all(torch.equal(rounded[name], saved[name].bfloat16()) for name in rounded)
     assert "one that trained all weights" in refused("export", str(runs["full"]), "--adapter", capsys=capsys)
     assert "model" in ModelCard.load(out / "README.md").content
 

@@ -220,12 +220,20 @@ def test_reports_say_what_is_missing(tmp_path: Path) -> None:
     config = study("memory", *options).cell("ft", "zo_sgd", 1e-3, 0).config
     muon, adam = ({**config.to_dict(), "optimizer": {"name": name}} for name in ("jaguar_sign_sgd", "zo_adam"))
     plain = memory.planned(config, shapes)
-    trained = memory.plan_of(json.dumps({"adapter": None, "master": "fp32", **shapes, "candidates": 2}))["trainable"]
+    plan = memory.plan_of(json.dumps({"adapter": None, "master": "fp32", **shapes, "candidates": 2}))
+    trained = plan["trainable"]
     from_dict = lambda tree: type(config).from_dict(tree, memory.TABLES, memory.DEFAULTS)  # noqa: E731
     assert memory.planned(from_dict(muon), shapes) - plain == 4 * trained, "a momentum"
     assert memory.planned(from_dict(adam), shapes) - plain == 8 * trained, "two moments"
+    by_gradient = {"probe": {"name": "gradient"}, "estimator": {"name": "backpropagation"}}
+    sgd, adamw = (
+        from_dict({**config.to_dict(), **by_gradient, "optimizer": {"name": n}}) for n in ("fo_sgd", "fo_adamw")
+    )
+    assert memory.planned(adamw, shapes) == plan["first_order"]["total"] > plain
+    assert memory.planned(sgd, shapes) == plan["first_order"]["total"] - 8 * trained, "no moments"
     assert reproduce.main(["sensitivity", *options]) == 0
-    assert "| block | 0.25 | - | - |" in (tmp_path / "sensitivity.md").read_text()
+    text = (tmp_path / "sensitivity.md").read_text()
+    assert "| block | 0.25 | - | - |" in text and text.count("lr 0.001, seed 0\n", text.index("## Missing")) > 3
 
 
 def test_the_picture_of_memory_has_the_published_figures_beside_the_planned() -> None:

@@ -31,7 +31,7 @@ from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
-from zoscale.models.loading import add_adapter, load_model, read_model_config
+from zoscale.models.loading import add_adapter, load_model, load_tokenizer, read_model_config
 from zoscale.models.sizes import count_parameters, num_positions
 from zoscale.placement import place
 from zoscale.recovery.replay import replay_command
@@ -195,7 +195,7 @@ def test_generation_of_every_scheme(name: str, arch: str, models: dict[str, Path
             made.append(int(logits[0, -1].argmax()))
         alone.append(generator._text(made))
     assert generator.texts(batch) == alone
-    assert len(set(alone)) == 3
+    assert len(generator._together(batch.questions)) == 1 and len(set(alone)) == 3
 
 
 @pytest.mark.parametrize("name", [*tiny.FAMILIES, "gptj", "roberta", "mpt"])
@@ -414,6 +414,31 @@ EXPERTS = {
     "first_k_dense_replace": 1,
 }  # fmt: skip
 """A model with a buffer that its checkpoint holds."""
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({"revision": "v1"}, ("a/b", {"revision": "v1", "trust_remote_code": False})),
+        ({"trust_remote_code": True}, ("a/b", {"revision": None, "trust_remote_code": True})),
+        ({"revision": "v1", "tokenizer": "c/d"}, ("c/d", {"revision": None, "trust_remote_code": False})),
+        ({"revision": "v1", "tokenizer": "a/b"}, ("a/b", {"revision": "v1", "trust_remote_code": False})),
+    ],
+)
+def test_a_revision_is_of_the_model_and_not_of_a_tokenizer_from_elsewhere(
+    options: dict[str, Any], asked: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, dict[str, Any]]] = []
+
+    def from_pretrained(place: str, **given: Any) -> SimpleNamespace:
+        seen.append((place, given))
+        return SimpleNamespace(pad_token_id=None, eos_token="</s>", pad_token=None)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    assert load_tokenizer(ModelConfig(id="a/b", **options)).pad_token == "</s>"
+    assert seen == [asked]
+    with pytest.raises(ConfigError, match=r"model.tokenizer beside model.config, got none"):
+        load_tokenizer(ModelConfig(config={"model_type": "opt"}))
 
 
 def test_weights_that_a_checkpoint_lacks_are_refused(tmp_path: Path) -> None:

@@ -386,13 +386,13 @@ class TestBatchScript:
 
 def test_dry_run_shows_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert (
-        submit_command([*RUN, f"output_dir={out}", "--nodes=2", "--gpus-per-node=8", "--time=1:00:00", "--dry-run"])
-        == 0
-    )
+    own, passed = ["--nodes=2", "--gpus-per-node=8", "--time=1:00:00", "--no-requeue"], ["--partition=gpu", "--mem=0"]
+    given = [*own, *(f"--sbatch={option}" for option in passed), "--warn-seconds=300"]
+    assert submit_command([*RUN, f"output_dir={out}", *given, "--dry-run"]) == 0
     text = capsys.readouterr().out
-    for line in ("#SBATCH --nodes=2", "#SBATCH --gpus-per-node=8", "#SBATCH --time=1:00:00", "num_processes: 16"):
-        assert f"{line}\n" in text
+    for option in (*own, *passed, "--signal=USR1@300"):
+        assert f"#SBATCH {option}\n" in text
+    assert "num_processes: 16\n" in text
     assert not out.exists()
     assert "--array" not in text
     resumed = [*RUN, "resume=somewhere/checkpoints/step_00000005", "--dry-run"]

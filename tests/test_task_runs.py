@@ -160,6 +160,8 @@ def test_a_first_order_run_that_dies_goes_on_from_its_checkpoint(server: JobServ
     assert "step 3: kept 4 of 8 adapters, of rank 8: model." in text
     assert "step 4: kept 2 of 4 adapters, of rank 16: model." in text
     server.run(2, *options, f"output_dir={broken}", expect=-9, plant=DIES.format(step=3))
+    refused = server.run(1, "evaluate", f"--run={run_dir_of(broken)}", "--checkpoint=last", expect=2)
+    assert "expected a checkpoint of the step, trained by FOAdamW, got the newest of step 2 of 3" in refused
     text = server.run(3, *options, f"output_dir={broken}", expect=-9, plant=DIES.format(step=4))
     assert "resumed at step 2, the newest checkpoint; 1 steps are taken again" in text
     text = server.run(1, *options, f"output_dir={broken}")

@@ -325,6 +325,8 @@ class TestJudge:
         seen = sights(58, 57)
         verdict = judge({0: replace(seen[0], quiet=31.0), 1: seen[1]}, 30)
         assert verdict is not None and verdict[1] == [0] and "has been silent for 31 s" in verdict[0]
+        patient = replace(change(seen[0], limit=1200.0), quiet=31.0)
+        assert judge({0: patient, 1: seen[1]}, 30) == verdict, "long steps give it time to move, not to be silent"
 
     def test_a_slow_phase_excuses_all_up_to_its_limit(self) -> None:
         seen = sights(57, 57)

@@ -250,7 +250,8 @@ def test_selections_that_do_not_fit_the_model_are_refused(changes: dict[str, Any
 
 def test_defaults_and_a_model_without_weights() -> None:
     adapter = parse(["model.id=x", "adapter.peft_type=weight_lora", "adapter.keep=3"], TABLES, DEFAULTS).adapter
-    assert selection_of(adapter) == Selection(keep=3) and adapter is not None and adapter["r"] == 8
+    assert selection_of(adapter) == Selection(3, warmup_steps=100, expansions=0, expand_every=100)
+    assert adapter is not None and adapter["r"] == 8 and Selection().keep == 8
     assert selection_of({"r": 8}) is None and selection_of(None) is None
     options = dict(tiny.ARCHITECTURES["opt"])
     model = add_adapter(

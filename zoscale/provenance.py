@@ -36,13 +36,17 @@ def commit() -> str:
     if (folder / _COMMIT).exists():
         return (folder / _COMMIT).read_text(encoding="utf-8")
     try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
-            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # a checkout around it may be of another project
+        return _git("describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return out.stdout.strip()
+
+
+def _git(*words: str) -> str:
+    folder = Path(__file__).parent
+    return subprocess.run(
+        ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+    ).stdout.strip()
 
 
 def code() -> str:

@@ -219,7 +219,7 @@ def _labels(params: Sequence[Mapping[str, str]]) -> list[str]:
     for name in differing[:1] + sorted(
         differing[1:], key=lambda n: (-_distinct(params, [*differing[:1], n]), _importance(n))
     ):
-        if len(chosen) == _MOST_IN_LABEL or (chosen and _distinct(params, chosen) == len(params)):
+        if len(chosen) == _MOST_IN_LABEL:
             break
         if not chosen or _distinct(params, [*chosen, name]) > _distinct(params, chosen):
             chosen.append(name)

@@ -183,9 +183,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if place is None:
         raise ConfigError("model.tokenizer beside model.config", "none", "name an id or a folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            place, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        revision = config.revision if place == config.id else None  # which says nothing of another repository
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = _missing_folder(place) or _first_line(error)
         raise ConfigError(f"a tokenizer at {place}", reason, "set model.tokenizer") from error
