@@ -171,6 +171,10 @@ def test_weights_that_only_some_ranks_read_are_refused_on_all(server: JobServer,
         ({"shard_size": 3}, "mesh.shard_size to one of 1, 2, 4"),
         ({"shard_size": 0}, "mesh.shard_size to one of 1, 2, 4"),
         ({"shard_size": 2, "deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}}, "hpz"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}},
+            r"zero_hpz_partition_size to divide the number of ranks \(4\), got 3",
+        ),
     ],
 )
 def test_refused_before_a_process_group_is_joined(

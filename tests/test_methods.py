@@ -13,6 +13,7 @@ import test_forward
 import test_optim
 import torch
 from jobs import SHORT, JobServer, run_dir_of
+from peft import LoraConfig, get_peft_model
 from processes import ROOT
 from reference_methods import Method, oracle_probe, power_iteration
 from safetensors.torch import load_file
@@ -215,6 +216,17 @@ def test_forward_gradients_are_the_derivatives_that_backpropagation_gives(kind: 
     assert not engine.step(batches).skipped
     with pytest.raises(ValueError, match="auto or sequential for forward gradients, got fan_out"):
         ZeroOrderEngine(test_forward.tiny(kind), estimator=estimator, probe=engine.probe, forward="fan_out")
+
+
+def test_forward_gradients_leave_every_parameter_in_its_place() -> None:
+    """Also one that is reached by two names: trained tokens of a tied head are one module in two places."""
+    model = get_peft_model(
+        test_forward.tiny("opt"), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 9])
+    )
+    engine = ZeroOrderEngine(model, optimizer=OPTIMIZERS["zo_sgd"], estimator=ForwardGrad(num_directions=2))
+    before = [(id(param), param.requires_grad) for param in model.parameters()]
+    assert not engine.step(test_forward.batches()).skipped
+    assert [(id(param), param.requires_grad) for param in model.parameters()] == before
 
 
 # --- The conservative rule's second round. ---

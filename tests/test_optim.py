@@ -420,6 +420,10 @@ def test_groups_change_only_their_tensors(make: Any) -> None:
         ({"weight_decay": -0.1}, "weight_decay >= 0"),
         ({"groups": [{"pattern": "x", "learning_rate": 1.0}]}, "learning_rate"),
         ({"groups": [{"pattern": "(", "lr": 1.0}]}, "regular expression"),
+        ({"groups": [{"pattern": 5}]}, "expected text for pattern in optimizer.groups, got 5"),
+        ({"groups": [{"max_ndim": "1"}]}, "expected a number for max_ndim in optimizer.groups, got '1'"),
+        ({"groups": [{"lr_scale": "2"}]}, "expected a number for lr_scale"),
+        ({"groups": [{"weight_decay": None}]}, "expected a number for weight_decay"),
     ],
 )
 def test_refused_options(make: Any, options: dict[str, Any], match: str) -> None:
@@ -624,6 +628,12 @@ def test_refused_betas(make: Any, beta: float) -> None:
 def test_refused_betas_of_groups(make: Any) -> None:
     with pytest.raises(ValueError, match=r"expected beta in \[0, 1\), got"):
         make(shards_of(start_values(SHAPES)), groups=[{"beta": 1.5}])
+
+
+@pytest.mark.parametrize("rank", [0, 1.5])
+def test_refused_power_ranks(rank: Any) -> None:
+    with pytest.raises(ValueError, match="expected a whole power_rank >= 1"):
+        JaguarMuon(shards_of(start_values(SHAPES)), groups=[{"power_rank": rank}])
 
 
 @pytest.mark.parametrize("option", [{"scale": "sqrt"}, {"iteration": "quintc"}, {"precision": "bf16"}])

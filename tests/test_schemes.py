@@ -327,6 +327,20 @@ def test_an_adapter_that_does_not_fit_is_told_what_the_model_has() -> None:
         add_adapter(load_model(config, read_model_config(config)), adapter)
 
 
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"bias": "some"}, "bias: some, is not implemented"),
+        ({"rank_pattern": [1]}, "'list' object has no attribute 'keys'"),
+        ({"r": "8"}, "'<=' not supported between instances of 'str' and 'int'"),
+    ],
+)
+def test_values_that_peft_fails_on_are_told_in_a_line(field: dict[str, Any], message: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
+    with pytest.raises(ConfigError, match=f"expected adapter options that fit OPTForCausalLM, got .*{message}"):
+        add_adapter(model, {"r": 2, "target_modules": ["q_proj"], **field})
+
+
 def test_layers_that_peft_refuses_are_not_named() -> None:
     """Nor names of layers that it put in before it came to them."""
     config = ModelConfig(config={"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 2}, dtype="float32")

@@ -89,6 +89,11 @@ ZERO_VARIANTS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "sign_full_fan_100000": ("sign_full_fan", {"stage3_param_persistence_threshold": 100000}, (2, 3)),
     "sign_full_fan_hpz": ("sign_full_fan", {"zero_hpz_partition_size": 2}, (2,)),
     "sign_lora_hpz": ("sign_lora", {"zero_hpz_partition_size": 2}, (2,)),
+    "sign_lora_one_sided_hpz_100000": (
+        "sign_lora_one_sided",
+        {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 100000},
+        (2,),
+    ),
 }
 FAN_VARIANTS = {
     f"fan_sign_llama_{key}": FAN_OUT["fan_sign_llama"] | {"zero": zero, "between": True}

@@ -206,18 +206,25 @@ def _accelerator(runtime: Runtime, size: ModelSize | None, shard_size: int, time
         return WholeAccelerator(dtype=runtime.dtype, **options)
     config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
     filled = fill_deepspeed_config(config, runtime.dtype, size, shard_size)
+    _check_hpz(filled, int(os.environ["WORLD_SIZE"]), is_one_group=is_one_group)
     ready_nvme(filled)
     if not is_one_group:
-        _refuse_hpz(filled)
         return GroupedAccelerator(shard_size=shard_size, deepspeed=filled, timeout=timeout, **options)
     return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=True), **options)
 
 
-def _refuse_hpz(config: Mapping[str, Any]) -> None:
-    """Secondary shards make groups over all ranks, whatever the shard groups are."""
-    if config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+def _check_hpz(config: Mapping[str, Any], ranks: int, *, is_one_group: bool) -> None:
+    """Refuse secondary shards that do not come out even, and beside shard groups: theirs are made over all ranks.
+
+    Of fewer ranks than one of their groups, DeepSpeed makes a single group.
+    """
+    size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if size > 1 and not is_one_group:
         remedy = "remove it, or set mesh.shard_size to null"
         raise ConfigError("no zero_hpz_partition_size beside mesh.shard_size", "one", remedy)
+    if size > 1 and ranks % min(size, ranks):
+        remedy = "change it, or start another number of ranks"
+        raise ConfigError(f"zero_hpz_partition_size to divide the number of ranks ({ranks})", str(size), remedy)
 
 
 def stop() -> None:

@@ -1,6 +1,6 @@
 """`TangentForward`: exact directional derivatives by forward-mode differentiation, for a model that is whole here."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoscale.data.batch import MicroBatch
@@ -71,8 +70,8 @@ class TangentForward:
                 if segment is not None:
                     segment.add_to(tangents[id(piece.shard)][piece.start : piece.stop], 1.0)
         make_dual: Any = forward_ad.make_dual  # untyped
-        duals = {
-            shard.spec.name: make_dual(
+        duals: dict[Tensor, Tensor] = {
+            shard.param: make_dual(
                 shard.live.view(shard.spec.shape), tangents[id(shard)].view(shard.spec.shape).to(shard.live.dtype)
             )
             for shard in self.shards
@@ -89,5 +88,28 @@ def _tangent(loss: Tensor) -> Tensor:
     return tangent
 
 
-def _call(model: nn.Module, duals: dict[str, Tensor], **inputs: Any) -> Any:
-    return functional_call(model, duals, kwargs=inputs)
+def _call(model: nn.Module, duals: Mapping[Tensor, Tensor], **inputs: Any) -> Any:
+    with _replaced(model, duals):
+        return model(**inputs)
+
+
+@contextmanager
+def _replaced(model: nn.Module, values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Within, other tensors stand in for parameters, wherever they are.
+
+    Not `torch.func.functional_call`: where one module is reached by two names (PEFT's trained tokens of a tied head),
+    it takes what it has put there for what was there, and leaves it.
+    """
+    places = [
+        (module, name, param)
+        for module in model.modules()
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False)
+        if param in values
+    ]
+    try:
+        for module, name, param in places:
+            cast(dict[str, Tensor], module._parameters)[name] = values[param]
+        yield
+    finally:
+        for module, name, param in places:
+            module._parameters[name] = param

@@ -16,7 +16,8 @@ from zoscale.probes import Probe
 from zoscale.shards import ShardedParam, TensorSpec
 
 _ANY = TensorSpec(0, "", (1, 1))
-_GROUP_KEYS = ("pattern", "max_ndim", "lr_scale")
+_GROUP_KEYS: dict[str, Any] = {"pattern": "", "max_ndim": 1, "lr_scale": 1.0}
+"""With examples of their types."""
 _SCALES = re.compile(r"(^|\.)ia3_l(\.|$)")  # IA3's, as PEFT names them
 
 
@@ -164,11 +165,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _split(
         self, shards: Sequence[ShardedParam], defaults: dict[str, Any], groups: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
-        allowed = (*_GROUP_KEYS, *defaults)
         for group in groups:
-            unknown = [key for key in group if key not in allowed]
-            if unknown:
-                raise ValueError(f"expected the keys {', '.join(allowed)} in optimizer.groups, got {unknown[0]!r}")
+            _check_types(group, _GROUP_KEYS | defaults)
         for options in ({}, *groups):
             self._group(defaults, options, self.rule(_ANY))
         made: dict[tuple[int, str], dict[str, Any]] = {}
@@ -195,6 +193,18 @@ def is_vector(spec: TensorSpec) -> bool:
     are matrices as those of any rank are.
     """
     return not spec.is_matrix or _SCALES.search(spec.name) is not None
+
+
+def _check_types(group: Mapping[str, Any], examples: Mapping[str, Any]) -> None:
+    """Refuse keys that no example has, and text for a number or the other way round."""
+    for key, value in group.items():
+        if key not in examples:
+            raise ValueError(f"expected the keys {', '.join(examples)} in optimizer.groups, got {key!r}")
+        is_text = isinstance(examples[key], str)
+        if isinstance(value, bool) or not isinstance(value, str if is_text else int | float):
+            raise ValueError(
+                f"expected {'text' if is_text else 'a number'} for {key} in optimizer.groups, got {value!r}"
+            )
 
 
 def _matches(group: Mapping[str, Any], spec: TensorSpec) -> bool:
