@@ -140,10 +140,10 @@ class ShardedParam:
         param = cast(Any, self.param)
         if not hasattr(param, "ds_status"):
             return
+        if param.ds_status.name == "AVAILABLE":
+            param.partition()  # which makes a secondary shard of the stale copy where there is none
         if getattr(param, "ds_secondary_tensor", None) is not None:
             param.ds_secondary_tensor = None
-        if param.ds_status.name == "AVAILABLE":
-            param.partition()
 
 
 def trainable_specs(model: nn.Module) -> list[tuple[TensorSpec, nn.Parameter]]:
