@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from zoscale.engine import ZeroOrderEngine
+from zoscale.estimators import TwoPoint
 from zoscale.forward.fan import replaced_forward
+from zoscale.forward.fan_out import FanOutForward
 from zoscale.lanes import Lanes, lane
 from zoscale.models.answers import AnswerModel
 from zoscale.models.sizes import blocks_of
+from zoscale.objectives import language_modeling
+from zoscale.probes import Gaussian
 from zoscale.step import micro_batches
 
 
@@ -234,3 +240,15 @@ def test_rows_padded_on_either_side_go_side_by_side(tmp_path: Path) -> None:
     assert lanes.share and all(torch.equal(ours, wanted) for ours, wanted in zip(found, alone, strict=True))
     again = answers.answer_logprobs(batches[1])
     assert torch.equal(again, alone[1]), "masks are made as before"
+
+
+def test_passes_do_not_meet_within_a_module_that_runs_once_per_candidate(tmp_path: Path) -> None:
+    """An adapter of the embedding: the layer's own weights are gathered while the adapter's are a candidate's."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny.save_model("llama", tmp_path / "llama"))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+    engine = ZeroOrderEngine(adapted, probe=Gaussian(), estimator=TwoPoint(tau=0.2))
+    assert isinstance(engine.forward, FanOutForward)
+    batches, candidates = micro_batches(tiny.batch(0)), engine.estimator.candidates(engine.directions(0))
+    sharded = FanOutForward(AnswerModel(Sharded(adapted), adapted), engine.mesh, engine.forward.fan)
+    found, alone = (fan.losses(batches, candidates, language_modeling) for fan in (sharded, engine.forward))
+    assert found == alone and not sharded.lanes.share

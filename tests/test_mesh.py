@@ -22,9 +22,12 @@ from test_weight_fan import model_of
 from test_zero3 import BLOCK, FOUR, FULL, LLAMA, LORA, MUON, ONE_SIDED, SIGN, TWO, assert_same_bits
 
 from zoscale.config import ConfigError, RunConfig, build, parse
+from zoscale.estimators import Candidate
 from zoscale.forward.division import Division
+from zoscale.forward.sequential import SequentialForward
 from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models.answers import AnswerModel
 from zoscale.models.loading import read_model_config
 from zoscale.placement import check_dtype
 from zoscale.plan import fit
@@ -32,6 +35,7 @@ from zoscale.plan.budget import Job
 from zoscale.plan.footprint import Footprint, ModelShapes
 from zoscale.run_report import repeated_work
 from zoscale.runtime import Runtime, default_shard_size, start
+from zoscale.step import micro_batches
 
 FAN = {"forward": "fan_out"}
 TWO_BY_TWO = {"shard_size": 2}
@@ -220,6 +224,21 @@ def test_every_loss_is_taken_once(
     *losses, counts = divisions[0].gather(torch.empty(0))
     assert losses == [[100.0 * batch + k for batch in range(num_batches)] for k in range(5)]
     assert counts == [float(batch) for batch in range(num_batches)]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_all_ranks_generate_equally_often(num_parts: int) -> None:
+    """They wait for each other at every token; three candidates in two parts are one and two."""
+    model, calls = model_of("opt"), list[list[Any]]()
+    for rank in range(2):
+        mesh = Mesh(ranks=(rank, 2), shard_size=1)
+        mesh.gather_items = lambda local, num_items: torch.ones(len(local), num_items)  # type: ignore[method-assign]
+        calls.append([])
+        answer = calls[-1].append
+        forward = SequentialForward(AnswerModel(model, model), [], mesh, num_parts=num_parts, answer=answer)
+        found = forward.losses(micro_batches(tiny.batch(0)), [Candidate(None, 0.0)] * 3, lambda *_: (0.0, 1.0))
+        assert len(found.values) == 3
+    assert len(calls[0]) == len(calls[1])
 
 
 REPEATED = [

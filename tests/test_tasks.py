@@ -464,18 +464,15 @@ def test_generation_is_the_most_probable_token_each_time(
         generator.texts(evaluation_batches(task_of("rte").examples("train"), Encoder(tokenizer, 512), 2)[0])
 
 
-@pytest.mark.parametrize("kind", ["bart", "recurrent_gemma", "rwkv"])
+@pytest.mark.parametrize("kind", ["bart", "recurrent_gemma", "rwkv", "xlstm"])
 def test_models_that_would_count_padding_generate_without(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Their states or positions; see `test_generation_is_the_most_probable_token_each_time` for others."""
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "decoder_layers": 2,
-        "decoder_attention_heads": 4,
-        "lru_width": 32,
-    }
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 48, "attention_hidden_size": 32}
-    sizes |= {"d_model": 32, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "vocab_size": len(tokenizer)}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64, "d_model": 32, "lru_width": 64, "attention_hidden_size": 64, "num_hidden_layers": 3,
+        "decoder_layers": 2, "decoder_attention_heads": 4, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "num_heads": 4, "qk_dim_factor": 1.0, "intermediate_size": 48, "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64, "vocab_size": len(tokenizer),
+    }  # fmt: skip
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
     with torch.no_grad():

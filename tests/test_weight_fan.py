@@ -225,6 +225,18 @@ def test_blocks_before_the_first_perturbed_weight_are_run_once() -> None:
     assert shared.values == pytest.approx(engine.losses(batches, [direction] * 2).values, abs=2e-6)
 
 
+def test_perturbed_weights_are_looked_for_up_to_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every pass: of a deep model with adapters everywhere it would take longer than some blocks."""
+    engine = ZeroOrderEngine(model_of("opt"), probe=Gaussian())
+    batches, directions = micro_batches(tiny.batch(0, 1)), engine.directions(0)
+    engine.losses(batches, directions)
+    asked: list[str] = []
+    monkeypatch.setattr(type(directions[0]), "touches", lambda self, spec: asked.append(spec.name) or True)
+    assert isinstance(engine.forward, FanOutForward)
+    assert not engine.forward.shared.blocks(engine.estimator.candidates(directions))
+    assert asked == ["model.decoder.embed_tokens.weight"]
+
+
 def touched_by(engine: ZeroOrderEngine, direction: Any) -> str:
     return " ".join(spec.name for spec in engine.specs if direction.touches(spec))
 

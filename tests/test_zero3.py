@@ -138,6 +138,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     }
     for arch in tiny.FAMILIES for lora in (True, False) for dtype in ("float32", "bfloat16")
 }  # fmt: skip
+TABLE = {"target_modules": ["embed_tokens"]}  # whose adapter is in a dict that is never called
+FAMILIES["forwards_llama_table_float32"] = FAMILIES["forwards_llama_lora_float32"] | {"adapter": TABLE}
 WIDE: dict[str, Any] = {
     "arch": "opt", "lora": True, "adapter": {"r": 1100, "target_modules": ["fc1"]}, "steps": 3, "forward": "fan_out",
     "check": "offloaded",

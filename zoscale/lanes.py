@@ -31,9 +31,12 @@ class Lanes:
         module: what is called for the model.
         model: the model within.
         blocks: its transformer blocks, which ZeRO-3 gathers as a whole.
+        closed: modules in which no other pass may run before this one is at their end.
     """
 
-    def __init__(self, module: nn.Module, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, module: nn.Module, model: nn.Module, blocks: Sequence[nn.Module], closed: Sequence[nn.Module] = ()
+    ) -> None:
         zero: Any = getattr(module, "optimizer", None)
         self._zero = getattr(zero, "parameter_offload", zero)
         inside = {inner for block in blocks for inner in block.modules()}
@@ -41,7 +44,9 @@ class Lanes:
         self._stations = [*blocks, *owners]
         """What ZeRO-3 gathers at a time: blocks, and modules outside that have weights of their own."""
         is_flat = not any(inner in inside for owner in owners for inner in owner.modules())
-        self.share = self._zero is not None and bool(blocks) and is_flat
+        waiting = {*self._stations}
+        stops = any(inner in waiting for module in closed for inner in module.modules() if inner is not module)
+        self.share = self._zero is not None and bool(blocks) and is_flat and not stops
         """Whether passes share what is gathered; else they run one after the other."""
 
     def run(self, passes: Sequence[Callable[[], T]]) -> list[T]:

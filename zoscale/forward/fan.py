@@ -95,7 +95,13 @@ class Rows:
 
 
 class Fan(Protocol):
-    """A way to give every candidate its own weights within one forward."""
+    """A way to give every candidate its own weights within one forward.
+
+    Attributes:
+        closed: modules whose weights are a candidate's while they run, so that no other pass may run meanwhile.
+    """
+
+    closed: Sequence[nn.Module]
 
     def prepare(self, candidates: Sequence[Candidate]) -> Callable[[slice, Rows], AbstractContextManager[None]]:
         """Get ready for the candidates of a step; a collective.

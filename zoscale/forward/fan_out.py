@@ -51,8 +51,7 @@ class FanOutForward:
         self.max_tokens = tokens_per_pass(model.model)
         self.num_parts = num_parts
         self.shared = SharedRows(model.model)
-        blocks = blocks_of(model.model)
-        self.lanes = Lanes(model.module, model.model, blocks)
+        self.lanes = Lanes(model.module, model.model, blocks_of(model.model), fan.closed)
 
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:

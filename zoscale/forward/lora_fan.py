@@ -79,6 +79,7 @@ class LoraFan:
         self.shards = shards
         self.mesh = mesh
         self.pairs = pairs
+        self.closed: Sequence[nn.Module] = ()
 
     def prepare(self, candidates: Sequence[Candidate]) -> Callable[[slice, Rows], AbstractContextManager[None]]:
         """See `Fan`: one gather of all adapters; [K, *shape] of each are held until the step's passes are done."""

@@ -88,7 +88,10 @@ class SequentialForward:
         table = division.new_table(items)
         for _, run in groupby(enumerate(items), key=lambda turn: turn[1].candidates):
             turns = list(run)
-            for row, candidate in enumerate(candidates[turns[0][1].candidates]):
+            own = list(candidates[turns[0][1].candidates])
+            if self.answer is not None:  # generated, by all ranks at a time: a shorter part repeats its last candidate
+                own += own[-1:] * (len(table) - 1 - len(own))
+            for row, candidate in enumerate(own):
                 with perturbed(self.shards, candidate):
                     for turn, item in turns:
                         batch = local[item.batch]

@@ -39,21 +39,15 @@ class SharedRows:
     def blocks(self, candidates: Sequence[Candidate]) -> list[nn.Module]:
         """The blocks that run before any module that the candidates' directions touch."""
         directions = [candidate.direction for candidate in candidates if candidate.direction is not None]
+
+        def is_touched(module: nn.Module) -> bool:
+            return any(direction.touches(spec) for spec in self._specs(module) for direction in directions)
+
         order = self._order or []
-        touched = {
-            module
-            for module in self._watched
-            if any(direction.touches(spec) for spec in self._specs(module) for direction in directions)
-        }
-        if not touched.issubset(order):  # they may come first
+        unseen = set(self._watched).difference(order)  # they may come first
+        if len(candidates) < 2 or any(map(is_touched, unseen)):
             return []
-        shared: list[nn.Module] = []
-        for module in order:
-            if module in touched:
-                break
-            if module in self._blocks:
-                shared.append(module)
-        return shared if len(candidates) > 1 else []
+        return [module for module in takewhile(lambda m: not is_touched(m), order) if module in self._blocks]
 
     def may_share(self, candidates: Sequence[Candidate]) -> bool:
         """Whether candidates of this kind leave tensors as they are, or a block has none of its own."""

@@ -37,6 +37,12 @@ class Unit:
     def __init__(self, module: nn.Module, weights: Weights) -> None:
         self.module = module
         self.weights = weights
+        self._places = [
+            (owner, name)
+            for owner in module.modules()
+            for name, param in owner.named_parameters(recurse=False)
+            if param in weights
+        ]
         self.outlines = self._outlines()
         self.patched: list[TensorSpec] = []
 
@@ -50,6 +56,8 @@ class Unit:
     def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
         """The module's results for all candidates, one after the other."""
         calls = rows.split_call(args, kwargs)
+        for owner, name in self._places:
+            getattr(owner, name)  # what a module without a forward holds (PEFT's dicts), ZeRO-3 gathers when asked for
         gathered = {param: param.data for param in self.weights}
         slabs = [(whole.reshape(-1), draws.of(o)) for whole, o in zip(gathered.values(), self.outlines, strict=True)]
         results: list[Any] = [None] * rows.copies

@@ -83,6 +83,7 @@ class WeightFan:
 
     def __init__(self, units: Sequence[Unit]) -> None:
         self.units = units
+        self.closed: Sequence[nn.Module] = [unit.module for unit in units]
 
     def prepare(self, candidates: Sequence[Candidate]) -> Callable[[slice, Rows], AbstractContextManager[None]]:
         """See `Fan`."""

@@ -16,7 +16,7 @@ from zoscale.shards import direct_calls, order_gathers_after_writes
 _STOP = "\n"
 _COUNT_PADDING = frozenset({
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "deepseek_v4", "git", "marian", "mbart", "mvp",
-    "pegasus", "plbart", "recurrent_gemma", "reformer", "rwkv", "trocr", "whisper",
+    "pegasus", "plbart", "recurrent_gemma", "reformer", "rwkv", "trocr", "whisper", "xlstm",
 })  # fmt: skip
 """Model types whose states or positions count padding before a prompt, whatever the mask says."""
 

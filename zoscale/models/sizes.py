@@ -59,8 +59,10 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         got = f"{architecture.model_type} ({reason[:300]})"
         raise ConfigError("a causal language model of transformers", got, "correct model.id or model.config") from error
-    if not _is_causal(model):
-        remedy = "choose a decoder; if the weights were trained as one, set is_decoder true in its config.json"
+    if not _is_causal(model.config):
+        remedy = "choose a decoder"
+        if _has_choice(model.config):
+            remedy += "; if the weights were trained as one, set is_decoder true in its config.json"
         raise ConfigError("a model whose tokens do not see those after them", architecture.model_type, remedy)
     model.tie_weights()
     weights = list(model.parameters())
@@ -80,12 +82,17 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
     )
 
 
-def _is_causal(model: PreTrainedModel) -> bool:
+def _is_causal(config: Any) -> bool:
     """Whether outputs depend on earlier tokens only, by the model's type and configuration."""
-    config: Any = model.config
-    if config.model_type in _NEVER_CAUSAL or (config.model_type == "xlm" and not config.causal):
+    kind = config.model_type
+    if kind in _NEVER_CAUSAL or (kind == "xlm" and not config.causal):
         return False
-    return config.model_type in _CAUSAL_IN_ANY_CASE or getattr(config, "is_decoder", None) is not False
+    return kind in _CAUSAL_IN_ANY_CASE or not _has_choice(config) or config.is_decoder is not False
+
+
+def _has_choice(config: Any) -> bool:
+    """Whether models of this type look ahead, by `is_decoder`; for others a value in config.json says nothing."""
+    return hasattr(type(config), "is_decoder") and config.model_type not in _NEVER_CAUSAL
 
 
 def num_positions(model: nn.Module) -> int | None:

@@ -11,10 +11,8 @@ from zoscale.noise.segments import Segment
 from zoscale.probes.base import DrawnDirection, Piece, Probe
 from zoscale.shards import TensorSpec
 
-_BLOCK, _ROWS = (
-    2**16,
-    64,
-)  # about as many elements of z are made by one product of matrices, in multiples of so many rows
+_BLOCK = 2**16  # about as many elements of z are made by one product of matrices,
+_ROWS = 64  # in multiples of so many rows
 
 
 def product_slice(left: Tensor, right: Tensor, start: int, stop: int) -> Tensor:
