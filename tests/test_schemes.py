@@ -393,6 +393,17 @@ def test_decoders_by_their_configuration_are_not_refused(kind: str, options: dic
     assert count_parameters(architecture).total > 0
 
 
+def test_weights_of_a_file_are_moved_to_where_gathered_ones_lie(tmp_path: Path) -> None:
+    """Safetensors puts them at any address, and single rows are rounded by where the weights lie."""
+    tiny.save_model("opt", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert any(param.data_ptr() % 64 for param in model.parameters()), "as they come from the file"
+    before = [param.clone() for param in model.parameters()]
+    place(model, None)
+    assert not any(param.data_ptr() % 64 for param in model.parameters())
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+
+
 def test_a_model_that_reads_weights_where_they_are_not_gathered_is_not_sharded() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", hidden_size=16, num_hidden_layers=2))
     accelerator: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)

@@ -10,6 +10,7 @@ from zoscale.mesh import Mesh
 from zoscale.models.sizes import blocks_of
 from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up, cut_up_adapters
 
+_ALIGNMENT = 64  # bytes; torch's own on CPUs
 _READ_ELSEWHERE = ("rwkv", "xlstm")
 """Model types that ask for shapes or values of weights outside of the modules that own them."""
 
@@ -40,6 +41,7 @@ def place(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module,
             accelerator.
     """
     if accelerator is None:
+        _align(model)
         return model, Mesh(next(model.parameters()).device, ranks=(0, 1))
     if isinstance(accelerator, GroupedAccelerator):
         return _shard_in_groups(model, accelerator), accelerator.mesh
@@ -48,7 +50,18 @@ def place(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module,
     if isinstance(accelerator, WholeAccelerator):
         check_dtype(model, accelerator.dtype)
     model.to(accelerator.device)
+    _align(model)
     return model, Mesh(accelerator.device, shard_size=1)
+
+
+def _align(model: nn.Module) -> None:
+    """Copy weights in the memory of a CPU that lie as in the file they were read from to where torch would put them.
+
+    Products of a single row are rounded otherwise there than with the weights that ZeRO-3 gathers.
+    """
+    for param in model.parameters():
+        if param.device.type == "cpu" and param.is_floating_point() and param.data_ptr() % _ALIGNMENT:
+            param.data = param.data.clone()
 
 
 def check_dtype(model: nn.Module, wanted: str) -> None:
