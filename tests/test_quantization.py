@@ -79,6 +79,11 @@ def test_steps_on_a_base_in_4_bits(tmp_path: Any) -> None:
         ({"adapter": None}, "expected an adapter beside model.quantization=nf4"),
         ({"mesh": {"shard_size": None}}, "expected mesh.shard_size 1 beside model.quantization=nf4, got null"),
         ({"model": {"config": {"model_type": "opt"}, "quantization": "fp4"}}, "expected model.id"),
+        ({"adapter": {"peft_type": "weight_lora"}}, "expected adapter.peft_type lora or another .*got weight_lora"),
+        (
+            {"adapter": {"peft_type": "ia3"}, "model": TREE["model"] | {"dtype": "bfloat16"}},
+            "expected model.dtype float32 for adapter.peft_type ia3",
+        ),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -30,6 +30,12 @@ def check_quantization(config: RunConfig) -> None:
         got = "null" if config.mesh.shard_size is None else str(config.mesh.shard_size)
         remedy = "set it to 1: ZeRO-3 cannot cut up weights that share their scales in blocks"
         raise ConfigError(f"mesh.shard_size 1 {beside}", got, remedy)
+    kind, dtype = config.adapter.get("peft_type", "lora"), config.model.dtype
+    if kind == "weight_lora":
+        raise ConfigError(f"adapter.peft_type lora or another {beside}", kind, "it weighs plain layers: choose lora")
+    if kind == "ia3" and dtype != "float32":
+        remedy = "set model.dtype, or choose lora: what PEFT scales with ia3 stays in float32, which others do not take"
+        raise ConfigError(f"model.dtype float32 for adapter.peft_type ia3 {beside}", dtype, remedy)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"the package bitsandbytes {beside}", "none", "pip install 'zoscale[quantization]'")
 
