@@ -26,11 +26,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_an_objective_of_generated_text_from_training_to_replay(server: JobServer) -> None:
-    """Two ranks with micro-batches of unlike length: F1 chooses the step and is in every record of the run."""
+    """Two ranks with micro-batches of unlike length: F1 chooses the step and is in every record of the run.
+
+    Adapters are chosen after the first step; the forward that is made anew then generates too.
+    """
     out = server.folder / "squad"
     options = ["task.name=squad", f"task.path={ROOT}/tests/samples/squad", "task.max_new_tokens=4", "data.num_dev=1"]
     options += ["objective=schemes_worker:letters", "estimator.tau=0.5", "optimizer.name=jaguar_sign_sgd"]
     options += ["data.batch_size=2", "train.steps=3", "train.eval_every=2", "train.log_every=1"]
+    options += ["adapter.peft_type=weight_lora", "adapter.keep=2", "adapter.warmup_steps=1"]
     text = server.run(2, *MODEL, *SMALL, *options, f"output_dir={out}")
     assert "forward: sequential, because objective schemes_worker:letters reads texts" in text
     assert "validation f1: 0." in text

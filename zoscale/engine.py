@@ -91,15 +91,15 @@ class ZeroOrderEngine(Engine):
             tokenizer=tokenizer, selection=selection,
         )  # fmt: skip
         self.master = master
-        self._choose = partial(choose_forward, forward, max_rows=max_rows, num_parts=candidate_parts, compile=compile)
+        self._choose = partial(
+            choose_forward, forward, objective=objective, max_rows=max_rows, num_parts=candidate_parts, compile=compile
+        )  # the objective as it came: meters wrap the engine's
         self.forward = self._new_forward()
         self._rehearsal = Rehearsal(self.probe, self.estimator, optimizer, master)
 
     def _new_forward(self) -> Forward:
         derivatives, generator = self.estimator.takes_derivatives, self.generator
-        return self._choose(
-            self.answers, self.shards, self.mesh, derivatives=derivatives, objective=self.objective, generator=generator
-        )
+        return self._choose(self.answers, self.shards, self.mesh, derivatives=derivatives, generator=generator)
 
     def _take_over(self) -> None:
         old = {shard.param: shard for shard in self.shards}
