@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from jobs import FULL, SHORT, SIGN, JobServer, run_dir_of
 from peft import PeftModel
 from processes import ROOT, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoscale import cli
@@ -339,6 +339,10 @@ def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: py
     config.write_text(re.sub(r"(?m)^adapter:\n(  .*\n)+", f"{virtual}\n", (runs["lora"] / "config.yaml").read_text()))
     assert "weights can take up, got prompt_tuning" in refused("export", str(copy), "--merge", capsys=capsys)
     shutil.copy(runs["lora"] / "config.yaml", config)
+    weights = copy / "adapter/adapter_model.safetensors"
+    save_file({name: value / 0 for name, value in load_file(weights).items()}, weights)
+    text = refused("export", str(copy), "--merge", capsys=capsys)
+    assert "that PEFT can merge, got NaNs detected" in text and "export it with --adapter" in text
     (copy / "summary.json").unlink()
     assert "zoscale replay" in refused("export", str(copy), "--merge", capsys=capsys)
 

@@ -114,8 +114,14 @@ def _write_merged(record: RunRecord, folder: Path, dtype: str) -> None:
         from peft import PeftModel
 
         base = load_model(model_config, read_model_config(model_config))
-        with quiet_peft():
-            model = PeftModel.from_pretrained(base, source).merge_and_unload(safe_merge=True)
+        try:
+            with quiet_peft():
+                model = PeftModel.from_pretrained(base, source).merge_and_unload(safe_merge=True)
+        except (RuntimeError, ValueError) as error:  # a bias for layers that have none, values that are not finite
+            if type(error) not in (RuntimeError, ValueError):
+                raise
+            got = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError("an adapter that PEFT can merge", got, "export it with --adapter") from error
     model.save_pretrained(folder, safe_serialization=True)
     load_tokenizer(config.model).save_pretrained(folder)
 
