@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from zoscale.config import ConfigError, RunConfig
+from zoscale.config import ConfigError, RunConfig, first_line
 from zoscale.models.sizes import ModelSize
 from zoscale.optim.first_order import FIRST_ORDER
 
@@ -137,6 +137,6 @@ def _build_reader() -> None:
     try:
         AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # of any type: on a machine with a GPU but without a CUDA toolkit a TypeError
-        got = (str(error).splitlines() or ["no reason"])[0]
+        got = first_line(error)
         needed = "a C++ compiler" + " and a CUDA toolkit (CUDA_HOME) of torch's version" * torch.cuda.is_available()
         raise ConfigError(f"{needed} to build DeepSpeed's async_io", got, f"run ds_report, {_REMEDY}") from error

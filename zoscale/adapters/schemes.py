@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from zoscale.adapters.selection import Selection
-from zoscale.config import ConfigError, check_adapter
+from zoscale.config import ConfigError, check_adapter, first_line
 
 PEFT_CONFIGS = {
     "lora": "LoraConfig",
@@ -52,8 +52,8 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
         try:
             peft_config(adapter)
         except (ValueError, TypeError) as error:
-            got = (str(error).splitlines() or ["no reason"])[0].rstrip(".")
-            raise ConfigError(f"adapter options that peft.{library} takes", got, "correct adapter") from error
+            expected = f"adapter options that peft.{library} takes"
+            raise ConfigError(expected, first_line(error), "correct adapter") from error
         _check_start(name, str(options.get("init_lora_weights")).lower())
     selection = selection_of(adapter)
     if selection is not None and num_steps and selection.last_step >= num_steps:

@@ -22,7 +22,7 @@ from zoscale.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
-from zoscale.config.strict_yaml import ConfigError, load_yaml, show
+from zoscale.config.strict_yaml import ConfigError, first_line, load_yaml, show
 
 __all__ = [
     "CheckpointConfig",
@@ -40,6 +40,7 @@ __all__ = [
     "build",
     "check_adapter",
     "exit_with",
+    "first_line",
     "flatten",
     "load_yaml",
     "parse",

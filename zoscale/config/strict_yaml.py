@@ -130,6 +130,12 @@ def show(value: Any) -> str:
     return shorten(repr(str(value) if isinstance(value, Text) else value), 80)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for another one's message; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 

@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, first_line
 from zoscale.data.batch import MicroBatch
 from zoscale.estimators import Candidate
 from zoscale.forward.division import Division, Item, cut
@@ -129,7 +129,7 @@ def _fitting() -> Iterator[None]:
         if type(error) not in (RuntimeError, IndexError) or not _OF_SHAPES.search(str(error)):
             raise
         expected = "a model that runs the rows of all candidates together"
-        raise ConfigError(expected, str(error).splitlines()[0].rstrip("."), SEQUENTIAL) from error
+        raise ConfigError(expected, first_line(error), SEQUENTIAL) from error
 
 
 def _places(items: Sequence[Item]) -> dict[int, int]:

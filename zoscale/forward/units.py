@@ -32,12 +32,13 @@ class Unit:
     Attributes:
         outlines: the slabs whose noise `forward` takes, in its order.
         patched: weights whose noise it takes as patches.
+        places: the modules that hold its weights, each with a weight's name there.
     """
 
     def __init__(self, module: nn.Module, weights: Weights) -> None:
         self.module = module
         self.weights = weights
-        self._places = [
+        self.places = [
             (owner, name)
             for owner in module.modules()
             for name, param in owner.named_parameters(recurse=False)
@@ -56,7 +57,7 @@ class Unit:
     def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
         """The module's results for all candidates, one after the other."""
         calls = rows.split_call(args, kwargs)
-        for owner, name in self._places:
+        for owner, name in self.places:
             getattr(owner, name)  # what a module without a forward holds (PEFT's dicts), ZeRO-3 gathers when asked for
         gathered = {param: param.data for param in self.weights}
         slabs = [(whole.reshape(-1), draws.of(o)) for whole, o in zip(gathered.values(), self.outlines, strict=True)]

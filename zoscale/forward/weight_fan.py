@@ -110,7 +110,8 @@ class WeightFan:
                 stack.enter_context(
                     replaced_forward(unit.module, partial(_fanned_forward, idle, running, unit, rows, draws))
                 )
-                stack.enter_context(_used_within(unit, running))
+                if any(owner is not unit.module for owner, _ in unit.places):
+                    stack.enter_context(_used_within(unit, running))
             yield
         if idle:
             names = ", ".join(sorted({type(module).__name__ for module in idle}))
@@ -128,8 +129,7 @@ def _used_within(unit: Unit, running: Set[nn.Module]) -> Iterator[None]:
             expected = f"{type(module).__name__} to be called by the forward of {type(unit.module).__name__} only"
             raise ConfigError(expected, "a call from elsewhere", SEQUENTIAL)
 
-    inner = [module for module in unit.module.modules() if module is not unit.module]
-    owners = [module for module in inner if any(param in unit.weights for param in module.parameters(recurse=False))]
+    owners = {owner for owner, _ in unit.places if owner is not unit.module}
     handles = [module.register_forward_pre_hook(check) for module in owners]
     try:
         yield

@@ -72,7 +72,8 @@ class Generator:
             for questions in self._together(batch.questions):
                 ids, mask = self._prompts([question.prompt for question in questions], batch.input_ids.device)
                 rows += self._generate(ids, mask, generation_config=config, synced_gpus=synced).tolist()
-        return [self._text(row[: q.max_new_tokens]) for row, q in zip(rows, batch.questions, strict=False)]
+        own = zip(rows[: len(batch.questions)], batch.questions, strict=True)  # those of further turns are repeated
+        return [self._text(row[: question.max_new_tokens]) for row, question in own]
 
     def _together(self, questions: Sequence[Question]) -> list[Sequence[Question]]:
         """Those to generate at the same time: all, or each by itself, for as many turns as any rank has questions."""

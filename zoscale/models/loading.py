@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 from zoscale.adapters.layers import check_adapted
 from zoscale.adapters.schemes import choose_trainable, peft_config, quiet_peft, selection_of
 from zoscale.adapters.weighted_lora import weigh_adapters
-from zoscale.config import ConfigError, ModelConfig
+from zoscale.config import ConfigError, ModelConfig, first_line
 from zoscale.models.quantization import keep_packing, loading_options
 from zoscale.models.sizes import auto_model, blocks_of
 from zoscale.shards import copy_values, vectors_gathered
@@ -38,7 +38,7 @@ def read_model_config(config: ModelConfig) -> Any:
             )
     except (OSError, ValueError, TypeError) as error:
         wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
-        remedy = _missing_folder(str(config.id)) or _first_line(error)
+        remedy = _missing_folder(str(config.id)) or first_line(error)
         raise ConfigError("a Hugging Face id, a local folder or a known model_type", wanted, remedy) from error
     if config.untie_head:
         _untie(found, config)
@@ -114,7 +114,7 @@ def _read_weights(config: ModelConfig, architecture: Any) -> tuple[PreTrainedMod
     except OSError as error:
         pickles = "pickled weights are loaded only with model.allow_pickle=true"
         remedy = "check model.id" if config.allow_pickle else pickles
-        raise ConfigError(f"readable safetensors weights at {config.id}", _first_line(error), remedy) from error
+        raise ConfigError(f"readable safetensors weights at {config.id}", first_line(error), remedy) from error
     weights = {name for name, _ in loaded.named_parameters(remove_duplicate=False)}  # buffers are computed
     return cast(PreTrainedModel, loaded), weights & set(report["missing_keys"])
 
@@ -170,7 +170,7 @@ def _model_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def _misfit(error: Exception) -> ConfigError:
-    return ConfigError("model options that fit the model", _first_line(error), "correct the section model")
+    return ConfigError("model options that fit the model", first_line(error), "correct the section model")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -186,7 +186,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         revision = config.revision if place == config.id else None  # which says nothing of another repository
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = _missing_folder(place) or _first_line(error)
+        reason = _missing_folder(place) or first_line(error)
         raise ConfigError(f"a tokenizer at {place}", reason, "set model.tokenizer") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -219,7 +219,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
             adapted = cast(nn.Module, get_peft_model(model, options))
     except (ValueError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
         expected = f"adapter options that fit {type(model).__name__}"
-        raise ConfigError(expected, _first_line(error).rstrip("."), _adapter_remedy(layers, error)) from error
+        raise ConfigError(expected, first_line(error), _adapter_remedy(layers, error)) from error
     check_adapted(adapted)
     if (selection := selection_of(adapter)) is not None:
         weigh_adapters(adapted, selection)
@@ -243,8 +243,3 @@ def _missing_folder(place: str) -> str | None:
     """What is wrong with a place that can only be a folder and is none; None for others."""
     is_folder = place.count("/") > 1 or place[:1] in ("/", ".", "~")
     return f"there is no folder {Path(place).absolute()}" if is_folder and not Path(place).is_dir() else None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, first_line
 from zoscale.shards import true_numel
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -56,8 +56,7 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
         with torch.device("meta"):
             model: PreTrainedModel = auto_model().from_config(architecture, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        got = f"{architecture.model_type} ({reason[:300]})"
+        got = f"{architecture.model_type} ({first_line(error)[:300]})"
         raise ConfigError("a causal language model of transformers", got, "correct model.id or model.config") from error
     if not _is_causal(model.config):
         remedy = "choose a decoder"

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from zoscale.adapters.schemes import num_virtual_tokens, quiet_peft
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, first_line
 from zoscale.models.loading import load_model, load_tokenizer, read_model_config
 from zoscale.release.export import ORIGIN, read_origin
 from zoscale.release.model_card import hub_id, model_card
@@ -120,8 +120,8 @@ def _write_merged(record: RunRecord, folder: Path, dtype: str) -> None:
         except (RuntimeError, ValueError) as error:  # a bias for layers that have none, values that are not finite
             if type(error) not in (RuntimeError, ValueError):
                 raise
-            got = str(error).splitlines()[0].rstrip(".")
-            raise ConfigError("an adapter that PEFT can merge", got, "export it with --adapter") from error
+            expected = "an adapter that PEFT can merge"
+            raise ConfigError(expected, first_line(error), "export it with --adapter") from error
     model.save_pretrained(folder, safe_serialization=True)
     load_tokenizer(config.model).save_pretrained(folder)
 
