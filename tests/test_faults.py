@@ -121,6 +121,20 @@ def test_rank_that_hangs(server: JobServer) -> None:
     assert "planted" in text, "the stack of the rank that hangs"
 
 
+def test_passes_of_an_evaluation_that_all_take_long(server: JobServer) -> None:
+    """A base on a slow disk: where an evaluation is one pass, the first one says how long the next may take."""
+    out = server.folder / "slow_passes"
+    plant = """
+import time
+from zoscale.models.answers import AnswerModel
+scored = AnswerModel.answer_logprobs
+AnswerModel.answer_logprobs = lambda self, batch: (time.sleep(4), scored(self, batch))[1]
+"""
+    few = ["data.num_dev=8", "data.num_validation=8", "train.eval_micro_batch_size=4", "train.steps=1"]
+    server.run(2, *OPTIONS, *few, "runtime.stall_seconds=2", f"output_dir={out}", plant=plant)
+    assert steps_done(out) == 1
+
+
 def test_loss_that_stays_not_finite(server: JobServer) -> None:
     """Pitfall 15: skipped on all ranks, counted, and the run ends with advice; the journal has the steps."""
     out = server.folder / "not_finite"

@@ -80,6 +80,7 @@ class Trainer:
         adapters = engine.adapters
         self._best = BestOnDev(task.select_by, 0 if adapters is None else adapters.selection.warmup_steps)
         self._skips = Skips(config.train.max_skipped_in_row)
+        self._has_scored = False
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate once on validation with the weights that were best on dev, and write the summary.
@@ -90,8 +91,7 @@ class Trainer:
             FloatingPointError: if the loss is not finite for too many steps in a row.
         """
         started, first = time.monotonic(), self.engine.num_steps
-        with self.watchdog.slow("first evaluation"):
-            before = self._evaluate("validation/before", self.validation, 0)
+        before = self._evaluate("validation/before", self.validation, 0)
         self._catch_up()
         if self.config.forward.compile != "off":
             with self.watchdog.slow("compiling the forward"):
@@ -198,14 +198,21 @@ class Trainer:
                 got = "a file without it"
                 raise ConfigError(f"{name} of step 0 in {self.ledger.evaluations.path}", got, "restore the file")
             started = time.monotonic()
-            generator = self.engine.generator if self.task.generates else None
-            result = evaluate(self.engine.answers, batches, self.engine.mesh, self.metrics, generator=generator)
+            result = self._scored(batches)
             cost = {f"{name}/seconds": time.monotonic() - started}
             self.ledger.add_evaluation(name, step, result)
         self.tracker.log(step, {f"{name}/{metric}": value for metric, value in result.metrics.items()} | cost)
         shown = ", ".join(f"{metric} {value:.4f}" for metric, value in result.metrics.items())
         self.log(f"step {step}: {name} {shown} ({result.count} examples)")
         return result
+
+    def _scored(self, batches: list[MicroBatch]) -> Evaluation:
+        """An evaluation that is taken now; the first of a process may be slow."""
+        mesh, generator = self.engine.mesh, self.engine.generator if self.task.generates else None
+        is_first, self._has_scored = not self._has_scored, True
+        is_one_pass = mesh.share(len(batches))[1] == 1  # there is no time between two to judge the next ones by
+        with self.watchdog.slow("first evaluation", repeats=is_one_pass) if is_first else nullcontext():
+            return evaluate(self.engine.answers, batches, mesh, self.metrics, generator=generator)
 
     def _choose(self, step: int) -> None:
         """Evaluate on dev and keep the weights if they are the best so far."""
