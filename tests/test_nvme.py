@@ -5,13 +5,16 @@ import fcntl
 import json
 import multiprocessing
 import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import plain_aio
 import pytest
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
 from processes import ROOT
 
 from zoscale import nvme
@@ -33,7 +36,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def filled(place: Path) -> dict[str, Any]:
-    size = ModelSize(1000, 300, 100, largest_tensor=75, matrices_in_block=6, matrices_outside=2)
+    size = ModelSize(1000, 300, 100, largest_in_block=75, matrices_in_block=6, matrices_outside=2)
     config = fill_deepspeed_config(read_deepspeed_config(FILE), "float32", size, shard_size=2)
     config["zero_optimization"]["offload_param"]["nvme_path"] = str(place)
     return config
@@ -57,6 +60,16 @@ def test_a_folder_of_its_own_and_buffers_for_two_blocks(tmp_path: Path) -> None:
         ["mine", "zoscale-held", own.name]
     )
     os.close(held)
+
+
+@pytest.mark.usefixtures("reader")
+def test_what_no_buffer_holds_stays_in_memory(tmp_path: Path) -> None:
+    """Buffers are as large as a block needs, which a large vocabulary's embedding is not part of."""
+    ready_nvme(filled(tmp_path))
+    swapper = SimpleNamespace(swap_element_size=2, min_aio_bytes=2**20, elements_per_buffer=2**20)
+    is_swappable = partial(AsyncPartitionedParameterSwapper.swappable_tensor, swapper)
+    assert [is_swappable(numel=numel) for numel in (2**19 - 1, 2**19, 2**20, 2**20 + 1)] == [False, True, True, False]
+    assert is_swappable(SimpleNamespace(ds_tensor=SimpleNamespace(ds_numel=2**20)))
 
 
 def test_ranks_that_start_together_have_a_folder_each(tmp_path: Path) -> None:

@@ -253,11 +253,13 @@ def offloaded(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:
         return plain(handle, buffers, paths)
 
     params = list(engine.model.parameters())
+    large = {n: p for n, p in engine.model.named_parameters() if p.ds_tensor.ds_numel * 4 >= 2**20}
     report: dict[str, Any] = {
         "frozen": of_model(engine.model, engine.mesh, trainable=False),
         "on_nvme": [p.requires_grad for p in params if p.ds_tensor.status.name == "NOT_AVAILABLE"],
-        "not_small": sum(p.ds_tensor.ds_numel * 4 >= 2**20 for p in params if not p.requires_grad),
-        "large_adapters": sum(p.ds_tensor.ds_numel * 4 >= 2**20 for p in params if p.requires_grad),
+        "large_in_blocks": sum(".layers." in name for name, p in large.items() if not p.requires_grad),
+        "large_outside": sum(".layers." not in name for name, p in large.items() if not p.requires_grad),
+        "large_adapters": sum(p.requires_grad for p in large.values()),
         "steps": [],
     }
     partitioned_param_swapper.swap_in_tensors = counted

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,8 @@ from zoscale.config import ConfigError, RunConfig, first_line
 from zoscale.models.sizes import ModelSize
 from zoscale.optim.first_order import FIRST_ORDER
 
+SMALLEST = 2**20
+"""Bytes of a slice from which DeepSpeed keeps it in a file."""
 _PREFIX = "zoscale-"
 _REMEDY = "or set zero_optimization.offload_param.device to cpu"
 
@@ -23,6 +25,24 @@ _REMEDY = "or set zero_optimization.offload_param.device to cpu"
 def offload_device(deepspeed: Mapping[str, Any]) -> str:
     """Where a DeepSpeed configuration keeps the shards: none (where they are computed with), cpu or nvme."""
     return str((deepspeed["zero_optimization"].get("offload_param") or {}).get("device", "none"))
+
+
+class Buffers(NamedTuple):
+    """Where slices lie between their file and their gather.
+
+    Args:
+        number: of buffers.
+        elements: of each. Slices that are larger stay in the host's memory.
+    """
+
+    number: int
+    elements: int
+
+    @classmethod
+    def of(cls, size: ModelSize, shard_size: int) -> "Buffers":
+        """For two blocks and what lies outside of them, but for what is larger than all in a block: an embedding of
+        128,000 words would make each buffer nine times as large as a block of 4,096 features needs."""
+        return cls(2 * size.matrices_in_block + size.matrices_outside, -(-size.largest_in_block // shard_size))
 
 
 def check_offload(config: RunConfig, deepspeed: Mapping[str, Any]) -> None:
@@ -48,8 +68,7 @@ def check_offload(config: RunConfig, deepspeed: Mapping[str, Any]) -> None:
 
 
 def fill_offload(deepspeed: dict[str, Any], size: ModelSize | None, shard_size: int) -> None:
-    """Replace "auto" in the options of an offload to NVMe: buffers for two blocks and for what lies outside of them,
-    and the folder for temporary files.
+    """Replace "auto" in the options of an offload to NVMe by `Buffers` and the folder for temporary files.
 
     Args:
         deepspeed: is changed.
@@ -61,21 +80,12 @@ def fill_offload(deepspeed: dict[str, Any], size: ModelSize | None, shard_size: 
     options = deepspeed["zero_optimization"]["offload_param"]
     found: dict[str, Any] = {"nvme_path": tempfile.gettempdir()}
     if size is not None:
-        found["buffer_count"] = _buffer_count(size)
-        found["buffer_size"] = -(-size.largest_tensor // shard_size)
+        buffers = Buffers.of(size, shard_size)
+        found |= {"buffer_count": buffers.number, "buffer_size": buffers.elements}
     for key in ("nvme_path", "buffer_count", "buffer_size"):
         if options.get(key, "auto") == "auto":
             options.pop(key, None)
             options |= {key: found[key]} if key in found else {}
-
-
-def buffer_elements(size: ModelSize, shard_size: int) -> int:
-    """Elements of the buffers that "auto" gives."""
-    return _buffer_count(size) * -(-size.largest_tensor // shard_size)
-
-
-def _buffer_count(size: ModelSize) -> int:
-    return 2 * size.matrices_in_block + size.matrices_outside
 
 
 def ready_nvme(deepspeed: dict[str, Any]) -> None:
@@ -94,6 +104,16 @@ def ready_nvme(deepspeed: dict[str, Any]) -> None:
         options = deepspeed["zero_optimization"]["offload_param"]
         options["nvme_path"] = str(_own_folder(Path(str(options["nvme_path"]))))
         _build_reader()
+        from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+
+        AsyncPartitionedParameterSwapper.swappable_tensor = _is_swappable
+
+
+def _is_swappable(swapper: Any, param: Any = None, numel: int | None = None) -> bool:
+    """DeepSpeed's rule, but that a slice which no buffer can hold stays in memory, where DeepSpeed would fail."""
+    elements = param.ds_tensor.ds_numel if numel is None else numel
+    is_large_enough: bool = elements * swapper.swap_element_size >= swapper.min_aio_bytes
+    return is_large_enough and elements <= swapper.elements_per_buffer
 
 
 def _own_folder(place: Path) -> Path:

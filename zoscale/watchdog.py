@@ -43,8 +43,8 @@ class Watchdog:
     Args:
         rank: of this process.
         world_size: number of ranks; more than one need the default process group.
-        stall_seconds: without progress that end the job; or `PATIENCE` intervals between beats, or twice the time of the
-            longest phase that `repeats`, if that is longer.
+        stall_seconds: without progress that end the job; or `PATIENCE` intervals between beats, or twice the time of
+            the longest phase that `repeats`, if that is longer.
         slow_seconds: the same in a slow phase.
 
     Raises:

@@ -31,7 +31,7 @@ class ModelSize:
         total: all parameters, tied ones once.
         largest_block: of the largest transformer block.
         outside_blocks: embeddings, head and final norm.
-        largest_tensor: of the largest tensor.
+        largest_in_block: of the largest tensor of a block.
         matrices_in_block: number of matrices of the block that has most.
         matrices_outside: number of matrices outside of blocks.
         positions: see `num_positions`.
@@ -40,7 +40,7 @@ class ModelSize:
     total: int
     largest_block: int
     outside_blocks: int
-    largest_tensor: int = 0
+    largest_in_block: int = 0
     matrices_in_block: int = 0
     matrices_outside: int = 0
     positions: int | None = None
@@ -74,7 +74,7 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
         total,
         max(blocks, default=total),
         sum(param.numel() for param in outside),
-        max(param.numel() for param in weights),
+        max(param.numel() for block in inside or [weights] for param in block),
         max(matrices, default=sum(param.dim() > 1 for param in weights)),
         sum(param.dim() > 1 for param in outside),
         num_positions(model),

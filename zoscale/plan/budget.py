@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from zoscale.devices import Device
 from zoscale.first_order import reduce_bucket
+from zoscale.nvme import SMALLEST, Buffers
 from zoscale.plan.footprint import FanName, Footprint, ModelShapes, Weight
 
 _FP32 = 4
@@ -189,22 +190,28 @@ def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activation
     return _highest(resident, _passes(phases))
 
 
-def host_memory(shapes: ModelShapes, job: Job, shard_size: int, buffers: int) -> dict[str, int]:
+def host_memory(shapes: ModelShapes, job: Job, shard_size: int, buffers: Buffers) -> dict[str, int]:
     """Bytes in the host's memory of one rank that offloads, by name; empty for others.
 
     Args:
         shapes: of the model.
         job: of the run.
         shard_size: ranks that share a copy.
-        buffers: elements of the buffers through which a frozen base on NVMe is read.
+        buffers: those through which a frozen base on NVMe is read.
     """
     if job.offload == "none":
         return {}
     trainable = [weight for weight in shapes.weights if weight.trainable]
     if job.offload == "cpu":
         return _held(shapes.weights, trainable, job, shard_size)
+    kept = [weight for weight in shapes.weights if weight.trainable or not _is_in_a_file(weight, shard_size, buffers)]
     width = min(weight.width for weight in shapes.weights)
-    return {**_held(trainable, trainable, job, shard_size), "buffers of NVMe": buffers * width}
+    return {**_held(kept, trainable, job, shard_size), "buffers of NVMe": buffers.number * buffers.elements * width}
+
+
+def _is_in_a_file(weight: Weight, shard_size: int, buffers: Buffers) -> bool:
+    slice_ = -(-weight.numel // shard_size)
+    return slice_ * weight.width >= SMALLEST and slice_ <= buffers.elements
 
 
 def _held(weights: Sequence[Weight], trainable: Sequence[Weight], job: Job, shard_size: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.loading import read_model_config
 from zoscale.models.quantization import check_quantization
 from zoscale.models.sizes import ModelSize, count_parameters
-from zoscale.nvme import buffer_elements
+from zoscale.nvme import Buffers
 from zoscale.optim.first_order import FIRST_ORDER
 from zoscale.plan.budget import (
     Job,
@@ -108,7 +108,7 @@ def _zero_order(
     footprint = shapes.run(job.micro_batch, job.tokens, candidates=job.together if job.fan else None)
     sizes = _shard_sizes(config, job)
     shard_size = smallest_shard(shapes, job, footprint, budget, sizes) or sizes[-1]
-    host = host_memory(shapes, job, shard_size, buffer_elements(size, shard_size))
+    host = host_memory(shapes, job, shard_size, Buffers.of(size, shard_size))
     memory = with_host(zero_order_memory(shapes, job, shard_size, footprint), host if job.copies else {})
     work = zero_order_work(shapes, job, shard_size, footprint)
     column = _column(memory, work, shard_size, budget, device, config.model.dtype)
