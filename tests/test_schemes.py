@@ -490,6 +490,35 @@ def test_weights_that_a_checkpoint_lacks_are_refused(tmp_path: Path) -> None:
     assert loaded(changed(tmp_path / "experts", tmp_path / "no_buffer", without="e_score_correction_bias"))
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_tied_head_and_embedding_of_two_values_are_refused(tmp_path: Path, files: int) -> None:
+    """Transformers parts them with a warning; under ZeRO-3 both would be the one that is read last."""
+
+    def stored(name: str, head: torch.Tensor) -> Path:
+        folder = changed(MODEL, tmp_path / name)
+        whole = weights | {"lm_head.weight": head}
+        if files == 1:
+            save_file(whole, folder / "model.safetensors", {"format": "pt"})
+            return folder
+        (folder / "model.safetensors").unlink()
+        parts = {name: f"{int(name == 'lm_head.weight')}.safetensors" for name in whole}
+        for file in set(parts.values()):
+            save_file({n: whole[n] for n in whole if parts[n] == file}, folder / file, {"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+        return folder
+
+    weights = load_file(MODEL / "model.safetensors")
+    embedding = weights["model.decoder.embed_tokens.weight"]
+    other = stored("other", embedding + 1)
+    with pytest.raises(ConfigError, match=r"decoder\.embed_tokens\.weight and lm_head\.weight: set model\.untie"):
+        loaded(other)
+    model = loaded(other, untie_head=True)
+    assert torch.equal(model.lm_head.weight, embedding + 1)
+    assert torch.equal(model.model.decoder.embed_tokens.weight, embedding)
+    model = loaded(stored("same", embedding.clone()))
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+
+
 def test_a_head_of_its_own_is_at_first_a_copy_of_the_embedding(tmp_path: Path) -> None:
     """Whichever of the two the checkpoint holds; in the type of the weights; refused where none is tied."""
     base = tiny.save_model("gpt2", tmp_path / "gpt2")

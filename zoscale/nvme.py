@@ -109,11 +109,10 @@ def ready_nvme(deepspeed: dict[str, Any]) -> None:
         AsyncPartitionedParameterSwapper.swappable_tensor = _is_swappable
 
 
-def _is_swappable(swapper: Any, param: Any = None, numel: int | None = None) -> bool:
-    """DeepSpeed's rule, but that a slice which no buffer can hold stays in memory, where DeepSpeed would fail."""
-    elements = param.ds_tensor.ds_numel if numel is None else numel
-    is_large_enough: bool = elements * swapper.swap_element_size >= swapper.min_aio_bytes
-    return is_large_enough and elements <= swapper.elements_per_buffer
+def _is_swappable(swapper: Any, *, numel: int) -> bool:
+    """DeepSpeed's rule for a slice, but that one which no buffer can hold stays in memory, where DeepSpeed would fail."""
+    is_large_enough: bool = numel * swapper.swap_element_size >= swapper.min_aio_bytes
+    return is_large_enough and numel <= swapper.elements_per_buffer
 
 
 def _own_folder(place: Path) -> Path:

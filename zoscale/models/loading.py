@@ -18,6 +18,7 @@ from zoscale.adapters.weighted_lora import weigh_adapters
 from zoscale.config import ConfigError, ModelConfig, first_line
 from zoscale.models.quantization import keep_packing, loading_options
 from zoscale.models.sizes import auto_model, blocks_of
+from zoscale.models.tied import check_tied
 from zoscale.shards import copy_values, vectors_gathered
 
 
@@ -82,7 +83,7 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
 
     Raises:
         ConfigError: if there are no safetensors weights and pickles were not allowed, the weights cannot be read or
-            some are missing, or an option does not fit the model.
+            some are missing, or an option does not fit the model; see `check_tied`.
     """
     if config.id is None:
         return new_model(config, architecture)
@@ -91,6 +92,7 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
         missing = _fill_untied(loaded, missing)
     if missing:
         raise _incomplete(config, loaded, missing)
+    check_tied(config, loaded)
     keep_packing(loaded)
     return loaded
 
