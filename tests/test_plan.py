@@ -167,6 +167,16 @@ def test_activations_of_a_pass() -> None:
     assert torch.empty(1).device.type == "cpu", "the mode is left"
 
 
+def test_adapters_with_tensors_beside_their_weights_can_be_planned() -> None:
+    """PEFT's numbers of virtual tokens, and of the tokens that are trained of a table, are no parameters."""
+    whole, virtual = shapes_of(None), {"num_virtual_tokens": 48}
+    prompt = shapes_of({"peft_type": "prompt_tuning", **virtual}).run(4, 16)
+    assert prompt.flops == whole.run(4, 64).flops and prompt.blocks == pytest.approx(whole.run(4, 64).blocks, rel=0.05)
+    assert shapes_of({"peft_type": "prefix_tuning", **virtual}).run(4, 16).blocks > whole.run(4, 16).blocks
+    table = 40_000 * 256 * 4
+    assert table < shapes_of({**LORA, "trainable_token_indices": [1, 2]}).run(4, 16).outside < 1.1 * table
+
+
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_weights_are_all_there_once(kind: str) -> None:
     config = ModelConfig(config={"model_type": kind, "num_hidden_layers": 2}, dtype="bfloat16")
