@@ -195,7 +195,7 @@ def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
         bare = {id(value): value.data for value in inputs if isinstance(value, Tensor)}
         try:  # not as views: a graph would be bound to the shape of what they are views of
             return found[kind](*(bare.get(id(value), value) for value in inputs))
-        except RuntimeError as error:
+        except Exception as error:
             if type(error).__name__ != "FailOnRecompileLimitHit":  # more combinations of types than one run has
                 raise
             return function(*inputs)
