@@ -14,7 +14,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=$(realpath -m "${1:-runs/gpu-checks}")
 python=${PYTHON:-$(command -v python || command -v python3)}
-if { [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ]; } && "$python" -c 'import zoscale.cli, deepspeed, pytest' > /dev/null 2>&1; then
+if { [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ]; } && "$python" -c 'import zoscale.run, deepspeed, pytest' > /dev/null 2>&1; then
   echo "as it is: $("$python" -c 'import sys, torch; print(f"{sys.executable}, torch {torch.__version__}")')"
 else
   . launch/environment.sh '[test]' || { echo "no environment: see the message above"; exit 1; }

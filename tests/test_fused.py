@@ -289,6 +289,26 @@ def test_a_device_without_a_compiler_leaves_the_others_theirs(monkeypatch: pytes
     assert double(torch.ones(4)).sum() == 8 and calls == ["meta"] * 2, "once to try, once"
 
 
+@pytest.mark.usefixtures("fresh_compiled")
+def test_combinations_of_types_beyond_what_torch_compiles_run_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses one, and warns, the first time; it is not asked again."""
+    needs_compiler()
+    asked, compile_function = list[torch.dtype](), fused._compile
+
+    def counted(function: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = compile_function(function, inputs)
+        return lambda total, *rest: (asked.append(total.dtype), graph(total, *rest))[1]
+
+    monkeypatch.setattr(fused, "_compile", counted)
+    run, z = fused.compiled(fused.accumulate), torch.ones(2**15)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for dtype in (torch.float32, torch.float64, torch.float64, torch.float32):
+            total = torch.zeros(2**15, dtype=dtype)
+            run(total, z, *fused.scalars(0.5))
+            assert torch.equal(total, torch.full_like(total, 0.5))
+    assert asked == [torch.float32, torch.float64, torch.float32]
+
+
 def test_torch_knows_what_the_compiler_is_told() -> None:
     """It refuses an option that it does not know, and noise would stay eager: older ones are not installed with us."""
     assert set(fused._EAGER_NUMERICS) <= set(torch._inductor.list_options())

@@ -630,7 +630,7 @@ def test_refused_betas_of_groups(make: Any) -> None:
         make(shards_of(start_values(SHAPES)), groups=[{"beta": 1.5}])
 
 
-@pytest.mark.parametrize("rank", [0, 1.5])
+@pytest.mark.parametrize("rank", [0, 1.5, 2.0])
 def test_refused_power_ranks(rank: Any) -> None:
     with pytest.raises(ValueError, match="expected a whole power_rank >= 1"):
         JaguarMuon(shards_of(start_values(SHAPES)), groups=[{"power_rank": rank}])

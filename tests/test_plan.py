@@ -167,6 +167,16 @@ def test_activations_of_a_pass() -> None:
     assert torch.empty(1).device.type == "cpu", "the mode is left"
 
 
+def test_adapters_with_tensors_beside_their_weights_can_be_planned() -> None:
+    """PEFT's numbers of virtual tokens, and of the tokens that are trained of a table, are no parameters."""
+    whole, virtual = shapes_of(None), {"num_virtual_tokens": 48}
+    prompt = shapes_of({"peft_type": "prompt_tuning", **virtual}).run(4, 16)
+    assert prompt.flops == whole.run(4, 64).flops and prompt.blocks == pytest.approx(whole.run(4, 64).blocks, rel=0.05)
+    assert shapes_of({"peft_type": "prefix_tuning", **virtual}).run(4, 16).blocks > whole.run(4, 16).blocks
+    table = 40_000 * 256 * 4
+    assert table < shapes_of({**LORA, "trainable_token_indices": [1, 2]}).run(4, 16).outside < 1.1 * table
+
+
 @pytest.mark.parametrize("kind", ["opt", "llama"])
 def test_weights_are_all_there_once(kind: str) -> None:
     config = ModelConfig(config={"model_type": kind, "num_hidden_layers": 2}, dtype="bfloat16")
@@ -422,6 +432,9 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--gpus", "2"], "expected --model, --config or model.id"),
         (["--gpus", "2", "--model", "/nowhere"], "there is no folder /nowhere"),
         ([*shapes[1:], "--link", "-1"], "link above 0"),
+        ([*shapes[1:], "--batch", "0"], "--batch of at least 1, got 0"),
+        ([*shapes[1:], "--tokens", "0"], "--tokens of at least 1, got 0"),
+        ([*shapes[1:], "--tokens", "-5"], "--tokens of at least 1, got -5"),
         ([*shapes[1:], "optimizer.name=fo_adamw"], "a zero-order optimizer to plan"),
         ([*shapes[1:], "estimator.name=backpropagation"], "an estimator from losses to plan"),
         ([*shapes[1:], "estimator.name=forward_grad"], "an estimator from losses to plan"),

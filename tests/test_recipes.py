@@ -304,6 +304,14 @@ def test_no_environment_is_taken_for_installed_that_is_not(checkout: Path, tmp_p
         assert (checkout / ".venv/asked").read_text() == calls * "-m pip install --quiet -e .[test]\n"
 
 
+def test_no_interpreter_is_taken_as_it_is_that_lacks_a_dependency(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "greenlet.py").write_text("raise ImportError\n")
+    interpreter(checkout, "exit 1")
+    command = ["bash", str(checkout / "launch/gpu_checks.sh"), str(tmp_path / "out")]
+    found = run(command, PARTS="passes", SMALL="1", PYTHON=sys.executable, PYTHONPATH=str(tmp_path), check=False)
+    assert found.returncode == 1 and "no environment" in found.stdout and "as it is" not in found.stdout
+
+
 def test_verdicts_on_a_gpu(tmp_path: Path) -> None:
     verdicts = recipe("gpu_verdicts").verdicts
     assert [verdict.is_reached for verdict in verdicts(tmp_path)] == 19 * [None]

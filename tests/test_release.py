@@ -19,7 +19,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zoscale import cli
+from zoscale.assembly import build_engine
+from zoscale.config import parse
 from zoscale.data.splits import part
+from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models.loading import read_model_config
+from zoscale.release.export import save_trained
+from zoscale.release.publish import _write_merged as write_merged
+from zoscale.release.run_record import RunRecord
+from zoscale.run_directory import RunDirectory
 
 MODEL = ROOT / "launch/tiny_opt/model"
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
@@ -231,6 +239,22 @@ def test_merged_model_is_base_and_adapter(at_nine: Path, tmp_path: Path) -> None
     torch.testing.assert_close(merged(TOKENS).logits, adapted, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(out)("the film").input_ids
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sentiment", "sentiment.tmp"], "one is the user's"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", ["[embed_tokens]", "[q_proj,lm_head]", "[embed_tokens,lm_head]"])
+def test_an_adapter_of_one_end_of_a_tied_model_is_merged_there_alone(targets: str, tmp_path: Path) -> None:
+    task = ["task.name=classification", f"task.path={MODEL.parent / 'data'}", *TASK[2:]]
+    config = parse([f"model.id={MODEL}", *task, f"adapter.target_modules={targets}"], TABLES, DEFAULTS)
+    engine = build_engine(config, read_model_config(config.model), None)
+    for shard in engine.shards:
+        shard.truth.normal_(std=0.1, generator=torch.Generator().manual_seed(shard.spec.id))
+        shard.publish()
+    save_trained(engine, tmp_path / "adapter")
+    write_merged(RunRecord(RunDirectory(tmp_path), config), tmp_path / "merged", "float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight
+    torch.testing.assert_close(merged(TOKENS).logits, engine.model(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_merged_model_is_where_a_longer_run_begins(

@@ -242,6 +242,8 @@ def test_a_model_without_a_position_for_a_token_is_refused() -> None:
         ({"peft_type": "vera"}, None, "adapter.peft_type lora, prefix_tuning"),
         ({"peft_type": "ia3", "r": 8}, None, "a field of peft.IA3Config, got adapter.r"),
         ({"peft_type": "prefix_tuning", "prefix_projection": True}, None, "prefix_projection false"),
+        ({"peft_type": "prompt_tuning", "num_virtual_tokens": 0}, None, "num_virtual_tokens of at least 1, got 0"),
+        ({"peft_type": "prefix_tuning", "num_virtual_tokens": "x"}, None, "num_virtual_tokens of at least 1, got 'x'"),
         ({"inference_mode": True}, None, "inference_mode false"),
         ({"layers_to_transform": [0], "target_modules": "q_proj"}, None, "that peft.LoraConfig takes, got `layers_to"),
         ({"use_dora": True, "lora_bias": True}, None, "lora_bias=True is not supported for DoRA"),
@@ -333,6 +335,7 @@ def test_an_adapter_that_does_not_fit_is_told_what_the_model_has() -> None:
         ({"bias": "some"}, "bias: some, is not implemented"),
         ({"rank_pattern": [1]}, "'list' object has no attribute 'keys'"),
         ({"r": "8"}, "'<=' not supported between instances of 'str' and 'int'"),
+        ({"trainable_token_indices": [10**6]}, "index 1000000 is out of bounds"),
     ],
 )
 def test_values_that_peft_fails_on_are_told_in_a_line(field: dict[str, Any], message: str) -> None:

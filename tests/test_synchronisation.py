@@ -13,7 +13,7 @@ from test_weight_fan import model_of
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from zoscale.backward import BackwardForward
+from zoscale.backward import BackwardForward, _count
 from zoscale.config import ConfigError, ModelConfig
 from zoscale.data.batch import MicroBatch, Question
 from zoscale.engine import ZeroOrderEngine
@@ -234,6 +234,16 @@ def test_gathers_of_a_first_order_pass_wait_for_writes(monkeypatch: pytest.Monke
         ordered.write()
         forward.losses(tiny.options(merged=False), candidates, language_modeling)
     assert ordered.num_passes == 2 * 3
+
+
+def test_the_batch_of_a_first_order_step_may_be_on_its_device_already() -> None:
+    """The number of things that its loss is the mean of is found where the batch is."""
+
+    def summed(logprobs: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        return (logprobs * batch.answer_option).sum(), torch.tensor(3.0)
+
+    (batch,) = tiny.options(merged=False, num_micro_batches=1)
+    assert _count([batch, batch.to(torch.device("meta"))], summed) == 6
 
 
 class _Masks(TorchFunctionMode):

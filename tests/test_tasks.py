@@ -409,6 +409,8 @@ def no_number(answer: str, accepted: Sequence[str]) -> Any:
         ("macro_f1", "cb", "or accuracy or .* got macro_f1, one number for all examples together: .* train on one of"),
         ("f1a", "multirc", "got f1a, one number for all examples together"),
         ("nowhere:f", "rte", "a module 'nowhere'"),
+        (":f", "rte", "a module ''"),
+        (".metrics:f", "rte", "a module '.metrics'"),
         ("test_tasks:nothing", "rte", "a function 'nothing'"),
     ],
 )

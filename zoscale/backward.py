@@ -70,4 +70,5 @@ class BackwardForward:
 
 def _count(batches: Sequence[MicroBatch], objective: Objective) -> float:
     """Number of things that the loss of the whole batch is the mean of; it depends on no answer."""
-    return sum(float(objective(torch.zeros(len(batch.answer_token)), batch)[1]) for batch in batches)
+    answers = (torch.zeros(batch.answer_token.shape, device=batch.answer_token.device) for batch in batches)
+    return sum(float(objective(own, batch)[1]) for own, batch in zip(answers, batches, strict=True))

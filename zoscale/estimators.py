@@ -232,17 +232,8 @@ class NormalizedOneSided(OneSided):
         return replace(plain, projected_grads=tuple(rho / sigma for rho in plain.projected_grads))
 
 
-class ForwardGrad(Estimator):
-    """rho_k = <grad f(x), z_k> by forward-mode differentiation (Baydin et al., arXiv 2202.08587): exact, without tau.
-
-    Needs the whole model on every rank (`mesh.shard_size=1`): ZeRO-3 gathers weights without their tangents. Twice the
-    memory of a forward, for the tangents of weights and activations.
-
-    Args:
-        num_directions: q >= 1 directions per step.
-    """
-
-    takes_derivatives = True
+class _Exact(Estimator):
+    """f(x) and its derivatives along the directions, as they are found; without tau."""
 
     def __init__(self, *, num_directions: int = 1) -> None:
         super().__init__(num_directions=num_directions)
@@ -258,7 +249,20 @@ class ForwardGrad(Estimator):
         return GradientEstimate(tuple(directions), tuple(losses[1:]), losses[0])
 
 
-class Backpropagation(Estimator):
+class ForwardGrad(_Exact):
+    """rho_k = <grad f(x), z_k> by forward-mode differentiation (Baydin et al., arXiv 2202.08587): exact, without tau.
+
+    Needs the whole model on every rank (`mesh.shard_size=1`): ZeRO-3 gathers weights without their tangents. Twice the
+    memory of a forward, for the tangents of weights and activations.
+
+    Args:
+        num_directions: q >= 1 directions per step.
+    """
+
+    takes_derivatives = True
+
+
+class Backpropagation(_Exact):
     """The gradient itself, by one forward and one backward pass: rho = |g| along z = g / |g|.
 
     For the optimizers fo_sgd and fo_adamw, whose gradients stay with DeepSpeed; the scalars are for the records.
@@ -268,16 +272,6 @@ class Backpropagation(Estimator):
 
     def __init__(self) -> None:
         super().__init__()
-
-    @property
-    def num_candidates(self) -> int:
-        return 2
-
-    def candidates(self, directions: Sequence[Direction]) -> list[Candidate]:
-        return [Candidate(None), *(Candidate(z) for z in directions)]
-
-    def estimate(self, directions: Sequence[Direction], losses: Sequence[float]) -> GradientEstimate:
-        return GradientEstimate(tuple(directions), tuple(losses[1:]), losses[0])
 
 
 ESTIMATORS: dict[str, type[Estimator]] = {

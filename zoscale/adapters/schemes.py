@@ -50,10 +50,12 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
             if options.get(key):
                 raise ConfigError(f"adapter.{key} false", "true", "train the virtual tokens themselves")
         try:
-            peft_config(adapter)
+            chosen = peft_config(adapter)
         except (ValueError, TypeError) as error:
             expected = f"adapter options that peft.{library} takes"
             raise ConfigError(expected, first_line(error), "correct adapter") from error
+        if chosen.is_prompt_learning and not (isinstance(count := chosen.num_virtual_tokens, int) and count >= 1):
+            raise ConfigError("adapter.num_virtual_tokens of at least 1", repr(count), "raise it")
         _check_start(name, str(options.get("init_lora_weights")).lower())
     selection = selection_of(adapter)
     if selection is not None and num_steps and selection.last_step >= num_steps:

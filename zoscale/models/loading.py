@@ -219,7 +219,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
             if adapter.get("peft_type") == "prompt_tuning" and options.token_dim is None:
                 options.token_dim = model.get_input_embeddings().embedding_dim  # not hidden_size, as OPT-350M shows
             adapted = cast(nn.Module, get_peft_model(model, options))
-    except (ValueError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError, AssertionError) as error:
         expected = f"adapter options that fit {type(model).__name__}"
         raise ConfigError(expected, first_line(error), _adapter_remedy(layers, error)) from error
     check_adapted(adapted)

@@ -184,20 +184,23 @@ def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
         smallest: elements of the first from which the graph is called.
     """
     found: dict[str, Callable[..., Any]] = {}
+    beyond: set[tuple[Any, ...]] = set()  # combinations of types after as many as torch compiles
 
     @torch.no_grad()  # a graph is bound to the mode
     def call(*inputs: Any) -> Any:
-        if inputs[0].numel() < smallest:
-            return function(*inputs)
         kind = inputs[0].device.type
+        types = kind, *(getattr(value, "dtype", None) for value in inputs)
+        if inputs[0].numel() < smallest or types in beyond:
+            return function(*inputs)
         if kind not in found:
             found[kind] = _compile(function, inputs)
         bare = {id(value): value.data for value in inputs if isinstance(value, Tensor)}
         try:  # not as views: a graph would be bound to the shape of what they are views of
             return found[kind](*(bare.get(id(value), value) for value in inputs))
-        except RuntimeError as error:
-            if type(error).__name__ != "FailOnRecompileLimitHit":  # more combinations of types than one run has
+        except Exception as error:
+            if type(error).__name__ != "FailOnRecompileLimitHit":
                 raise
+            beyond.add(types)
             return function(*inputs)
 
     return cast(Function, call)

@@ -61,7 +61,7 @@ class SpectralOptimizer(ZeroOrderOptimizer):
         super().check(options)
         check_choice("scale", options["scale"], get_args(Scale))
         check_choice("iteration", options["iteration"], get_args(Iteration))
-        if options["power_rank"] < 1 or options["power_rank"] % 1:
+        if not isinstance(options["power_rank"], int) or options["power_rank"] < 1:
             raise ValueError(f"expected a whole power_rank >= 1, got {options['power_rank']}")
 
     def rule(self, spec: TensorSpec) -> str:

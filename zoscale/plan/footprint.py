@@ -97,7 +97,7 @@ class ModelShapes:
         adapter: Mapping[str, Any] | None,
         trainable: str | None = None,
     ) -> None:
-        self._mode = FakeTensorMode()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # PEFT has plain tensors of its own
         with torch.device("meta"):
             base = new_model(config, architecture)
             packed = [base.get_submodule(name) for name in layers_in_4_bits(base)] if config.quantization else []

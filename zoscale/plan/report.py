@@ -46,6 +46,7 @@ def plan_command(argv: Sequence[str]) -> int:
         ConfigError: for a mistake of the user.
     """
     arguments = _parser().parse_args(argv)
+    _check_counts(arguments)
     config = _configuration(arguments)
     report = make_plan(
         config, arguments.gpus, _device(arguments), tokens=arguments.tokens, reserve=arguments.reserve,
@@ -150,6 +151,13 @@ def _column(memory: Memory, work: Work, shard_size: int, budget: float, device: 
     }
 
 
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name in ("gpus", "batch", "tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} of at least 1", str(value), "raise it")
+
+
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
     words = [word for file in arguments.config for word in ("--config", file)] + list(arguments.words)
     base: dict[str, Any] = {}
@@ -184,8 +192,6 @@ def _check(config: RunConfig) -> None:
 
 def _device(arguments: argparse.Namespace) -> Device:
     device = DEVICES[arguments.device]
-    if arguments.gpus < 1:
-        raise ConfigError("--gpus of at least 1", str(arguments.gpus), "raise it")
     given = {
         "flops_16": arguments.flops and arguments.flops * 1e12,
         "flops_32": arguments.flops and arguments.flops * 1e12,

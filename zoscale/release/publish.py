@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
+from torch import nn
 
 from zoscale.adapters.schemes import num_virtual_tokens, quiet_peft
 from zoscale.config import ConfigError, first_line
@@ -116,7 +117,9 @@ def _write_merged(record: RunRecord, folder: Path, dtype: str) -> None:
         base = load_model(model_config, read_model_config(model_config))
         try:
             with quiet_peft():
-                model = PeftModel.from_pretrained(base, source).merge_and_unload(safe_merge=True)
+                adapted = PeftModel.from_pretrained(base, source)
+                _untie(base)
+                model = adapted.merge_and_unload(safe_merge=True)
         except (RuntimeError, ValueError) as error:  # a bias for layers that have none, values that are not finite
             if type(error) not in (RuntimeError, ValueError):
                 raise
@@ -124,6 +127,21 @@ def _write_merged(record: RunRecord, folder: Path, dtype: str) -> None:
             raise ConfigError(expected, first_line(error), "export it with --adapter") from error
     model.save_pretrained(folder, safe_serialization=True)
     load_tokenizer(config.model).save_pretrained(folder)
+
+
+def _untie(base: Any) -> None:
+    """Part a tied embedding and head if one has an adapter: what is merged into a weight of both would reach both.
+
+    Args:
+        base: the model, with PEFT's layers in it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head.weight is embedding.weight and any(isinstance(end, BaseTunerLayer) for end in (embedding, head)):
+        layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+        base.config.tie_word_embeddings = False
 
 
 _WRITERS: dict[str, Callable[[RunRecord, Path, str], None]] = {"adapter": _write_adapter, "merged": _write_merged}
