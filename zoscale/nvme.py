@@ -110,7 +110,7 @@ def ready_nvme(deepspeed: dict[str, Any]) -> None:
 
 
 def _is_swappable(swapper: Any, *, numel: int) -> bool:
-    """DeepSpeed's rule for a slice, but that one which no buffer can hold stays in memory, where DeepSpeed would fail."""
+    """DeepSpeed's rule for a slice; but what no buffer can hold stays in memory, where DeepSpeed would fail."""
     is_large_enough: bool = numel * swapper.swap_element_size >= swapper.min_aio_bytes
     return is_large_enough and numel <= swapper.elements_per_buffer
 

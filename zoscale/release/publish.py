@@ -138,7 +138,8 @@ def _untie(base: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head.weight is embedding.weight and any(isinstance(end, BaseTunerLayer) for end in (embedding, head)):
+    is_tied = head is not None and head.weight is embedding.weight
+    if is_tied and any(isinstance(end, BaseTunerLayer) for end in (embedding, head)):
         layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
         layer.weight = nn.Parameter(layer.weight.detach().clone())
         base.config.tie_word_embeddings = False
