@@ -1,4 +1,4 @@
-"""A head that is the embedding, by the model's configuration: whether its checkpoint agrees."""
+"""Weights that are one by the model's configuration: whether its checkpoint agrees."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from zoscale.config import ConfigError, ModelConfig
 
 
 def check_tied(config: ModelConfig, model: Any) -> None:
-    """Refuse a checkpoint with two values for a head and an embedding that are one weight.
+    """Refuse a checkpoint with two values for weights that the configuration ties, as a head and an embedding.
 
     Transformers parts them then, but under ZeRO-3 the value that is read last would be that of both.
 
@@ -23,17 +23,13 @@ def check_tied(config: ModelConfig, model: Any) -> None:
         model: as it was loaded.
 
     Raises:
-        ConfigError: if there are two, with the ways out.
+        ConfigError: if there are two.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return
-    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
-    first, second = (_stored(config, names[id(module)]) for module in (embedding, head))
-    if first is not None and second is not None and not torch.equal(first, second):
-        got = f"two values, of {names[id(embedding)]} and {names[id(head)]}"
-        remedy = "set model.untie_head=true to use both, or remove one from the checkpoint"
-        raise ConfigError(f"one value for the tied embedding and head in {config.id}", got, remedy)
+    for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        value, second = _stored(config, name), _stored(config, other)
+        if value is not None and second is not None and not torch.equal(value, second):
+            remedy = "set model.untie_head=true to use both, or remove one from the checkpoint"
+            raise ConfigError(f"one value for tied weights in {config.id}", f"two, of {other} and {name}", remedy)
 
 
 def _stored(config: ModelConfig, name: str) -> Tensor | None:
