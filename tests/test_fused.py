@@ -46,8 +46,10 @@ def fresh_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def everything(x: Tensor, half: Tensor, memory: Tensor, z: Tensor, words: Tensor, *settings: Tensor) -> list[Tensor]:
-    """Every function of the module once, on copies: [out, ...]."""
+def everything(
+    x: Tensor, half: Tensor, fp16: Tensor, memory: Tensor, z: Tensor, words: Tensor, *settings: Tensor
+) -> list[Tensor]:
+    """Every function of the module once, on copies of slices that were rounded before, as in a step: [out, ...]."""
     rho, *rest = settings
     out, total, first, second = torch.empty_like(half), x.clone(), memory.clone(), memory.clone()
     visits = z.abs() * 3
@@ -57,7 +59,8 @@ def everything(x: Tensor, half: Tensor, memory: Tensor, z: Tensor, words: Tensor
     fused.remember(first, z, *settings)
     fused.remember_mean(second, x, visits, *rest)
     ends = [out, total, visits, first, second]
-    for live, truth, drawn in ((half.clone(), x.clone(), None), (None, half.clone(), words), (None, x.half(), words)):
+    pairs = (half.clone(), x.clone(), None), (None, half.clone(), words), (None, fp16.clone(), words)
+    for live, truth, drawn in pairs:
         fused.descend(truth, live, z, *rest, drawn)
         fused.descend_sign(truth, live, memory, *rest, drawn)
         ends += [truth] if live is None else [truth, live]
@@ -76,7 +79,7 @@ def test_compiled_equals_eager() -> None:
     x, memory = torch.randn(2, 1111, generator=generator)
     z = torch.randint(-1, 2, (1111,), generator=generator).float()
     words = torch.randint(-(2**31), 2**31, (1111,), generator=generator, dtype=torch.int32)
-    inputs = [x, x.bfloat16(), memory, z, words]
+    inputs = [x, x.bfloat16(), x.half(), memory, z, words]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         for settings in (fused.scalars(0.3, 0.9, 0.1), fused.scalars(-1.7, 1e-3, 0.0)):

@@ -23,7 +23,10 @@ _EAGER_NUMERICS: dict[str, str | int | bool | Callable[..., Any]] = {
     "emulate_precision_casts": True,
     "eager_numerics.division_rounding": True,
 }
-"""No product and sum are contracted, no division is approximated: bits depend on no vector width."""
+"""No product and sum are contracted, no division is approximated: bits depend on no vector width.
+
+A graph must not read again what it has rounded to 16 bits: torch before 2.13 forgets the rounding.
+"""
 _SMALLEST = 2  # sizes 0 and 1 would have graphs of their own
 _WORTH = 2**14  # elements from which one pass is faster than operators one by one: a compiled call costs 50 us
 _HALF_MIN = 2.0**-14  # smallest normal number of float16; below it, numbers are 2**-24 apart
