@@ -14,7 +14,7 @@ import schemes_worker
 import tiny
 import torch
 from accelerate import DistributedType
-from jobs import JobServer, result_bytes, run_dir_of
+from jobs import SHORT, SIGN, JobServer, result_bytes, run_dir_of
 from peft import PeftModel
 from processes import ROOT, torchrun
 from safetensors.torch import load_file, save_file
@@ -34,6 +34,7 @@ from zoscale.models.generation import Generator
 from zoscale.models.loading import add_adapter, load_model, load_tokenizer, read_model_config
 from zoscale.models.sizes import count_parameters, num_positions
 from zoscale.placement import place
+from zoscale.recovery.journal import Journal
 from zoscale.recovery.replay import replay_command
 from zoscale.release.publish import export_command
 
@@ -491,6 +492,49 @@ def test_weights_that_a_checkpoint_lacks_are_refused(tmp_path: Path) -> None:
     experts = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **EXPERTS))
     experts.save_pretrained(tmp_path / "experts")
     assert loaded(changed(tmp_path / "experts", tmp_path / "no_buffer", without="e_score_correction_bias"))
+
+
+_SMALL = {
+    "vocab_size": 1700, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 96, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
+}  # fmt: skip
+UNLIKE: dict[str, dict[str, Any]] = {
+    "olmo_hybrid": {
+        "num_key_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+    },
+    "ernie4_5_moe": {
+        "num_key_value_heads": 2, "moe_intermediate_size": 24, "moe_num_experts": 4, "moe_k": 2,
+        "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+    },
+    "youtu": {
+        "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}  # fmt: skip
+"""Models that ZeRO-3 would load as others: numbers that their code makes in float32 (it draws some first, too), weights
+that are to stay in float32, and one that reads its weights while it is made."""
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_a_model_that_zero3_would_load_as_another_is_that_of_one_rank(
+    server: JobServer, tmp_path: Path, kind: str
+) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_SMALL, **UNLIKE[kind]))
+    model.save_pretrained(tmp_path / "model")
+    options = [
+        *SHORT, *SIGN, "train.steps=3", f"model.id={tmp_path / 'model'}", f"model.tokenizer={MODEL}",
+        "model.dtype=bfloat16", "adapter.target_modules=all-linear",
+    ]  # fmt: skip
+    journals = []
+    for ranks in (1, 2):
+        server.run(ranks, *options, f"output_dir={tmp_path / str(ranks)}")
+        run_dir = run_dir_of(tmp_path / str(ranks))
+        assert run_dir is not None
+        journals.append(Journal.read(run_dir / "journal.bin").records)
+    assert len(journals[0]) == 3 and journals[0] == journals[1]
+    assert result_bytes(tmp_path / "1") == result_bytes(tmp_path / "2")
 
 
 @pytest.mark.parametrize("files", [1, 2])

@@ -25,7 +25,9 @@ from zoscale.models.loading import (
     add_adapter,
     can_share_prefixes,
     load_model,
+    load_sharded,
     load_tokenizer,
+    loaded_types,
     new_model,
     read_model_config,
 )
@@ -262,16 +264,22 @@ def build_model(
 ) -> nn.Module:
     """The model with its adapter, or with the weights that are trained marked.
 
-    In shard groups, and where weights are random, the first rank of each group builds it as it would alone, and the
-    others build it empty: the weights are the same bits for any number of ranks and shard size.
+    In shard groups, where weights are random, and for the few models that ZeRO-3 loads as others than a single rank
+    does, the first rank of each group builds it as it would alone, and the others build it empty: the weights are the
+    same bits for any number of ranks and shard size.
 
     Raises:
         ConfigError: see `load_model` and `add_adapter`.
     """
     is_grouped = isinstance(accelerator, GroupedAccelerator)
     is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
-    if accelerator is None or not (is_grouped or (is_sharded and config.id is None)):
+    if accelerator is None or not (is_grouped or is_sharded):
         return add_adapter(load_model(config, architecture), adapter, trainable)
+    if config.id is not None and not is_grouped:
+        with _no_zero(accelerator):
+            types = loaded_types(config, architecture)
+        if (loaded := load_sharded(config, architecture, types)) is not None:
+            return add_adapter(loaded, adapter, trainable)
     mesh, built = accelerator.mesh if is_grouped else Mesh(accelerator.device), list[nn.Module]()
 
     def build_own() -> None:

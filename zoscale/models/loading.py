@@ -97,10 +97,47 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
     return loaded
 
 
-def _read_weights(config: ModelConfig, architecture: Any) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the names of its weights that the checkpoint lacks: they are random."""
+def load_sharded(config: ModelConfig, architecture: Any, types: Mapping[str, torch.dtype]) -> PreTrainedModel | None:
+    """`load_model` under ZeRO-3; None if that fails, or the model is another than the one that a single rank loads.
+
+    DeepSpeed casts what a model's code makes in a type of its own (routers in float32, say), and transformers forgets
+    which weights are to stay in float32; some models read weights while they are made, which are in slices already.
+
+    Args:
+        config: of the model.
+        architecture: from `read_model_config`.
+        types: from `loaded_types`.
+    """
     try:
-        with _unreported() if config.untie_head else nullcontext():
+        model = load_model(config, architecture)
+    except (ConfigError, IndexError):  # of the user, perhaps: a single rank will say so
+        return None
+    return model if _types(model) == types else None
+
+
+def loaded_types(config: ModelConfig, architecture: Any) -> dict[str, torch.dtype]:
+    """The type of each weight and buffer that a single rank loads; nothing is read but the checkpoint's headers.
+
+    Raises:
+        ConfigError: see `load_model`.
+    """
+    with _unreported():
+        return _types(_read_weights(config, architecture, device_map="meta")[0])
+
+
+def _types(model: nn.Module) -> dict[str, torch.dtype]:
+    return {name: value.dtype for name, value in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _read_weights(config: ModelConfig, architecture: Any, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of its weights that the checkpoint lacks: they are random.
+
+    Adapters begin alike however the model is loaded: random numbers that its code draws first, here or there, are not
+    counted.
+    """
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with _unreported() if config.untie_head else nullcontext(), torch.random.fork_rng(gpus):
             loaded, report = auto_model().from_pretrained(
                 config.id,
                 config=architecture,
@@ -110,6 +147,7 @@ def _read_weights(config: ModelConfig, architecture: Any) -> tuple[PreTrainedMod
                 output_loading_info=True,
                 **_model_options(config),
                 **loading_options(config),
+                **options,
             )
     except (ValueError, ImportError) as error:
         raise _misfit(error) from error
