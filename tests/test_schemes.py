@@ -31,7 +31,7 @@ from zoscale.mesh import Mesh
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
-from zoscale.models.loading import add_adapter, load_model, load_tokenizer, read_model_config
+from zoscale.models.loading import add_adapter, load_model, load_sharded, load_tokenizer, read_model_config
 from zoscale.models.sizes import count_parameters, num_positions
 from zoscale.placement import place
 from zoscale.recovery.journal import Journal
@@ -535,6 +535,18 @@ def test_a_model_that_zero3_would_load_as_another_is_that_of_one_rank(
         journals.append(Journal.read(run_dir / "journal.bin").records)
     assert len(journals[0]) == 3 and journals[0] == journals[1]
     assert result_bytes(tmp_path / "1") == result_bytes(tmp_path / "2")
+
+
+@pytest.mark.parametrize("cause", [OSError("Input/output error"), ValueError("not enough values to unpack")])
+def test_what_is_wrong_on_one_rank_only_is_told_there(monkeypatch: pytest.MonkeyPatch, cause: Exception) -> None:
+    """The others are reading still: to build the model in another way takes all of them."""
+
+    def fail(config: ModelConfig, architecture: Any) -> None:
+        raise ConfigError("readable weights", str(cause), "check model.id") from cause
+
+    monkeypatch.setattr("zoscale.models.loading.load_model", fail)
+    with pytest.raises(ConfigError) if isinstance(cause, OSError) else nullcontext():
+        assert load_sharded(ModelConfig(id="x"), None, {}) is None
 
 
 @pytest.mark.parametrize("files", [1, 2])

@@ -110,7 +110,9 @@ def load_sharded(config: ModelConfig, architecture: Any, types: Mapping[str, tor
     """
     try:
         model = load_model(config, architecture)
-    except (ConfigError, IndexError):  # of the user, perhaps: a single rank will say so
+    except (ConfigError, IndexError) as error:  # a mistake of the user, perhaps: a single rank will say so
+        if isinstance(error.__cause__, OSError):  # which other ranks need not have
+            raise
         return None
     return model if _types(model) == types else None
 
