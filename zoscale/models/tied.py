@@ -26,8 +26,9 @@ def check_tied(config: ModelConfig, model: Any) -> None:
         ConfigError: if there are two.
     """
     for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        value, second = _stored(config, name), _stored(config, other)
-        if value is not None and second is not None and not torch.equal(value, second):
+        if (value := _stored(config, name)) is None or (second := _stored(config, other)) is None:
+            continue
+        if not torch.equal(value, second):
             remedy = "set model.untie_head=true to use both, or remove one from the checkpoint"
             raise ConfigError(f"one value for tied weights in {config.id}", f"two, of {other} and {name}", remedy)
 
