@@ -527,14 +527,17 @@ def test_a_model_that_zero3_would_load_as_another_is_that_of_one_rank(
         *SHORT, *SIGN, "train.steps=3", f"model.id={tmp_path / 'model'}", f"model.tokenizer={MODEL}",
         "model.dtype=bfloat16", "adapter.target_modules=all-linear",
     ]  # fmt: skip
+    hpz = json.loads((ROOT / "ds_configs/zero3_cpu.json").read_text())
+    hpz["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "hpz.json").write_text(json.dumps(hpz))
     journals = []
-    for ranks in (1, 2):
-        server.run(ranks, *options, f"output_dir={tmp_path / str(ranks)}")
-        run_dir = run_dir_of(tmp_path / str(ranks))
+    for name, ranks, own in (("one", 1, []), ("two", 2, []), ("hpz", 2, [f"runtime.deepspeed={tmp_path}/hpz.json"])):
+        server.run(ranks, *options, *own, f"output_dir={tmp_path / name}")
+        run_dir = run_dir_of(tmp_path / name)
         assert run_dir is not None
         journals.append(Journal.read(run_dir / "journal.bin").records)
-    assert len(journals[0]) == 3 and journals[0] == journals[1]
-    assert result_bytes(tmp_path / "1") == result_bytes(tmp_path / "2")
+        assert result_bytes(tmp_path / name) == result_bytes(tmp_path / "one")
+    assert len(journals[0]) == 3 and journals[0] == journals[1] == journals[2]
 
 
 @pytest.mark.parametrize("cause", [OSError("Input/output error"), ValueError("not enough values to unpack")])

@@ -112,7 +112,9 @@ def cut_up(model: nn.Module, mesh: Mesh, config: Mapping[str, Any]) -> None:
         config: DeepSpeed configuration.
     """
     import deepspeed
+    from deepspeed.utils import groups
 
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # hpZ's, which DeepSpeed makes once: a load given up has made it
     first: Any = None
     for param in _parameters(model, mesh):
         if first is None:
