@@ -14,12 +14,14 @@ import pytest
 import tiny
 import torch
 import zero3_worker
+from deepspeed.runtime.zero.parameter_offload import ZeROOrderedDict
 from jobs import FULL as FULL_TUNING
 from jobs import SHORT, JobServer, result_bytes, run_dir_of, steps_done, wait_for_step
 from processes import ROOT, torchrun
 from safetensors.torch import load_file
 from test_weight_fan import model_of
 from test_zero3 import BLOCK, FOUR, FULL, LLAMA, LORA, MUON, ONE_SIDED, SIGN, TWO, assert_same_bits
+from torch import nn
 
 from zoscale.config import ConfigError, RunConfig, build, parse
 from zoscale.estimators import Candidate
@@ -35,6 +37,7 @@ from zoscale.plan.budget import Job
 from zoscale.plan.footprint import Footprint, ModelShapes
 from zoscale.run_report import repeated_work
 from zoscale.runtime import Runtime, default_shard_size, start
+from zoscale.shard_groups import GroupSharded
 from zoscale.step import micro_batches
 
 FAN = {"forward": "fan_out"}
@@ -57,6 +60,23 @@ CHECKS: dict[str, dict[str, Any]] = {
     "traffic": FULL | SIGN | BLOCK | FOUR | FAN | TWO_BY_TWO | {"check": "traffic"},
     "beginning_all": LORA | SIGN | BLOCK | TWO | RANDOM,  # last: Accelerate does not forget that it used DeepSpeed
 }  # fmt: skip
+
+
+def test_a_model_may_make_modules_in_its_forward() -> None:
+    """BigBird exchanges its attention for short rows; a module that ZeRO-3 has not seen is left alone."""
+
+    class Making(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.own = nn.Identity()
+            return x
+
+    parameters: Any = ZeROOrderedDict(parent_module=None)
+    making = Making()
+    making._parameters = parameters
+    grouped = GroupSharded.__new__(GroupSharded)
+    nn.Module.__init__(grouped)
+    grouped.module = making
+    assert grouped(torch.ones(2)).sum() == 2.0 and parameters._in_forward is False
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,8 @@ class GroupSharded(nn.Module):
     def _look_out(self, value: bool) -> None:
         for module in self.module.modules():
             parameters: Any = module._parameters
-            parameters._in_forward = value
+            if hasattr(parameters, "_in_forward"):  # a forward may have made the module (BigBird's attention)
+                parameters._in_forward = value
 
 
 @dataclass(frozen=True)
