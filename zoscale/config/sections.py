@@ -179,7 +179,8 @@ class RuntimeConfig:
         deepspeed: Path of a DeepSpeed JSON; null is the ZeRO-3 settings of this package.
         timeout_minutes: Minutes that a rank waits for the others before the job fails, in phases such as loading.
         stall_seconds: Seconds without progress of a rank in training after which the job is stopped; a rank whose
-            forward passes take long is given 20 of them, or twice the time of the first step.
+            forward passes take long is given 20 of them, or twice the time of the first step or of a first evaluation
+            of one pass.
         threads: CPU threads of torch per rank; null is torch's own choice.
         noise: Backend of the random numbers; auto is compiled on a GPU, and on a CPU where many elements are trained.
     """
