@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from allocations import highest_point
 from packaging.requirements import Requirement
 from processes import ROOT, needs_compiler
 from test_weight_fan import model_of
@@ -115,6 +116,35 @@ def test_signs_of_several_directions_in_one_pass(has_mask: bool) -> None:
         found, live = memory.clone(), truth.bfloat16()
         wrap(fused.remember_signs_and_descend_sign)(found, ends, live, None, z, *settings, *rest, *rhos)
         assert torch.equal(found, expected) and torch.equal(ends, moved) and torch.equal(live, moved.bfloat16())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiled")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_signs_move_16_bit_weights_in_one_loop(dtype: torch.dtype) -> None:
+    """With the numbers of eager mode, and nothing of the length of the slices is put to memory."""
+    needs_compiler()
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(-(2**31), 2**31, (4, 2, 2**12), generator=generator, dtype=torch.int32)
+    memory, truth = torch.randn(2, 2**12, 32, generator=generator)
+    settings, rhos = fused.scalars(0.9, 0.1, 1e-3, 0.1), fused.scalars(0.3, -2.0, 0.7, -0.1)
+    calls: list[tuple[Callable[..., None], tuple[Tensor | None, ...]]] = [
+        (fused.perturb, (truth.to(dtype), z[0, :1], rhos[0])),
+        (fused.perturb, (truth.to(dtype), z[0], rhos[0])),
+        (fused.remember_and_descend_sign, (memory, truth, None, z[0, :1], rhos[0], *settings)),
+        (fused.remember_signs_and_descend_sign, (memory, truth, None, z, *settings, *rhos)),
+    ]
+    for function, inputs in calls:
+        copies = [[None if value is None else value.clone() for value in inputs] for _ in range(2)]
+        live = [torch.zeros(2**12, 32, dtype=dtype) for _ in copies]
+        for own, out in zip(copies, live, strict=True):
+            own.insert(0 if function is fused.perturb else 2, out)
+        function(*copies[0])
+        run = fused.chosen(function, True)
+        run(*(None if value is None else value.clone() for value in copies[1]))
+        assert highest_point(lambda: (torch.empty(1), run(*copies[1]))) < 2**12  # noqa: B023
+        for one, other in zip(*copies, strict=True):
+            assert one is other is None or torch.equal(one, other)
 
 
 @pytest.mark.usefixtures("fresh_compiled")
@@ -298,8 +328,8 @@ def test_combinations_of_types_beyond_what_torch_compiles_run_in_eager_mode(monk
     needs_compiler()
     asked, compile_function = list[torch.dtype](), fused._compile
 
-    def counted(function: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = compile_function(function, inputs)
+    def counted(function: Callable[..., Any], inputs: Sequence[Any], options: Any) -> Callable[..., Any]:
+        graph = compile_function(function, inputs, options)
         return lambda total, *rest: (asked.append(total.dtype), graph(total, *rest))[1]
 
     monkeypatch.setattr(fused, "_compile", counted)
@@ -314,7 +344,7 @@ def test_combinations_of_types_beyond_what_torch_compiles_run_in_eager_mode(monk
 
 def test_torch_knows_what_the_compiler_is_told() -> None:
     """It refuses an option that it does not know, and noise would stay eager: older ones are not installed with us."""
-    assert set(fused._EAGER_NUMERICS) <= set(torch._inductor.list_options())
+    assert fused._EAGER_NUMERICS.keys() | fused._ONE_LOOP.keys() <= set(torch._inductor.list_options())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (wanted,) = [line for line in map(Requirement, project["dependencies"]) if line.name == "torch"]
     assert not any(wanted.specifier.contains(version) for version in ("2.10.0", "2.14.0"))

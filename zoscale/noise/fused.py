@@ -27,6 +27,13 @@ _EAGER_NUMERICS: dict[str, str | int | bool | Callable[..., Any]] = {
 
 A graph must not read again what it has rounded to 16 bits: torch before 2.13 forgets the rounding.
 """
+_MANY = 2**10
+_ONE_LOOP: dict[str, str | int | bool | Callable[..., Any]] = {
+    "realize_reads_threshold": _MANY,
+    "realize_opcount_threshold": _MANY,
+    "realize_acc_reads_threshold": _MANY,
+}
+"""What several results need is computed where each of them is: kept in memory for them, it may part their loops."""
 _SMALLEST = 2  # sizes 0 and 1 would have graphs of their own
 _WORTH = 2**14  # elements from which one pass is faster than operators one by one: a compiled call costs 50 us
 _HALF_MIN = 2.0**-14  # smallest normal number of float16; below it, numbers are 2**-24 apart
@@ -40,7 +47,7 @@ def perturb(out: Tensor, base: Tensor, z: Tensor, radius: Tensor) -> None:
         z: a direction.
         radius: from `scalars`.
     """
-    out.copy_(base.float() + _values(z) * radius)
+    out.copy_(base.float() + _values(z, out.dtype) * radius)
 
 
 def accumulate(total: Tensor, z: Tensor, rho: Tensor) -> None:
@@ -124,8 +131,12 @@ def remember_signs_and_descend_sign(
     descend_sign(truth, live, memory, lr, weight_decay, words)
 
 
-def _values(z: Tensor) -> Tensor:
-    return philox.signs(*z.unbind()) if z.dtype == torch.int32 else z
+def _values(z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """z in float32, for results of a type."""
+    if z.dtype != torch.int32:
+        return z
+    is_by_choice = dtype != torch.float32 and torch.compiler.is_compiling()
+    return (philox.chosen_signs if is_by_choice else philox.signs)(*z.unbind())
 
 
 def stochastically_rounded(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,7 +188,7 @@ def on_device(values: Tensor, device: torch.device | str) -> Tensor:
 
 
 @functools.cache
-def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
+def compiled(function: Function, smallest: int = _SMALLEST, *, in_one_loop: bool = False) -> Function:
     """The function under torch.compile (one graph for all sizes), or itself, with one warning, where that fails.
 
     A machine may have a compiler for its GPU and none for its CPU, on which few numbers of a step are drawn.
@@ -185,6 +196,7 @@ def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
     Args:
         function: of tensors; those that it changes in place do not overlap, but one may be given twice.
         smallest: elements of the first from which the graph is called.
+        in_one_loop: compute what several results need anew for each; not for rounds that all need the last one twice.
     """
     found: dict[str, Callable[..., Any]] = {}
     beyond: set[tuple[Any, ...]] = set()  # combinations of types after as many as torch compiles
@@ -196,7 +208,7 @@ def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
         if inputs[0].numel() < smallest or types in beyond:
             return function(*inputs)
         if kind not in found:
-            found[kind] = _compile(function, inputs)
+            found[kind] = _compile(function, inputs, _EAGER_NUMERICS | (_ONE_LOOP if in_one_loop else {}))
         bare = {id(value): value.data for value in inputs if isinstance(value, Tensor)}
         try:  # not as views: a graph would be bound to the shape of what they are views of
             return found[kind](*(bare.get(id(value), value) for value in inputs))
@@ -209,10 +221,12 @@ def compiled(function: Function, smallest: int = _SMALLEST) -> Function:
     return cast(Function, call)
 
 
-def _compile(function: Function, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _compile(
+    function: Function, inputs: Sequence[Any], options: dict[str, str | int | bool | Callable[..., Any]]
+) -> Callable[..., Any]:
     """Compiled for copies of some inputs, which shows whether there is a compiler."""
     try:
-        fused: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True, options=_EAGER_NUMERICS)
+        fused: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True, options=options)
         fused(*(value.clone() if isinstance(value, Tensor) else value for value in inputs))
     except Exception as error:  # whatever a missing or broken compiler raises
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
@@ -225,4 +239,4 @@ def _compile(function: Function, inputs: Sequence[Any]) -> Callable[..., Any]:
 
 def chosen(function: Function, is_compiled: bool) -> Function:
     """A function of slices, fused where that is faster, or as it is."""
-    return compiled(function, _WORTH) if is_compiled else function
+    return compiled(function, _WORTH, in_one_loop=True) if is_compiled else function

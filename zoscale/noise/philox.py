@@ -122,6 +122,15 @@ def signs(words: Tensor, mask: Tensor | None = None) -> Tensor:
     return bits.view(torch.float32)
 
 
+def chosen_signs(words: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`signs` by choices instead of bit patterns, which a graph of 16-bit results puts to memory and reads again."""
+    bits = torch.ones((), dtype=torch.int32, device=words.device) << torch.arange(
+        BITS, dtype=torch.int32, device=words.device
+    )
+    z = torch.where((words[:, None] & bits) != 0, -1.0, 1.0)
+    return z if mask is None else torch.where((mask[:, None] & bits) != 0, z, 0.0)
+
+
 def packed(marks: Tensor) -> Tensor:
     """Bits in words, lowest first: int32 [n / BITS] from 0 and 1 (integers [n])."""
     shifts = torch.arange(BITS, device=marks.device)
