@@ -17,7 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from zoscale.config import ConfigError, DataConfig
 from zoscale.data.batch import MicroBatch
@@ -130,6 +137,26 @@ def test_from_labels_gives_hugging_faces_loss() -> None:
         total, count = language_modeling(AnswerModel(model, model).answer_logprobs(batch), batch)
     assert float(total / count) == pytest.approx(theirs, abs=1e-5)
     assert int(count) == int((labels[:, 1:] != -100).sum())
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_rows_padded_on_either_side_have_one_loss(kind: str) -> None:
+    """GPT-2 would count positions from the padding on; of no row is the first token predicted from padding."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": 40}
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
+    model: Any = tiny_opt(40) if kind == "opt" else gpt2.eval()
+    ids = torch.randint(3, 40, (4, 9), generator=torch.Generator().manual_seed(0))
+    lengths, found = (5, 9, 1, 7), []
+    for shifts in ((0, 0, 0, 0), (4, 0, 8, 2), (1, 0, 3, 0)):  # padding behind, before, on both sides
+        mask = torch.tensor([[int(0 <= c - s < n) for c in range(9)] for s, n in zip(shifts, lengths, strict=True)])
+        rows = torch.stack([row.roll(shift) for row, shift in zip(ids, shifts, strict=True)])
+        labels = torch.where(mask.bool(), rows, -100)
+        batch = MicroBatch.from_labels({"input_ids": rows, "labels": labels, "attention_mask": mask})
+        assert batch.is_right_padded and batch.num_tokens == 22
+        found.append((AnswerModel(model, model).answer_logprobs(batch), batch.answer_token))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+    assert len(found[0][1]) == 18
 
 
 @pytest.mark.parametrize(

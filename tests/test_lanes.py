@@ -224,14 +224,14 @@ class Sharded(nn.Module):
 
 
 @torch.no_grad()
-def test_rows_padded_on_either_side_go_side_by_side(tmp_path: Path) -> None:
+def test_rows_padded_behind_and_within_go_side_by_side(tmp_path: Path) -> None:
     """Masks and answer positions of a pass are its own: the bits of each alone."""
     model: Any = AutoModelForCausalLM.from_pretrained(tiny.save_model("opt", tmp_path / "opt")).eval()
     right = tiny.batch(0)
-    left = [{name: value.flip(1) for name, value in rows.items()} for rows in right]
-    for rows in left:
-        rows["labels"][:, 0] = -100
-    batches = [batch for pair in zip(micro_batches(right), micro_batches(left), strict=True) for batch in pair]
+    within = [{**rows, "attention_mask": rows["attention_mask"].clone()} for rows in right]
+    for rows in within:
+        rows["attention_mask"][:, 1] = 0
+    batches = [batch for pair in zip(micro_batches(right), micro_batches(within), strict=True) for batch in pair]
     assert [batch.is_right_padded for batch in batches[1:]] == [False, True, False, True, False]
     answers = AnswerModel(sharded := Sharded(model), model)
     lanes = Lanes(sharded, model, blocks_of(model))

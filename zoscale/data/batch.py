@@ -50,7 +50,7 @@ class MicroBatch:
         questions: of each example; empty where the texts are not known.
         position_ids: [R, T], the place of each token in its sequence; None = its column, for rows of one sequence.
         ends: [R, T], the column from which on a token is not seen any more; None as before.
-        is_right_padded: whether padding follows the real tokens of each row.
+        is_right_padded: whether padding follows the real tokens of each row; else it may be anywhere but before them.
     """
 
     input_ids: Tensor
@@ -123,6 +123,9 @@ class MicroBatch:
     def from_labels(cls, batch: Mapping[str, Any]) -> "MicroBatch":
         """From Hugging Face tensors: `input_ids`, `labels` ([R, T], -100 = no loss), optionally `attention_mask`.
 
+        Rows padded on the left are moved to the left: models that count positions or carry states would count the
+        padding.
+
         Raises:
             ValueError: if a key is missing, shapes differ or no token has a label.
         """
@@ -135,6 +138,8 @@ class MicroBatch:
                 f"expected input_ids, labels and attention_mask of one shape [rows, tokens], got "
                 f"{tuple(input_ids.shape)}, {tuple(labels.shape)}, {tuple(mask.shape)}"
             )
+        if not mask[:, :1].all():
+            input_ids, labels, mask = _moved_left(mask, input_ids, labels, mask)
         row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         if row.numel() == 0:
             raise ValueError("expected at least one label that is not -100, got none; the batch has no loss")
@@ -183,6 +188,13 @@ class MicroBatch:
         """The same micro-batch on a device."""
         moved: dict[str, Any] = {n: on_device(v, device) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
+
+
+def _moved_left(mask: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Tables [R, T], each row rotated so that its first real token stands first."""
+    column = torch.arange(mask.shape[1], device=mask.device)
+    order = (column + mask.to(torch.uint8).argmax(dim=1, keepdim=True)) % len(column)
+    return tuple(table.gather(1, order) for table in rows)
 
 
 def _trees(rows: Sequence[Row], width: int) -> tuple[Tensor, Tensor]:
