@@ -389,7 +389,22 @@ def test_models_that_look_ahead_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("bert", {"is_decoder": True}), ("gpt_neox", {}), ("gpt2", {"is_decoder": False})]
+    ("is_decoder", "reason"), [(True, "do not see those after them, got reformer"), (False, "a causal language model")]
+)
+def test_attention_that_sorts_tokens_is_refused(is_decoder: bool, reason: str) -> None:
+    """Reformer's hashing: which tokens are seen depends on those behind, and is drawn anew in every pass."""
+    with pytest.raises(ConfigError, match=reason):
+        count_parameters(AutoConfig.for_model("reformer", is_decoder=is_decoder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("bert", {"is_decoder": True}),
+        ("gpt_neox", {}),
+        ("gpt2", {"is_decoder": False}),
+        ("reformer", {"is_decoder": True, "attn_layers": ["local"], "axial_pos_embds": False}),
+    ],
 )
 def test_decoders_by_their_configuration_are_not_refused(kind: str, options: dict[str, Any]) -> None:
     """Old files say is_decoder false of models that have no such choice."""

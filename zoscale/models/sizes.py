@@ -55,7 +55,7 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
     try:
         with torch.device("meta"):
             model: PreTrainedModel = auto_model().from_config(architecture, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, AssertionError) as error:
         got = f"{architecture.model_type} ({first_line(error)[:300]})"
         raise ConfigError("a causal language model of transformers", got, "correct model.id or model.config") from error
     if not _is_causal(model.config):
@@ -85,6 +85,8 @@ def _is_causal(config: Any) -> bool:
     """Whether outputs depend on earlier tokens only, by the model's type and configuration."""
     kind = config.model_type
     if kind in _NEVER_CAUSAL or (kind == "xlm" and not config.causal):
+        return False
+    if kind == "reformer" and "lsh" in config.attn_layers:  # sorted, at random, with the tokens behind
         return False
     return kind in _CAUSAL_IN_ANY_CASE or not _has_choice(config) or config.is_decoder is not False
 
