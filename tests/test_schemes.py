@@ -509,6 +509,13 @@ def test_weights_that_a_checkpoint_lacks_are_refused(tmp_path: Path) -> None:
     assert loaded(changed(tmp_path / "experts", tmp_path / "no_buffer", without="e_score_correction_bias"))
 
 
+def test_weights_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    """A config.json of another model."""
+    wrong = changed(MODEL, tmp_path / "wider", ffn_dim=640)
+    with pytest.raises(ConfigError, match=r"fc1\.bias of \[512\] for \[640\]: correct config\.json"):
+        loaded(wrong)
+
+
 _SMALL = {
     "vocab_size": 1700, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 96, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,

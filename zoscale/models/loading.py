@@ -82,8 +82,8 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
         architecture: from `read_model_config`.
 
     Raises:
-        ConfigError: if there are no safetensors weights and pickles were not allowed, the weights cannot be read or
-            some are missing, or an option does not fit the model; see `check_tied`.
+        ConfigError: if there are no safetensors weights and pickles were not allowed, the weights cannot be read, some
+            are missing or of other sizes, or an option does not fit the model; see `check_tied`.
     """
     if config.id is None:
         return new_model(config, architecture)
@@ -147,6 +147,7 @@ def _read_weights(config: ModelConfig, architecture: Any, **options: Any) -> tup
                 use_safetensors=None if config.allow_pickle else True,
                 weights_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # but to say which below
                 **_model_options(config),
                 **loading_options(config),
                 **options,
@@ -157,6 +158,9 @@ def _read_weights(config: ModelConfig, architecture: Any, **options: Any) -> tup
         pickles = "pickled weights are loaded only with model.allow_pickle=true"
         remedy = "check model.id" if config.allow_pickle else pickles
         raise ConfigError(f"readable safetensors weights at {config.id}", first_line(error), remedy) from error
+    for name, shape, wanted in sorted(report["mismatched_keys"]):
+        got = f"{name} of {list(shape)} for {list(wanted)}"
+        raise ConfigError(f"weights of the sizes in config.json at {config.id}", got, "correct config.json")
     weights = {name for name, _ in loaded.named_parameters(remove_duplicate=False)}  # buffers are computed
     return cast(PreTrainedModel, loaded), weights & set(report["missing_keys"])
 
