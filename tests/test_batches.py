@@ -357,7 +357,7 @@ def test_truncation_keeps_the_answer_and_counts(words: PreTrainedTokenizerFast) 
     assert fits.input_ids.shape == (1, 6) and encoder.num_truncated == 2
     assert shortened(encoder, DataConfig(max_length=6)) == ["2 rows were cut to data.max_length=6"]
     (told,) = shortened(encoder, DataConfig(max_length=7))
-    assert told == "2 rows were cut to 6 tokens: the model has no positions for more (data.max_length=7)"
+    assert told == "2 rows were cut to 6 tokens: as far as the model's positions go (data.max_length=7)"
     with pytest.raises(ConfigError, match="max_length=6"):
         encoder.micro_batch([Example("a", (" not so good not so good",))], gold_only=True)
 

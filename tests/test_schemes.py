@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from zoscale.adapters.schemes import check_scheme, choose_trainable
 from zoscale.assembly import build_engine, plan
 from zoscale.config import ConfigError, ModelConfig, parse
+from zoscale.data.batch import MicroBatch
+from zoscale.data.prefixes import Row
 from zoscale.data.splits import Encoder, evaluation_batches
 from zoscale.data.train_batches import TrainBatches
 from zoscale.forward.fan_out import FanOutForward
@@ -211,6 +213,31 @@ def test_learned_positions_end_where_the_model_does(name: str) -> None:
         ids = torch.full((1, length), 5)
         with pytest.raises((IndexError, RuntimeError)) if most and length > most else nullcontext():
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+STRETCHED = {
+    "longrope": {"short_factor": [1.0] * 3, "long_factor": [4.0] * 3, "original_max_position_embeddings": 12},
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize(("kind", "most"), [("longrope", 12), ("dynamic", 24)])
+@torch.no_grad()
+def test_rows_are_so_short_that_no_other_row_stretches_their_positions(kind: str, most: int) -> None:
+    options = {**tiny.FAMILIES["llama"], "max_position_embeddings": 24, "model_type": "llama"}
+    rope = {"rope_type": kind, "rope_theta": 1e4, **STRETCHED[kind]}
+    architecture = AutoConfig.for_model(**options, rope_parameters=rope)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(architecture)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+    answers = AnswerModel(model, model)
+    assert count_parameters(architecture).positions == most
+    alone, *beside = [
+        answers.answer_logprobs(MicroBatch.from_rows([Row((5, 6, 7, 8), ((3, 9, 0),), 0)], [[True]], 1, width=width))
+        for width in (0, most, most + 1)
+    ]
+    assert [torch.allclose(alone, other) for other in beside] == [True, False]
 
 
 @pytest.mark.parametrize("scheme", ["lora", "prefix_tuning", "prompt_tuning"])

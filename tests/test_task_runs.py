@@ -115,7 +115,7 @@ def test_prompts_longer_than_the_model_are_cut_and_told_before_they_are_scored(s
         own[0]["premise"] = "the film was dull and " * 100
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, own)))
     options = ["task.name=copa", f"task.path={folder}", "data.num_train=null", "data.num_dev=0"]
-    cut = "to 128 tokens: the model has no positions for more (data.max_length=512)\n"
+    cut = "to 128 tokens: as far as the model's positions go (data.max_length=512)\n"
     text = server.run(1, *MODEL, *options, "train.steps=0", f"output_dir={out}")
     before, told, after = text.partition(f"4 rows were cut {cut}")
     assert "data: " in before and told and "validation/before" in after

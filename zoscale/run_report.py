@@ -106,7 +106,7 @@ def skipped(task: Task) -> list[str]:
 def shortened(encoder: Encoder, config: DataConfig) -> list[str]:
     """What was left out because rows would be too long, of all that was encoded so far; no line if nothing was."""
     longest, asked = encoder.max_length, f"data.max_length={config.max_length}"
-    limit = f"{longest} tokens: the model has no positions for more ({asked})" if longest < config.max_length else asked
+    limit = f"{longest} tokens: as far as the model's positions go ({asked})" if longest < config.max_length else asked
     short = f"{encoder.num_short_of_shots} prompts have fewer than data.num_demonstrations={config.num_demonstrations}"
     lines = [f"{short}, without the first ones, to fit into {limit}"] if encoder.num_short_of_shots else []
     return [*lines, *([f"{encoder.num_truncated} rows were cut to {limit}"] if encoder.num_truncated else [])]

@@ -48,7 +48,9 @@ class DataConfig:
         num_demonstrations: Training examples, held out of the others, that stand with their answers before every
             prompt; for in-context learning. Where max_length is too short for all, the first ones are left out.
         max_length: Longest prompt with its answer, in tokens; of a model with learned positions (OPT, GPT-2) at most as
-            many as it has, less an adapter's virtual tokens. Longer prompts lose their beginning.
+            many as it has, and of one whose positions stretch with the longest row of a batch (LongRoPE, as Phi-3 has)
+            at most as many as leave them as they are, less an adapter's virtual tokens. Longer prompts lose their
+            beginning.
         length_window: Steps among which examples are put together by length to save padding. 1 sorts each step's
             examples into its micro-batches and leaves every step its examples; more save more and mix lengths anew,
             each step a share of every length.

@@ -100,7 +100,8 @@ def num_positions(model: nn.Module) -> int | None:
     """Most tokens of a sequence for a model that looks positions up in a table (OPT, GPT-2, GPT-J); None for others.
 
     Where positions are computed (rotary, ALiBi), a longer sequence is no error, whatever the configuration says; but
-    MPT's code makes its biases for `max_seq_len` tokens and no more.
+    MPT's code makes its biases for `max_seq_len` tokens and no more, and positions that stretch with the longest row
+    of a batch (LongRoPE, dynamic scaling) would let other rows and padding change the losses of a row.
     """
     config: Any = model.config
     if config.model_type == "mpt":
@@ -114,8 +115,16 @@ def num_positions(model: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding) and _POSITIONS.search(name) and module.num_embeddings >= most
     ]
     fixed = [len(table) for name, table in model.named_buffers() if _POSITIONS.search(name) and table.dim() == 2]
-    tables = [*learned, *(rows for rows in fixed if rows == most)]
-    return min(most, *tables) if tables else None
+    limits = [*learned, *(rows for rows in fixed if rows == most), *_unstretched(config)]
+    return min(most, *limits) if limits else None
+
+
+def _unstretched(config: Any) -> list[int]:
+    """Tokens of a row up to which rotary positions are not stretched, by kinds of layers; none where they never are."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    options = [rope, *(own for own in rope.values() if isinstance(own, dict))]
+    longrope = [own["original_max_position_embeddings"] for own in options if own.get("rope_type") == "longrope"]
+    return [*longrope, *(config.max_position_embeddings for own in options if own.get("rope_type") == "dynamic")]
 
 
 def hidden_size(model: nn.Module) -> int:
