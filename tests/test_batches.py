@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -302,6 +303,17 @@ def test_tokens_that_merge_across_the_boundary_are_answers(letters: PreTrainedTo
     batch = Encoder(letters, 64).micro_batch([Example("ax", ("y", "z"), 0)], gold_only=False)
     first, a, x, xy, z = letters.convert_tokens_to_ids(["<s>", "a", "x", "xy", "z"])
     assert scored(batch) == [[([first, a], xy)], [([first, a, x], z)]]
+
+
+def test_the_end_that_a_tokenizer_puts_behind_every_text_is_none_of_it(words: PreTrainedTokenizerFast) -> None:
+    """As BART's does: a prompt goes on behind it, and no answer is scored for it."""
+    closing = copy.deepcopy(words)
+    ends = processors.TemplateProcessing(single="<s> $A <unk>", special_tokens=[("<s>", 1), ("<unk>", 2)])
+    closing.backend_tokenizer.post_processor = ends
+    assert closing("the film")["input_ids"] == [*words("the film")["input_ids"], 2]
+    example = Example("the film was", (" good", " not so good"), max_new_tokens=3)
+    ours, wanted = (Encoder(own, 5).encode(example, gold_only=False) for own in (closing, words))
+    assert ours == wanted and len(ours.rows) == 2 and len(ours.question.prompt) == 3
 
 
 def test_an_empty_answer_is_refused(words: PreTrainedTokenizerFast) -> None:

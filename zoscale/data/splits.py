@@ -110,6 +110,8 @@ class Encoder:
         self._truncated: set[tuple[int, ...]] = set()
         self._left_out: dict[Example, int] = {}
         self._pad = int(tokenizer.pad_token_id or 0)  # masked, whatever it is
+        special: list[int] = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        self._num_appended = special[::-1].index(0) if 0 in special else 0
 
     @property
     def num_truncated(self) -> int:
@@ -158,10 +160,10 @@ class Encoder:
         example = self._with_fitting_shots(example)
         numbers = [example.gold] if gold_only else list(range(len(example.options)))
         answers: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
-        prompt: list[int] = self.tokenizer(example.prompt)["input_ids"]
+        prompt = self._ids(example.prompt)
         spelled: set[tuple[int, ...]] = set()
         for option, number in enumerate(numbers):
-            full: list[int] = self.tokenizer(example.prompt + example.options[number])["input_ids"]
+            full = self._ids(example.prompt + example.options[number])
             answer_start = common_prefix(prompt, full)
             if not 0 < answer_start < len(full):
                 raise _no_tokens(example.prompt, example.options[number])
@@ -177,6 +179,11 @@ class Encoder:
         gold = tuple(number == example.gold for number in numbers)
         return Encoded(tuple(merged), gold, self._question(example, numbers))
 
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text that goes on: without the end that some tokenizers (BART's) put behind every text."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids[: len(ids) - self._num_appended]
+
     def _with_fitting_shots(self, example: Example) -> Example:
         """The example without its first demonstrations, the fewest so that it fits with each option; else without any.
 
@@ -191,9 +198,9 @@ class Encoder:
 
     def _fits(self, example: Example) -> bool:
         """Whether neither the prompt with an option nor that with an answer to generate is longer than a row."""
-        fed = [len(self.tokenizer(example.prompt + option)["input_ids"]) - 1 for option in example.options]
+        fed = [len(self._ids(example.prompt + option)) - 1 for option in example.options]
         if example.max_new_tokens:
-            fed.append(len(self.tokenizer(example.prompt)["input_ids"]) + example.max_new_tokens - 1)
+            fed.append(len(self._ids(example.prompt)) + example.max_new_tokens - 1)
         return max(fed) <= self.max_length
 
     def _question(self, example: Example, options: Sequence[int]) -> Question:
@@ -205,7 +212,7 @@ class Encoder:
         if room < 2:
             got = f"{self.max_length} and an answer of {example.max_new_tokens} tokens"
             raise ConfigError("data.max_length above the tokens to generate", got, _LONGER)
-        tokens: list[int] = self.tokenizer(example.prompt)["input_ids"]
+        tokens = self._ids(example.prompt)
         if len(tokens) > room:
             self._truncated.add(tuple(tokens))
             tokens = tokens[:1] + tokens[1 - room :]
