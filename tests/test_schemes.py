@@ -416,6 +416,20 @@ def test_models_that_look_ahead_are_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"is_causal": False}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}),
+    ],
+)
+def test_decoders_that_look_ahead_by_their_configuration_are_refused(kind: str, options: dict[str, Any]) -> None:
+    """Embedding models that were made of decoders: transformers lets all tokens see one another."""
+    with pytest.raises(ConfigError, match=f"do not see those after them, got {kind}: choose a decoder"):
+        count_parameters(AutoConfig.for_model(kind, **_SMALL, **options))
+
+
+@pytest.mark.parametrize(
     ("is_decoder", "reason"), [(True, "do not see those after them, got reformer"), (False, "a causal language model")]
 )
 def test_attention_that_sorts_tokens_is_refused(is_decoder: bool, reason: str) -> None:

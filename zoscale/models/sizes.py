@@ -88,6 +88,9 @@ def _is_causal(config: Any) -> bool:
         return False
     if kind == "reformer" and "lsh" in config.attn_layers:  # sorted, at random, with the tokens behind
         return False
+    text = config.get_text_config()
+    if getattr(text, "is_causal", None) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return False  # embedding models that were made of decoders
     return kind in _CAUSAL_IN_ANY_CASE or not _has_choice(config) or config.is_decoder is not False
 
 
