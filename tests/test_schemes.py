@@ -429,6 +429,12 @@ def test_decoders_that_look_ahead_by_their_configuration_are_refused(kind: str, 
         count_parameters(AutoConfig.for_model(kind, **_SMALL, **options))
 
 
+def test_a_configuration_that_transformers_refuses_is_an_error_of_the_user() -> None:
+    config = {"model_type": "llama", "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}
+    with pytest.raises(ConfigError, match="Missing required keys in `rope_parameters`"):
+        read_model_config(ModelConfig(config=config))
+
+
 @pytest.mark.parametrize(
     ("is_decoder", "reason"), [(True, "do not see those after them, got reformer"), (False, "a causal language model")]
 )

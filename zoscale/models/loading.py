@@ -37,7 +37,7 @@ def read_model_config(config: ModelConfig) -> Any:
             found = AutoConfig.from_pretrained(
                 str(config.id), revision=config.revision, trust_remote_code=config.trust_remote_code
             )
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
         remedy = _missing_folder(str(config.id)) or first_line(error)
         raise ConfigError("a Hugging Face id, a local folder or a known model_type", wanted, remedy) from error
