@@ -488,6 +488,30 @@ def test_models_that_would_count_padding_generate_without(kind: str, tokenizer: 
     assert found == [greedy(model, tokenizer, prompt, 5) for prompt in prompts]
 
 
+def test_ranks_write_equally_often_without_a_cache(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as the rank with most tokens to write, also behind the end of an answer."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    examples = task_of("squad", max_new_tokens=5).examples("train")
+    batch = Encoder(tokenizer, 24).micro_batch(examples, gold_only=True)
+    cut = tuple(replace(q, prompt=q.prompt[: 6 + 2 * number]) for number, q in enumerate(batch.questions))
+    batch = replace(batch, questions=cut)
+    generator = Generator(AnswerModel(model, model), tokenizer, Mesh())
+    generator._ends = [int(model(torch.tensor([batch.questions[0].prompt])).logits[0, -1].argmax())]
+    wanted = generator.texts(batch)
+    assert not wanted[0] and any(wanted)
+    monkeypatch.setattr(generator.mesh, "world_size", 2)
+    monkeypatch.setattr(generator.mesh, "gather_objects", lambda value: [value, 7])
+    calls: list[Any] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(_))
+    assert generator.texts(batch) == wanted and len(calls) == 7
+
+
 @torch.no_grad()
 def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, tokens: list[int], count: int) -> str:
     made: list[int] = []

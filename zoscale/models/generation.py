@@ -1,5 +1,6 @@
 """`Generator`: greedy answers of the model, sharded or not."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -19,6 +20,8 @@ _COUNT_PADDING = frozenset({
     "pegasus", "plbart", "recurrent_gemma", "reformer", "rwkv", "trocr", "whisper", "xlstm",
 })  # fmt: skip
 """Model types whose states or positions count padding before a prompt, whatever the mask says."""
+_CACHES = frozenset({"past_key_values", "cache_params", "state", "past_buckets_states"})
+"""What models take that need not run a prompt again for every token."""
 
 
 class Generator:
@@ -28,7 +31,7 @@ class Generator:
     models with code of their own.
 
     Under ZeRO-3 every forward is a collective: all ranks go on until the last one has finished, so all of them call
-    `texts` equally often.
+    `texts` equally often. Without a cache (OpenAI GPT) none stops early: transformers cannot go on behind the end then.
 
     Args:
         answers: the model.
@@ -43,6 +46,7 @@ class Generator:
         model: Any = answers.model
         self._base = model.get_base_model() if hasattr(model, "peft_config") else model
         is_known = type(self._base).__module__.startswith("transformers.")
+        self._has_cache = not _CACHES.isdisjoint(inspect.signature(self._base.forward).parameters)
         self._takes_padding = is_known and self._base.config.model_type not in _COUNT_PADDING
         stop: list[int] = tokenizer.encode(_STOP, add_special_tokens=False)
         ends = {tokenizer.eos_token_id, *(stop if len(stop) == 1 and stop != [tokenizer.unk_token_id] else [])}
@@ -59,14 +63,17 @@ class Generator:
             raise ValueError("expected examples with max_new_tokens, got some whose options are scored")
         order_gathers_after_writes(self.answers.module)
         self.answers.model.eval()
+        longest, ends = max(question.max_new_tokens for question in batch.questions), self._ends
+        synced = self.mesh.world_size > 1
+        if synced and not self._has_cache:
+            longest, ends, synced = max(self.mesh.gather_objects(longest)), [], False
         config = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=max(question.max_new_tokens for question in batch.questions),
+            max_new_tokens=longest,
             do_sample=False,
             num_beams=1,
-            eos_token_id=self._ends or None,
+            eos_token_id=ends or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
-        synced = self.mesh.world_size > 1
         rows: list[list[int]] = []
         with direct_calls(self.answers.module, self._base), _greedy_by_default(self._base):
             for questions in self._together(batch.questions):
