@@ -585,6 +585,19 @@ UNLIKE: dict[str, dict[str, Any]] = {
 that are to stay in float32, and one that reads its weights while it is made."""
 
 
+def test_prompt_tuning_of_blocks_that_look_at_token_ids_is_refused() -> None:
+    """Virtual tokens have none; Gemma 4 without embeddings of each layer needs none."""
+    for width, refused in ((8, True), (0, False)):
+        own = {"hidden_size_per_layer_input": width, "vocab_size_per_layer_input": 1700, "num_kv_shared_layers": 0}
+        architecture = AutoConfig.for_model("gemma4_text", **{**_SMALL, "head_dim": 8, **own})
+        base = AutoModelForCausalLM.from_config(architecture)
+        told = pytest.raises(
+            ConfigError, match="another adapter for this model, got prompt_tuning with Gemma4ForCausalLM"
+        )
+        with told if refused else nullcontext():
+            add_adapter(base, {"peft_type": "prompt_tuning", "num_virtual_tokens": 2})
+
+
 @pytest.mark.parametrize("kind", UNLIKE)
 def test_a_model_that_zero3_would_load_as_another_is_that_of_one_rank(
     server: JobServer, tmp_path: Path, kind: str

@@ -257,6 +257,9 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
 
     layers = _linear_layers(model)  # before PEFT replaces some
     copies_norms = adapter.get("peft_type") == "ln_tuning"  # which needs them whole
+    if adapter.get("peft_type") == "prompt_tuning" and _reads_tokens(model.config.get_text_config()):
+        got = f"prompt_tuning with {type(model).__name__}, whose blocks look at token ids, which virtual tokens lack"
+        raise ConfigError("another adapter for this model", got, "set adapter.peft_type=lora")
     try:
         with vectors_gathered(model) if copies_norms else nullcontext(), quiet_peft():
             options = peft_config(adapter)
@@ -270,6 +273,13 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
     if (selection := selection_of(adapter)) is not None:
         weigh_adapters(adapted, selection)
     return adapted
+
+
+def _reads_tokens(config: Any) -> bool:
+    """Whether a model needs token ids beyond its embedding: hashed experts, embeddings of each layer."""
+    return config.model_type == "deepseek_v4" or bool(
+        config.model_type == "gemma4_text" and config.hidden_size_per_layer_input
+    )
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
