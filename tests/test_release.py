@@ -16,11 +16,11 @@ from jobs import FULL, SHORT, SIGN, JobServer, run_dir_of
 from peft import PeftModel
 from processes import ROOT, run
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from zoscale import cli
 from zoscale.assembly import build_engine
-from zoscale.config import parse
+from zoscale.config import ConfigError, parse
 from zoscale.data.splits import part
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.loading import read_model_config
@@ -241,20 +241,54 @@ def test_merged_model_is_base_and_adapter(at_nine: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sentiment", "sentiment.tmp"], "one is the user's"
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("targets", ["[embed_tokens]", "[q_proj,lm_head]", "[embed_tokens,lm_head]"])
-def test_an_adapter_of_one_end_of_a_tied_model_is_merged_there_alone(targets: str, tmp_path: Path) -> None:
+def merged_and_trained(folder: Path, *options: str) -> tuple[Any, Any]:
+    """A model with an adapter of random values merged into it, and the model that has this adapter."""
     task = ["task.name=classification", f"task.path={MODEL.parent / 'data'}", *TASK[2:]]
-    config = parse([f"model.id={MODEL}", *task, f"adapter.target_modules={targets}"], TABLES, DEFAULTS)
+    config = parse([*task, *options], TABLES, DEFAULTS)
     engine = build_engine(config, read_model_config(config.model), None)
     for shard in engine.shards:
         shard.truth.normal_(std=0.1, generator=torch.Generator().manual_seed(shard.spec.id))
         shard.publish()
-    save_trained(engine, tmp_path / "adapter")
-    write_merged(RunRecord(RunDirectory(tmp_path), config), tmp_path / "merged", "float32")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    save_trained(engine, folder / "adapter")
+    write_merged(RunRecord(RunDirectory(folder), config), folder / "merged", "float32")
+    return AutoModelForCausalLM.from_pretrained(folder / "merged"), engine.model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", ["[embed_tokens]", "[q_proj,lm_head]", "[embed_tokens,lm_head]"])
+def test_an_adapter_of_one_end_of_a_tied_model_is_merged_there_alone(targets: str, tmp_path: Path) -> None:
+    merged, trained = merged_and_trained(tmp_path, f"model.id={MODEL}", f"adapter.target_modules={targets}")
     assert merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight
-    torch.testing.assert_close(merged(TOKENS).logits, engine.model(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged(TOKENS).logits, trained(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def saved_model(folder: Path, kind: str, **options: Any) -> list[str]:
+    """A small model with random weights in a folder, as options of a run."""
+    sizes = {"vocab_size": 211, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48} | options
+    torch.manual_seed(2)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder)
+    return [f"model.id={folder}", f"model.tokenizer={MODEL}"]
+
+
+@torch.no_grad()
+def test_adapters_that_change_nothing_are_not_merged(tmp_path: Path) -> None:
+    """Mamba's code reads the weights of `dt_proj` without a call, so that an adapter of it has no effect."""
+    model = saved_model(tmp_path / "base", "mamba", state_size=4)
+    merged, trained = merged_and_trained(tmp_path, *model, "adapter.target_modules=[dt_proj,in_proj]")
+    torch.testing.assert_close(merged(TOKENS).logits, trained(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(merged.backbone.layers[0].mixer.dt_proj.weight, base.backbone.layers[0].mixer.dt_proj.weight)
+    assert (merged(TOKENS).logits - base(TOKENS).logits).abs().max() > 1e-2, "the other one does something"
+
+
+def test_adapters_of_layers_that_share_their_weights_are_not_merged(tmp_path: Path) -> None:
+    """Zamba's attention is in several places, each with an adapter of its own."""
+    kinds = ["mamba", "hybrid", "hybrid"]
+    sizes = {"layers_block_type": kinds, "num_attention_heads": 2, "num_hidden_layers": 3, "n_mamba_heads": 2}
+    model = saved_model(tmp_path / "base", "zamba", **sizes)
+    what = r"share their weights: model\.layers\.1\.shared_transf\.self_attn\.q_proj, model\.layers\.2\."
+    with pytest.raises(ConfigError, match=f"{what}.*: export it with --adapter$"):
+        merged_and_trained(tmp_path, *model, "adapter.target_modules=[q_proj]")
 
 
 def test_a_merged_model_is_where_a_longer_run_begins(

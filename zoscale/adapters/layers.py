@@ -25,7 +25,7 @@ def check_adapted(adapted: nn.Module) -> None:
 
 
 def _check_kinds(adapted: nn.Module) -> None:
-    kinds = {name: type(layer.base_layer).__name__ for name, layer in _layers(adapted).items()}
+    kinds = {name: type(layer.base_layer).__name__ for name, layer in adapted_layers(adapted).items()}
     unfit = {name: kind for name, kind in kinds.items() if kind in _NOT_LINEAR}
     if unfit:
         got = f"{_shown(unfit)} ({', '.join(dict.fromkeys(unfit.values()))})"
@@ -46,7 +46,7 @@ def _check_loads(adapted: Any) -> None:
     saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     lost = trained & set(set_peft_model_state_dict(adapted, saved).missing_keys)
     if lost:
-        layers = [layer for layer in _layers(adapted) if any(name.startswith(f"{layer}.") for name in lost)]
+        layers = [layer for layer in adapted_layers(adapted) if any(name.startswith(f"{layer}.") for name in lost)]
         expected = f"an adapter of {type(adapted.get_base_model()).__name__} that PEFT loads as it was saved"
         got = f"{_shown(layers or lost)}, which it renames and loses"
         raise ConfigError(expected, got, _leave_out(layers))
@@ -61,26 +61,34 @@ def _leave_out(names: Iterable[str]) -> str:
 
 @contextmanager
 def uncalled_told(model: nn.Module) -> Iterator[None]:
-    """Warn after it of layers with trained adapters that the model did not call: these adapters change nothing.
+    """Warn after it of layers with trained adapters that the model did not call: these adapters change nothing."""
+    with uncalled(model) as idle:
+        yield
+    if idle:
+        what = f"the model does not call {_shown(idle)}, so that their adapters change nothing"
+        warnings.warn(f"{what}: train others (adapter.target_modules, adapter.exclude_modules)", stacklevel=2)
+
+
+@contextmanager
+def uncalled(model: nn.Module) -> Iterator[list[str]]:
+    """After it, the list holds the names of layers with trained adapters that the model did not call.
 
     Such a layer's weights are read behind its back (Mamba's `dt_proj`), or the pass has no use for it. Of modules in a
     list, as experts are, other inputs may call others.
     """
-    layers = {name for name, layer in _layers(model).items() if any(p.requires_grad for p in layer.parameters())}
+    layers = {name for name, layer in adapted_layers(model).items() if any(p.requires_grad for p in layer.parameters())}
     above = {part for name in layers for part in _paths(name)}
     watched = {name: module for name, module in model.named_modules() if name in above}
-    called: set[nn.Module] = set()
+    called, idle = set[nn.Module](), list[str]()
     handles = [m.register_forward_pre_hook(lambda module, args: called.add(module)) for m in watched.values()]
     try:
-        yield
+        yield idle
     finally:
         for handle in handles:
             handle.remove()
     ran = {part for name, module in watched.items() if module in called for part in _paths(name)}
-    idle = [name for name in layers if name not in ran and not _is_one_of_many(watched, name, ran)]
-    if ran and idle:
-        what = f"the model does not call {_shown(idle)}, so that their adapters change nothing"
-        warnings.warn(f"{what}: train others (adapter.target_modules, adapter.exclude_modules)", stacklevel=2)
+    if ran:
+        idle += [name for name in layers if name not in ran and not _is_one_of_many(watched, name, ran)]
 
 
 def _is_one_of_many(modules: dict[str, nn.Module], name: str, ran: set[str]) -> bool:
@@ -95,7 +103,7 @@ def _paths(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """Layers with an adapter of PEFT, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from torch import nn
 
-from zoscale.adapters.schemes import num_virtual_tokens, quiet_peft
-from zoscale.config import ConfigError, first_line
+from zoscale.adapters.schemes import num_virtual_tokens
+from zoscale.config import ConfigError
 from zoscale.models.loading import load_model, load_tokenizer, read_model_config
 from zoscale.release.export import ORIGIN, read_origin
+from zoscale.release.merging import merge
 from zoscale.release.model_card import hub_id, model_card
 from zoscale.release.run_record import RunRecord, check_trusted
 from zoscale.run_directory import write_json, write_text
@@ -112,37 +112,9 @@ def _write_merged(record: RunRecord, folder: Path, dtype: str) -> None:
 
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     else:
-        from peft import PeftModel
-
-        base = load_model(model_config, read_model_config(model_config))
-        try:
-            with quiet_peft():
-                adapted = PeftModel.from_pretrained(base, source)
-                _untie(base)
-                model = adapted.merge_and_unload(safe_merge=True)
-        except (RuntimeError, ValueError) as error:  # a bias for layers that have none, values that are not finite
-            if type(error) not in (RuntimeError, ValueError):
-                raise
-            expected = "an adapter that PEFT can merge"
-            raise ConfigError(expected, first_line(error), "export it with --adapter") from error
+        model = merge(load_model(model_config, read_model_config(model_config)), source)
     model.save_pretrained(folder, safe_serialization=True)
     load_tokenizer(config.model).save_pretrained(folder)
-
-
-def _untie(base: Any) -> None:
-    """Part a tied embedding and head if one has an adapter: what is merged into a weight of both would reach both.
-
-    Args:
-        base: the model, with PEFT's layers in it.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    is_tied = head is not None and head.weight is embedding.weight
-    if is_tied and any(isinstance(end, BaseTunerLayer) for end in (embedding, head)):
-        layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-        layer.weight = nn.Parameter(layer.weight.detach().clone())
-        base.config.tie_word_embeddings = False
 
 
 _WRITERS: dict[str, Callable[[RunRecord, Path, str], None]] = {"adapter": _write_adapter, "merged": _write_merged}
