@@ -56,6 +56,7 @@ SHORT_RUN = [
 ]  # fmt: skip
 SCHEMES: dict[str, list[str]] = {
     "full": ["opt", *RTE, "adapter=null"],
+    "full_electra": ["electra", *RTE, "adapter=null"],
     "lora": ["opt", *WRITTEN],
     "prefix": ["opt", *WRITTEN, "adapter.peft_type=prefix_tuning"],
     "prefix_llama": ["llama", *RECORD, "adapter.peft_type=prefix_tuning"],
@@ -72,17 +73,22 @@ SCHEMES: dict[str, list[str]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The bundled OPT, whose embeddings are tied, and a random Llama of its vocabulary, whose are not."""
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    options = tiny.ARCHITECTURES["llama"] | {"vocab_size": AutoConfig.from_pretrained(MODEL).vocab_size}
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.15)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
-    return {"opt": MODEL, "llama": folder}
+    """The bundled OPT, whose embeddings are tied, and random models of its vocabulary: a Llama, whose are not, and an
+    ELECTRA, some of whose weights had other names once.
+    """
+    electra = {"model_type": "electra", "is_decoder": True, "embedding_size": 36, "max_position_embeddings": 128}
+    found = {"opt": MODEL}
+    for name, own in {"llama": tiny.ARCHITECTURES["llama"], "electra": tiny.ARCHITECTURES["opt"] | electra}.items():
+        found[name] = tmp_path_factory.mktemp("models") / name
+        options = own | {"vocab_size": AutoConfig.from_pretrained(MODEL).vocab_size}
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.15)
+        model.save_pretrained(found[name])
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(found[name])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +131,9 @@ def load(folder: Path, base: Path, trained: dict[str, torch.Tensor]) -> Any:
         before = dict(plain.named_parameters(remove_duplicate=False))
         changed = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
         assert changed == set(trained), "these and no others were trained"
+        own, others = (set(load_file(place / "model.safetensors")) for place in (folder, base))
+        assert own - {"lm_head.weight"} == others - {"lm_head.weight"}, "the names are those of the checkpoint"
+        assert ("lm_head.weight" in own) == ("lm_head.weight" in others or "lm_head.weight" in trained), "once if tied"
         return model.eval()
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()
 

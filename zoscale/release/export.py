@@ -39,10 +39,23 @@ def save_trained(engine: Engine, folder: Path | str) -> None:
             elif engine.adapters is not None:
                 _save_chosen(engine.adapters, model, state, Path(folder))
             else:
+                if not is_adapter:
+                    _forget_unused_names(model)
                 model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         except SafetensorError as error:  # a full disk comes as this
             raise OSError(errno.EIO, f"{folder} could not be written: {error}") from error
     engine.mesh.barrier()
+
+
+def _forget_unused_names(model: Any) -> None:
+    """Make transformers write the names that the checkpoint of the model has.
+
+    Under ZeRO-3 it keeps all the ways in which it could have renamed weights when it loaded them, used or not, and
+    reverses all of them when it saves.
+    """
+    renamings = getattr(model, "_weight_conversions", None)
+    if renamings is not None:
+        model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]
 
 
 def _save_virtual_tokens(model: Any, state: dict[str, Tensor], folder: Path) -> None:
@@ -88,14 +101,16 @@ def read_origin(folder: Path) -> int | None:
 
 
 def _collect(model: nn.Module, *, trainable_only: bool, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, gathered one at a time; empty where `keep` is false."""
-    state: dict[str, Tensor] = {}
+    """Whole tensors on the CPU, gathered one at a time; empty where `keep` is false. Tied weights are one tensor."""
+    names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
-        if trainable_only and not param.requires_grad:
-            continue
+        if param.requires_grad or not trainable_only:
+            names.setdefault(param, []).append(name)
+    state: dict[str, Tensor] = {}
+    for param, own in names.items():
         with gathered(param):
             if keep:
-                state[name] = param.detach().to("cpu", copy=True)
+                state |= dict.fromkeys(own, param.detach().to("cpu", copy=True))
     if keep and not trainable_only:
         kept = _persistent(model)
         state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
