@@ -25,51 +25,50 @@ def merge(base: Any, adapter: Path) -> Any:
     """
     from peft import PeftModel
 
+    was_tied = _is_tied(base)
     try:
         with quiet_peft():
             adapted = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-            _untie(base)
-            _check_unshared(base)
+            if _adapts_tied_weights(base):
+                _untie(base)
             _drop_uncalled(adapted)
-            return adapted.merge_and_unload(safe_merge=True)
+            merged = adapted.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError) as error:  # a bias for layers that have none, values that are not finite
         if type(error) not in (RuntimeError, ValueError):
             raise
         expected = "an adapter that PEFT can merge"
         raise ConfigError(expected, first_line(error), "export it with --adapter") from error
+    if was_tied and not _is_tied(merged):  # PEFT has trained a copy of the head or of the embedding
+        _untie(merged)
+    return merged
 
 
-def _untie(base: Any) -> None:
-    """Part a tied embedding and head if one has an adapter: what is merged into a weight of both would reach both.
-
-    Args:
-        base: the model, with PEFT's layers in it.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    is_tied = head is not None and head.weight is embedding.weight
-    if is_tied and any(isinstance(end, BaseTunerLayer) for end in (embedding, head)):
-        layer: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-        layer.weight = nn.Parameter(layer.weight.detach().clone())
-        base.config.tie_word_embeddings = False
+def _is_tied(model: Any) -> bool:
+    return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
-def _check_unshared(base: nn.Module) -> None:
-    """Refuse adapters of layers that share their weights: what is merged for one of them would reach all.
+def _adapts_tied_weights(base: nn.Module) -> bool:
+    """Whether a layer with an adapter shares its matrix with another one: what is merged into it would reach both."""
+    shared = _places(base)
+    layers = adapted_layers(base).values()
+    return any(param.dim() > 1 and param in shared for layer in layers for param in layer.get_base_layer().parameters())
 
-    Raises:
-        ConfigError: with the names of such layers.
-    """
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, module in base.named_modules():
-        for param in module.parameters(recurse=False):
-            owners.setdefault(param, []).append(name.removesuffix(".base_layer"))
-    for layer in adapted_layers(base).values():
-        for param in layer.get_base_layer().parameters():
-            if len(names := owners[param]) > 1:
-                got = f"adapters of layers that share their weights: {', '.join(names)}"
-                raise ConfigError("an adapter that weights can take up", got, "export it with --adapter")
+
+def _untie(model: Any) -> None:
+    """Give each layer weights of its own, and say so in the configuration, which is about all that are tied."""
+    for param, places in _places(model).items():
+        for module, name in places[1:]:
+            setattr(module, name, nn.Parameter(param.detach().clone()))
+    model.config.tie_word_embeddings = False
+
+
+def _places(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """The modules that hold a weight, and its name there, of weights that several modules hold."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            places.setdefault(param, []).append((module, name))
+    return {param: found for param, found in places.items() if len(found) > 1}
 
 
 @torch.no_grad()
