@@ -416,6 +416,14 @@ def test_layers_whose_adapters_fail_or_get_lost_are_refused(kind: str, reason: s
     assert any(parameter.requires_grad for parameter in adapted.parameters())
 
 
+def test_a_prefix_that_a_model_would_ignore_is_refused() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "head_dim": 8, "num_heads": 4}
+    config = ModelConfig(config={"model_type": "mamba2", "num_attention_heads": 4, **sizes}, dtype="float32")
+    adapter = {"peft_type": "prefix_tuning", "num_virtual_tokens": 3}
+    with pytest.raises(ConfigError, match=r"prefix of keys and values, got Mamba2ForCausalLM.*=prompt_tuning, or lora"):
+        add_adapter(load_model(config, read_model_config(config)), adapter)
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm", "xlnet", "prophetnet"])
 def test_models_that_look_ahead_are_refused(kind: str) -> None:
     """The answer would be among what it is predicted from; AutoModelForCausalLM loads them all the same."""

@@ -1,5 +1,6 @@
 """Layers with an adapter: that they can have one, that PEFT loads it again, and that the model calls them."""
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,10 +19,20 @@ def check_adapted(adapted: nn.Module) -> None:
     """Refuse an adapter of layers that cannot have one, or that would be lost between saving and loading it.
 
     Raises:
-        ConfigError: with the names of the layers.
+        ConfigError: with the names of the layers, or for a prefix that the model does not take.
     """
+    _check_prefix(adapted)
     _check_kinds(adapted)
     _check_loads(adapted)
+
+
+def _check_prefix(adapted: Any) -> None:
+    """A prefix is a cache of keys and values; models without attention (Mamba) ignore it, and it changes nothing."""
+    base = adapted.get_base_model()
+    takes_cache = "past_key_values" in inspect.signature(base.forward).parameters
+    if adapted.active_peft_config.peft_type == "PREFIX_TUNING" and not takes_cache:
+        remedy = "set adapter.peft_type=prompt_tuning, or lora"
+        raise ConfigError("a model that takes a prefix of keys and values", type(base).__name__, remedy)
 
 
 def _check_kinds(adapted: nn.Module) -> None:
