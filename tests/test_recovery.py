@@ -259,6 +259,32 @@ def test_metrics_of_a_resumed_run_have_no_gap_and_no_duplicate(server: JobServer
         assert sent == [(row["step"], row["metrics"][name]) for row in rows if name in row["metrics"]]
 
 
+@pytest.mark.parametrize("last", ["conclude", "write_json"])
+def test_a_run_that_is_killed_as_it_ends_is_whole_in_mlflow(last: str, server: JobServer) -> None:
+    """After its summary is written, or just before: what MLflow had not got yet does not stay behind."""
+    from mlflow import MlflowClient
+
+    out = server.folder / f"ended_{last}"
+    options = command("sign_lora", out, "tracking.mlflow=true", "train.steps=4", "train.eval_every=4", "data.num_dev=8")
+    dies = "lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    job = server.start(1, *options, plant=f"import os, signal, zoscale.run\nzoscale.run.{last} = {dies}")
+    assert job.wait() == [-signal.SIGKILL]
+    server.run(1, *options)
+    run_dir = run_dir_of(out)
+    assert run_dir is not None
+    client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
+    found = client.get_run((run_dir / "mlflow_run_id").read_text().strip())
+    assert found.info.status == "FINISHED"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for name in ("train/loss", "dev/loss", "validation/final/loss"):
+        sent = [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, name)]
+        assert sent == [(row["step"], row["metrics"][name]) for row in rows if name in row["metrics"]] != []
+    artifacts = {item.path for item in client.list_artifacts(found.info.run_id)}
+    assert artifacts == {"adapter", "journal.bin", "summary.json"}
+    (summary,) = out.glob("mlartifacts/**/summary.json")
+    assert summary.read_bytes() == (run_dir / "summary.json").read_bytes()
+
+
 def test_a_finished_run_is_left_alone(server: JobServer, whole: Any) -> None:
     """Pitfall 19: it is neither mixed nor repeated, unless told so."""
     out, _ = whole("sign_lora")

@@ -203,6 +203,7 @@ def test_disabled_and_null_trackers_write_no_store(tmp_path: Path) -> None:
     null.log(0, {"loss": 1.0})
     null.log_artifact(tmp_path / "absent")
     null.log_artifacts(tmp_path, "all")
+    null.log_text("text", "file")
     null.finish()
     assert null.run_id is None and not null.mlflow_on and null.how_to_open() == ""
 

@@ -12,7 +12,7 @@ from zoscale.preemption import Preempted, end_on_signals
 from zoscale.recovery.ledger import Ledger
 from zoscale.recovery.resume import check_finished, header_of
 from zoscale.release.export import save_trained, write_origin
-from zoscale.run_directory import RunDirectory, write_json
+from zoscale.run_directory import RunDirectory, as_json, write_json
 from zoscale.run_report import conclude, describe, say
 from zoscale.shard_groups import shard_size_of
 from zoscale.step import Engine
@@ -111,7 +111,6 @@ def _watched(config: RunConfig, made: Plan, engine: Engine, directory: RunDirect
             ledger.close()
             with watchdog.slow("saving"):
                 _leave(config, made, engine, directory, summary, tracker)
-            status = "FINISHED"
         except Preempted:
             status = "KILLED"
             raise
@@ -129,7 +128,7 @@ def _leave(
     summary: dict[str, Any],
     tracker: Tracker,
 ) -> None:
-    """Write the result, and the summary last."""
+    """Write the result, and the summary last: a run that has one is left alone, also by MLflow."""
     save_trained(engine, directory.adapter)
     if not engine.mesh.is_main:
         return
@@ -139,9 +138,10 @@ def _leave(
     else:
         tracker.log_artifacts(directory.adapter, "adapter")
     tracker.log_artifact(directory.journal)
+    tracker.log_text(as_json(summary), directory.summary.name)
+    tracker.finish()
     write_json(directory.summary, summary)
     directory.told_to_stop.unlink(missing_ok=True)
-    tracker.log_artifact(directory.summary)
     conclude(config, summary, made, directory, tracker.how_to_open())
 
 

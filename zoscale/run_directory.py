@@ -136,7 +136,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    """The text of a JSON file, as `write_json` writes it."""
+    return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def _lock(folder: Path) -> int:

@@ -140,6 +140,10 @@ class Tracker:
         """Store a directory's content under `name`. As `log_artifact`."""
         self._upload(directory, lambda client, run_id: client.log_artifacts(run_id, str(directory), name))
 
+    def log_text(self, text: str, name: str) -> None:
+        """Store a text with the run, as a file of that name."""
+        self._put(Call(f"upload of {name}", lambda client, run_id: client.log_text(run_id, text, name)))
+
     def finish(self, status: str = "FINISHED") -> None:
         """Send what is waiting, close the run with FINISHED, FAILED or KILLED, close the file. Idempotent."""
         if self._file.closed:
@@ -181,6 +185,8 @@ class NullTracker(Tracker):
     def log_artifact(self, path: Path) -> None: ...
 
     def log_artifacts(self, directory: Path, name: str) -> None: ...
+
+    def log_text(self, text: str, name: str) -> None: ...
 
     def finish(self, status: str = "FINISHED") -> None: ...
 
