@@ -348,6 +348,14 @@ def engine_of(model: nn.Module, **options: Any) -> ZeroOrderEngine:
     return ZeroOrderEngine(model, **(chosen | options))
 
 
+@pytest.mark.parametrize("option", ["master", "noise", "forward", "compile"])
+def test_values_that_an_engine_does_not_know_are_refused(option: str) -> None:
+    """`float32` for `fp32` would train without a master and say nothing."""
+    options: dict[str, Any] = {option: "float32"}
+    with pytest.raises(ValueError, match=f"expected {option} to be one of .*, got 'float32'"):
+        engine_of(nn.Linear(1, 1), **options)
+
+
 def test_a_step_leaves_the_global_generators_alone() -> None:
     """Pitfall 6: data order and dropout elsewhere are not disturbed."""
     engine = engine_of(tiny("opt", dropout=0.5))

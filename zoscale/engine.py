@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import Accelerator
@@ -55,8 +55,8 @@ class ZeroOrderEngine(Engine):
         selection: which adapters are kept, and when they are chosen; for a model after `weigh_adapters`.
 
     Raises:
-        ValueError: if nothing is trainable, `fan_out` is asked for and not possible, the optimizer needs another
-            probe or estimator, the estimator the whole model, or the objective a tokenizer.
+        ValueError: if nothing is trainable, an option has none of its values, `fan_out` is asked for and not possible,
+            the optimizer needs another probe or estimator, the estimator the whole model, or the objective a tokenizer.
     """
 
     def __init__(
@@ -78,6 +78,10 @@ class ZeroOrderEngine(Engine):
         candidate_parts: int = 1,
         selection: Selection | None = None,
     ) -> None:
+        _check_value("master", master, Master)
+        _check_value("noise", noise, NoiseBackend)
+        _check_value("forward", forward, ForwardName)
+        _check_value("compile", compile, CompileName)
         module, mesh = place(model, accelerator)
         shards = shard_parameters(model, master=master)
         rule = optimizer(shards, mesh)
@@ -112,6 +116,11 @@ class ZeroOrderEngine(Engine):
         for shard in old.values():
             shard.release()
         self.forward = self._new_forward()
+
+
+def _check_value(option: str, value: str, values: Any) -> None:
+    if value not in get_args(values):
+        raise ValueError(f"expected {option} to be one of {', '.join(get_args(values))}, got {value!r}")
 
 
 def is_compiled(noise: NoiseBackend, num_trainable: int, device: torch.device) -> bool:
