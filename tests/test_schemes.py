@@ -424,6 +424,17 @@ def test_a_prefix_that_a_model_would_ignore_is_refused() -> None:
         add_adapter(load_model(config, read_model_config(config)), adapter)
 
 
+def test_a_prefix_that_does_not_fit_a_model_is_told_with_the_error() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ModelConfig(config={"model_type": "falcon", **sizes}, dtype="float32")
+    adapter = {"peft_type": "prefix_tuning", "num_virtual_tokens": 3}
+    model = add_adapter(load_model(config, read_model_config(config)), adapter)
+    batch = MicroBatch.from_labels({"input_ids": torch.ones(1, 4).long(), "labels": torch.ones(1, 4).long()})
+    with pytest.raises(RuntimeError) as caught:
+        AnswerModel(model, model).answer_logprobs(batch)
+    assert "FalconForCausalLM may not take PEFT's prefix: set adapter.peft_type" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm", "xlnet", "prophetnet"])
 def test_models_that_look_ahead_are_refused(kind: str) -> None:
     """The answer would be among what it is predicted from; AutoModelForCausalLM loads them all the same."""

@@ -37,7 +37,7 @@ class AnswerModel:
             order_gathers_after_writes(self.module)
             self.model.eval()  # losses are taken without dropout, whatever was done to the model since
         masks = padding_unmasked() if batch.is_right_padded else nullcontext()
-        with _answer_positions(self.head, batch), masks:
+        with _answer_positions(self.head, batch), masks, _prefix_noted(self.model):
             called = self.module if is_first else self.model
             output = called(**batch.model_inputs(self._dtype), use_cache=False)
         if is_first and not torch.is_grad_enabled():
@@ -65,3 +65,15 @@ def _answer_positions(head: nn.Module, batch: MicroBatch) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _prefix_noted(model: Any) -> Iterator[None]:
+    """What fails within it with a prefix says so: models whose cache is another than PEFT's do, each in its own way."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "PREFIX_TUNING":
+            kind = type(model.get_base_model()).__name__
+            error.add_note(f"{kind} may not take PEFT's prefix: set adapter.peft_type=prompt_tuning, or lora")
+        raise
