@@ -131,8 +131,8 @@ class Letters:
 
     pad_token_id = 0
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text], "special_tokens_mask": [0] * len(text)}
 
 
 def test_shapes_of_a_run_are_few_and_known_before() -> None:

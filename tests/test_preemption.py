@@ -37,7 +37,7 @@ def test_what_a_signal_interrupts_does_not_take_it_for_an_error_of_its_own(
         if what == "load_dataset":
             Source("someone/rows").records("train")
         else:
-            _compile(abs, [])
+            _compile(abs, [], {})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

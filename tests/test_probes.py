@@ -111,7 +111,7 @@ BITS = [
 def test_signs_as_bits_are_those_in_memory(probe: Probe, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is done with them, on slices that begin and end anywhere; short ones and odd rows stay in memory."""
     monkeypatch.setattr(noise, "_LONG", 64)
-    monkeypatch.setattr(fused, "compiled", lambda function, *_: function)
+    monkeypatch.setattr(fused, "compiled", lambda function, *_, **_options: function)
     monkeypatch.setattr(noise, "compiled", lambda function: function)
     specs = specs_of([(40, 96), (64, 33), (128,), (3, 32), (7, 5)])
     shards = [slice_of(spec, rank, world_size) for spec in specs for rank in range(world_size)]

@@ -182,7 +182,7 @@ def run_steps(make: Any, probe: Probe, q: int, master: Master, noise: Noise) -> 
 def rehearses() -> None:
     """What the lookup of several slabs draws and writes with was compiled before the first step."""
     names: list[str] = []
-    fused._compile = lambda function, inputs: names.append(function.__name__) or function  # type: ignore[func-returns-value]
+    fused._compile = lambda function, *_: names.append(function.__name__) or function  # type: ignore[func-returns-value]
     fused._WORTH, rehearsal._SHAPES = 2, [(40, 16), (33,)]
     shards, noise = shards_of("fp32"), Noise(SEED, compiled=True)
     make = partial(JaguarSignSGD, lr=LR)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -41,7 +42,7 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of the whole tensor."""
         return torch.Size(self.shape).numel()
@@ -56,7 +57,7 @@ class TensorSpec:
         """First dimension (1 for a vector)."""
         return self.shape[0] if self.is_matrix else 1
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Elements per row; more than two dimensions are viewed as (first, rest)."""
         return self.numel // max(1, self.rows)
