@@ -19,7 +19,10 @@ from zoscale.noise import philox
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_EAGER_NUMERICS: dict[str, str | int | bool | Callable[..., Any]] = {
+Options = dict[str, str | int | bool | Callable[..., Any]]
+"""Of torch's compiler."""
+
+_EAGER_NUMERICS: Options = {
     "emulate_precision_casts": True,
     "eager_numerics.division_rounding": True,
 }
@@ -27,12 +30,9 @@ _EAGER_NUMERICS: dict[str, str | int | bool | Callable[..., Any]] = {
 
 A graph must not read again what it has rounded to 16 bits: torch before 2.13 forgets the rounding.
 """
-_MANY = 2**10
-_ONE_LOOP: dict[str, str | int | bool | Callable[..., Any]] = {
-    "realize_reads_threshold": _MANY,
-    "realize_opcount_threshold": _MANY,
-    "realize_acc_reads_threshold": _MANY,
-}
+_ONE_LOOP: Options = dict.fromkeys(
+    ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold"), 2**10
+)
 """What several results need is computed where each of them is: kept in memory for them, it may part their loops."""
 _SMALLEST = 2  # sizes 0 and 1 would have graphs of their own
 _WORTH = 2**14  # elements from which one pass is faster than operators one by one: a compiled call costs 50 us
@@ -221,9 +221,7 @@ def compiled(function: Function, smallest: int = _SMALLEST, *, in_one_loop: bool
     return cast(Function, call)
 
 
-def _compile(
-    function: Function, inputs: Sequence[Any], options: dict[str, str | int | bool | Callable[..., Any]]
-) -> Callable[..., Any]:
+def _compile(function: Function, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     """Compiled for copies of some inputs, which shows whether there is a compiler."""
     try:
         fused: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True, options=options)

@@ -124,9 +124,8 @@ def signs(words: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def chosen_signs(words: Tensor, mask: Tensor | None = None) -> Tensor:
     """`signs` by choices instead of bit patterns, which a graph of 16-bit results puts to memory and reads again."""
-    bits = torch.ones((), dtype=torch.int32, device=words.device) << torch.arange(
-        BITS, dtype=torch.int32, device=words.device
-    )
+    places = torch.arange(BITS, dtype=torch.int32, device=words.device)
+    bits = torch.ones_like(places) << places
     z = torch.where((words[:, None] & bits) != 0, -1.0, 1.0)
     return z if mask is None else torch.where((mask[:, None] & bits) != 0, z, 0.0)
 
