@@ -20,7 +20,7 @@ import torch
 from processes import needs_compiler, run
 
 from zoscale.noise import fused, philox
-from zoscale.noise.generator import Domain, Key, Noise, Range, signs_at
+from zoscale.noise.generator import _LONG_RANGE, Domain, Key, Noise, Range, signs_at
 
 torch.set_num_threads(1)
 
@@ -156,6 +156,18 @@ def test_ranges_of_several_tensors_in_one_call(distribution: str) -> None:
     assert empty.shape == (0,) and empty.dtype == together[0].dtype
 
 
+@pytest.mark.parametrize("tensor", [5, 2**32 - 1])
+def test_long_ranges_in_one_call(tensor: int) -> None:
+    """Whose counters are made range by range; far into a tensor, too, where they are beyond 2**31."""
+    noise = Noise(SEED)
+    ranges = [Range(tensor, 2**34 - 8000, 2**34), Range(7, 1, 4000), Range(tensor, 2**33 - 2001, 2**33 + 3000)]
+    assert sum(stop - start for _, start, stop in ranges) // 4 > _LONG_RANGE * len(ranges)
+    for wanted, drawn in zip(ranges, noise.words(KEY, ranges), strict=True):
+        (alone,) = noise.words(KEY, [wanted])
+        assert torch.equal(drawn, alone)
+        assert np.array_equal(drawn[-9:].numpy(), expected("words", KEY, wanted._replace(start=wanted.stop - 9)))
+
+
 def test_signs_at_some_positions() -> None:
     noise, ranges = Noise(SEED), [Range(1, 37, 611), Range(2, 0, 5), Range(1, 64, 96)]
     indices = [
@@ -233,7 +245,7 @@ def test_no_collisions_over_a_grid_of_small_integers() -> None:
 
 FRESH = """
 import json, torch
-from zoscale.noise.generator import Domain, Key, Noise, Range, signs_at
+from zoscale.noise.generator import _LONG_RANGE, Domain, Key, Noise, Range, signs_at
 from zoscale.shards import trainable_specs
 noise, key = Noise(0x0123456789ABCDEF), Key(11, 3, Domain.SUPPORT_COLUMNS)
 wanted = [Range(5, 3, 40)]

@@ -1,7 +1,7 @@
 """`FanOutForward` over any trainable weights, against `SequentialForward`; real ranks are in test_zero3.py."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,21 +9,22 @@ import tiny
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from test_fan_out import ARCHITECTURES
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from zoscale.config import ConfigError
 from zoscale.engine import ZeroOrderEngine
-from zoscale.estimators import Estimator, OneSided, TwoPoint
+from zoscale.estimators import Candidate, Estimator, OneSided, TwoPoint
 from zoscale.forward.fan import Rows
 from zoscale.forward.fan_out import FanOutForward
+from zoscale.forward.scratch import Draws
 from zoscale.forward.sequential import Losses, SequentialForward
 from zoscale.forward.units import LinearUnit, LookupUnit, PatchedUnit, Unit
 from zoscale.forward.weight_fan import find_units
-from zoscale.noise.generator import Noise
-from zoscale.probes import Block, Coordinate, Gaussian, JaguarDirection, Probe, Rademacher, Tensors
-from zoscale.shards import CHUNK, TensorSpec, trainable_specs
+from zoscale.noise.generator import Key, Noise, Range
+from zoscale.probes import Block, Coordinate, Gaussian, JaguarDirection, Piece, Probe, Rademacher, Tensors, pieces
+from zoscale.shards import CHUNK, ShardedParam, TensorSpec, trainable_specs
 from zoscale.step import micro_batches
 
 
@@ -107,6 +108,36 @@ def test_large_weights_are_run_slab_by_slab(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(len(outline) <= 108 for unit in heads for outline in unit.outlines)  # three rows of 36
     fan, one = (losses(model, f, TwoPoint(tau=0.05, num_directions=2), Gaussian()) for f in ("fan_out", "sequential"))
     assert fan.values == pytest.approx(one.values, abs=2e-6)
+
+
+@pytest.mark.parametrize(("probe", "draws"), [(Rademacher(), 3), (Block(rows=0.5, columns=0.5), 3), (Gaussian(), 40)])
+def test_signs_of_several_slabs_are_drawn_together(monkeypatch: pytest.MonkeyPatch, probe: Probe, draws: int) -> None:
+    """As bits they take little memory, and every draw costs a call; an update draws whole groups, too."""
+    monkeypatch.setattr("zoscale.shards.CHUNK", 640)
+    monkeypatch.setattr("zoscale.forward.scratch._SMALL", 64)
+    monkeypatch.setattr("zoscale.noise.generator._LONG", 32)
+    monkeypatch.setattr("zoscale.noise.fused._WORTH", 2**30)
+    specs = [TensorSpec(number, f"{number:02}", (10, 32)) for number in range(40)]
+    direction = probe.draw(Noise(0, compiled=True), specs, 0, 0)
+    drawn: list[int] = []
+    draw = Noise._draw
+    monkeypatch.setattr("zoscale.noise.generator.compiled", lambda function: function)
+
+    def counted(self: Noise, kernel: Any, key: Key, ranges: Sequence[Range], device: Any) -> list[Tensor]:
+        drawn.append(len(ranges))
+        return draw(self, kernel, key, ranges, device)
+
+    monkeypatch.setattr(Noise, "_draw", counted)
+    slabs = [ShardedParam.outline(spec, 0, spec.numel, torch.device("cpu")) for spec in specs]
+    table = Draws([Candidate(direction, 1.0)], slabs)
+    zero = torch.zeros(320)
+    found = [values[0].clone() for slab in slabs for _, values in table.values([(zero, table.of(slab))])]
+    assert len(drawn) == draws and sum(drawn) == len(slabs)
+    for slab, values in zip(slabs, found, strict=True):
+        (segment,) = direction.segments([Piece(slab, 0, 320)])
+        assert segment is not None and torch.equal(values, segment.value)
+    groups = [len(group) for group in pieces(slabs, is_bits=direction.is_bits)]
+    assert groups == ([16, 16, 8] if draws == 3 else [2] * 20)
 
 
 @pytest.mark.parametrize(("width", "height"), [(3072, 768), (768, 3072), (20480, 5120), (512, 50272), (2**21, 3)])

@@ -69,6 +69,10 @@ class GradientEstimate:
         """g on a piece for kernels that make every z_k in registers; None where some must be drawn."""
         return Sum.of([direction.stream(piece) for direction in self.directions], self.projected_grads)
 
+    def is_bits(self, piece: Piece) -> bool:
+        """Whether every z_k on a piece is signs as bits, where it is not zero."""
+        return all(direction.is_bits(piece) for direction in self.directions)
+
     def gradients(self, group: Sequence[Piece]) -> Sequence[Sum | Tensor]:
         """g = (1/q) sum_k rho_k z_k on each piece: a sum that kernels make, or where some z_k is drawn, its `mean`."""
         sums = [found for piece in group if (found := self.stream(piece)) is not None]
@@ -87,7 +91,7 @@ class GradientEstimate:
 
     def signs(self, group: Sequence[Piece]) -> list[SignTerms | None]:
         """Every rho_k z_k on each piece; None where some are no signs as bits, or are made by kernels."""
-        wanted = [p for p in group if all(z.is_bits(p) and z.stream(p) is None for z in self.directions)]
+        wanted = [p for p in group if self.is_bits(p) and all(z.stream(p) is None for z in self.directions)]
         drawn = [direction.segments(wanted) for direction in self.directions] if wanted else []
         found = {
             piece: SignTerms.of(segments, self.projected_grads, piece.stop - piece.start, piece.shard.truth.device)

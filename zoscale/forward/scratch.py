@@ -14,6 +14,7 @@ from zoscale.shards import ShardedParam, TensorSpec
 
 _SMALL = 2**16  # elements of a slab that is drawn together with others
 _TOGETHER = 2**18  # of those that are drawn together, and kept until they are used
+_IN_PAIRS = 2**20  # of a slab that is written for two candidates at once
 _PATCHED = 2**24  # elements of the tensors whose patches are
 _CPU = torch.device("cpu")  # where patches are of use
 
@@ -47,16 +48,28 @@ class Draws:
         patched: Sequence[TensorSpec] = (),
     ) -> None:
         self._directions, self._numbers = _by_direction(candidates)
-        small = [outline for outline in outlines if len(outline) <= _SMALL]
         self._groups: dict[Piece, list[Piece]] = {}
         self._pieces: dict[int, list[Piece]] = {}
-        for group in (*pieces(small, _TOGETHER), *([p] for o in outlines if len(o) > _SMALL for p in _cut(o))):
+        for group in self._drawn_together(outlines):
             for piece in group:
                 self._groups[piece] = group
                 self._pieces.setdefault(id(piece.shard), []).append(piece)
         self._kept: dict[tuple[int, Piece], Segment | None] = {}
         self._neighbours = _neighbours(patched, _PATCHED // max(1, len(self._directions)))
         self._patches: dict[tuple[int, TensorSpec], Patch] = {}
+
+    def _drawn_together(self, outlines: Sequence[ShardedParam]) -> Iterator[list[Piece]]:
+        small, packed, large = list[ShardedParam](), list[ShardedParam](), list[ShardedParam]()
+        for outline in outlines:
+            is_bits = self._is_bits(Piece(outline, 0, len(outline)))
+            (small if len(outline) <= _SMALL else packed if is_bits else large).append(outline)
+        yield from pieces(small, _TOGETHER)
+        yield from pieces(packed, is_bits=self._is_bits)
+        for outline in large:
+            yield from ([piece] for group in pieces([outline]) for piece in group)
+
+    def _is_bits(self, piece: Piece) -> bool:
+        return all(direction.is_bits(piece) for direction in self._directions)
 
     def of(self, outline: ShardedParam) -> list[Drawn]:
         """The noise of one slab."""
@@ -81,14 +94,17 @@ class Draws:
         """
         for number, _ in self._numbers.get(None, ()):
             yield number, [base for base, _ in slabs]
-        works = [_Work(base, drawn) for base, drawn in slabs]
+        copies = 2 if all(base.device == _CPU and len(base) <= _IN_PAIRS for base, _ in slabs) else 1
+        works = [_Work(base, drawn, copies) for base, drawn in slabs]
         for place in range(len(self._directions)):
             for work in works:
                 work.turn_to(place)
-            for number, radius in self._numbers[place]:
+            candidates = self._numbers[place]
+            for some in (candidates[first : first + copies] for first in range(0, len(candidates), copies)):
                 for work in works:
-                    work.write(radius)
-                yield number, [work.values for work in works]
+                    work.write([radius for _, radius in some])
+                for copy, (number, _) in enumerate(some):
+                    yield number, [work.values[copy] for work in works]
 
     def patches(self, spec: TensorSpec) -> Iterator[tuple[Patch, list[tuple[int, float]]]]:
         """Of each direction that touches a tensor: z, and the numbers and radii of its candidates."""
@@ -111,15 +127,16 @@ class Draws:
 
 
 class _Work:
-    """A scratch copy of one slab.
+    """Scratch copies of one slab.
 
     Args:
         base: the slab's values; only read.
         drawn: its noise.
+        copies: candidates of one direction that are written together.
     """
 
-    def __init__(self, base: Tensor, drawn: Sequence[Drawn]) -> None:
-        self.values = torch.empty_like(base)
+    def __init__(self, base: Tensor, drawn: Sequence[Drawn], copies: int) -> None:
+        self.values = [torch.empty_like(base) for _ in range(copies)]
         self._base = base
         self._drawn = drawn
         self._segments: list[tuple[int, Segment]] = []
@@ -128,23 +145,20 @@ class _Work:
     def turn_to(self, place: int) -> None:
         """Draw a direction; what it leaves as it is has the slab's values from here on."""
         if self._is_base:  # but for what the last one wrote
-            self.write(0.0)
+            self.write([0.0] * len(self.values))
         self._segments.clear()  # before the next is drawn
         found = [(part.start, part.segment(place)) for part in self._drawn]
         self._segments = [(start, segment) for start, segment in found if segment is not None]
         is_whole = len(self._segments) == len(found) and all(segment.index is None for _, segment in self._segments)
         if not (is_whole or self._is_base):
-            self.values.copy_(self._base)
+            for values in self.values:
+                values.copy_(self._base)
         self._is_base = not is_whole
 
-    def write(self, radius: float) -> None:
-        """The values at one radius."""
+    def write(self, radii: Sequence[float]) -> None:
+        """The values at as many radii, each in a copy."""
         for start, segment in self._segments:
-            segment.write(self.values, self._base, start, radius)
-
-
-def _cut(outline: ShardedParam) -> Iterator[Piece]:
-    return (piece for group in pieces([outline]) for piece in group)
+            segment.write_each(self.values[: len(radii)], self._base, start, radii)
 
 
 def _neighbours(specs: Sequence[TensorSpec], limit: int) -> dict[TensorSpec, list[TensorSpec]]:

@@ -25,6 +25,7 @@ from zoscale.noise.fused import compiled, on_device
 _BLOCK_MULTIPLE = 64  # blocks per call are a multiple of this: whole vectors only, so a value has one code path
 _KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements a call
 _KEPT_DRAW = 2**13  # blocks of several ranges whose counters are kept for the next step: 64 KiB
+_LONG_RANGE = 2**9  # blocks
 _KEPT_RANGES = 128  # more are those of a lookup, which no other step has
 _KEPT_DRAWS = 1024
 _SIGN = -(2**31)  # words without it sort as signed numbers like unsigned ones
@@ -239,12 +240,26 @@ def _counters(ids: Sequence[int], firsts: Sequence[int], sizes: Sequence[int], d
     """Counter words 0 (element block) and 1 (tensor id) of all blocks: int32, padded to whole vectors."""
     total = sum(sizes)
     padded = _padded(total)
+    if total >= _LONG_RANGE * len(sizes):
+        return _long_counters(ids, firsts, sizes, padded, device)
     counts = torch.tensor([*sizes, padded - total])
     ends = counts.cumsum(0)
     shift = torch.tensor([*firsts, 0]) - (ends - counts)
     tensors = torch.tensor([*map(philox.signed, ids), 0], dtype=torch.int32)
     blocks = torch.arange(padded) + shift.repeat_interleave(counts)
     return on_device(blocks.to(torch.int32), device), on_device(tensors.repeat_interleave(counts), device)
+
+
+def _long_counters(
+    ids: Sequence[int], firsts: Sequence[int], sizes: Sequence[int], padded: int, device: Device
+) -> tuple[Tensor, Tensor]:
+    """`_counters` of ranges so long that an operation for each is cheap: written once, where they are used."""
+    blocks, tensors = torch.zeros(2, padded, dtype=torch.int32, device=device)
+    counted, _ = _first_blocks(max(sizes), device)
+    for tensor, first, end, size in zip(ids, firsts, accumulate(sizes), sizes, strict=True):
+        torch.add(counted[:size], philox.signed(first), out=blocks[end - size : end])
+        tensors[end - size : end] = philox.signed(tensor)
+    return blocks, tensors
 
 
 _kept_counters = functools.lru_cache(_KEPT_DRAWS)(_counters)

@@ -85,6 +85,10 @@ class ZeroOrderOptimizer(ShardedOptimizer):
         words = self._rounding_words(piece)
         chosen(function, self._current.is_compiled)(*_slices(piece), update, lr, weight_decay, words)
 
+    def is_packed(self, piece: Piece) -> bool:
+        """Whether nothing is drawn for the elements of a piece but bits."""
+        return self._current.is_bits(piece) and not piece.shard.is_rounded_stochastically
+
     def _rounding_words(self, piece: Piece) -> Tensor | None:
         """To round its truth with, if that is done stochastically."""
         is_rounded = piece.shard.is_rounded_stochastically

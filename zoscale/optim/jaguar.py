@@ -56,7 +56,7 @@ class JaguarSignSGD(ZeroOrderOptimizer):
         check_beta(options["beta"])
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        batches = pieces(shards, stream=estimate.stream)
+        batches = pieces(shards, stream=estimate.stream, is_bits=self.is_packed)
         for piece, memory, pending in _visit(self.buffer, batches, estimate, group["beta"]):
             if pending is None:
                 self.descend_sign(piece, memory, group)
@@ -100,7 +100,7 @@ class JaguarMuon(SpectralOptimizer):
         self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
     ) -> Iterator[tuple[Piece, Tensor]]:
         """Bring the memory up to date; yields each piece with it."""
-        for piece, memory, pending in _visit(self.buffer, pieces(shards), estimate, beta):
+        for piece, memory, pending in _visit(self.buffer, pieces(shards, is_bits=self.is_packed), estimate, beta):
             if pending is not None:
                 pending.remember(memory, beta)
             yield piece, memory

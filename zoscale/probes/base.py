@@ -12,6 +12,8 @@ from zoscale.noise.segments import Segment
 from zoscale.noise.streams import Stream
 from zoscale.shards import STREAMED, ShardedParam, TensorSpec, chunk
 
+_PACKED = 8  # a draw of bits is cheap, and a call of the generator is not
+
 
 class Piece(NamedTuple):
     """Elements [start, stop) of a shard's local slice."""
@@ -28,11 +30,16 @@ class Piece(NamedTuple):
 
 
 def pieces(
-    shards: Iterable[ShardedParam], limit: int | None = None, *, stream: Callable[[Piece], object] = lambda _: None
+    shards: Iterable[ShardedParam],
+    limit: int | None = None,
+    *,
+    stream: Callable[[Piece], object] = lambda _: None,
+    is_bits: Callable[[Piece], bool] = lambda _: False,
 ) -> Iterator[list[Piece]]:
     """All elements of the local slices, in groups of at most `limit` elements (None = a chunk of their device).
 
-    One group is drawn in one pass of the generator: many small tensors share it, a large one is cut. What is larger
+    One group is drawn in one pass of the generator: many small tensors share it, a large one is cut. Of tensors whose z
+    is drawn as bits, as `is_bits` says, pieces and groups have up to `_PACKED` times as many elements. What is larger
     than a chunk and never drawn to memory, because `stream` has coordinates of it, is cut into pieces of `STREAMED`
     elements, each of which begins a group.
     """
@@ -41,14 +48,16 @@ def pieces(
     for shard in shards:
         most = limit or chunk(shard.truth.device)
         is_streamed = limit is None and len(shard) > most and stream(Piece(shard, 0, len(shard))) is not None
-        most = STREAMED if is_streamed else most
-        for start in range(0, len(shard), most):
-            piece = Piece(shard, start, min(start + most, len(shard)))
-            if group and (is_streamed or size + piece.stop - piece.start > most):
+        packed = _PACKED if not is_streamed and is_bits(Piece(shard, 0, len(shard))) else 1
+        longest = STREAMED if is_streamed else most * packed
+        for start in range(0, len(shard), longest):
+            piece = Piece(shard, start, min(start + longest, len(shard)))
+            share = (piece.stop - piece.start) // packed
+            if group and (is_streamed or size + share > most):
                 yield group
                 group, size = [], 0
             group.append(piece)
-            size += piece.stop - piece.start
+            size += share
     if group:
         yield group
 
