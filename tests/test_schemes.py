@@ -424,6 +424,39 @@ def test_a_prefix_that_a_model_would_ignore_is_refused() -> None:
         add_adapter(load_model(config, read_model_config(config)), adapter)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("mamba", {"hidden_size": 16, "num_hidden_layers": 2}),
+        ("mpt", {"d_model": 16, "n_heads": 4, "n_layers": 2}),
+        ("xglm", {"d_model": 16, "attention_heads": 4, "num_layers": 2, "ffn_dim": 24}),
+    ],
+)
+def test_virtual_tokens_of_models_whose_heads_peft_does_not_find(
+    kind: str, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Prompts need none; a prefix does, so that models without heads are refused, and told of no layers."""
+    config = ModelConfig(config={"model_type": kind, "vocab_size": 50, **sizes}, dtype="float32")
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4).long()}
+    for peft_type in ("prompt_tuning", "prefix_tuning"):
+        base = load_model(config, read_model_config(config))
+        told = pytest.raises(ConfigError, match="takes a prefix of keys and values, got MambaForCausalLM: set adapter")
+        with told if (kind, peft_type) == ("mamba", "prefix_tuning") else nullcontext():
+            model: Any = add_adapter(base, {"peft_type": peft_type, "num_virtual_tokens": 3})
+            logits = model.eval()(**batch, use_cache=False).logits
+            model.save_pretrained(tmp_path / peft_type)
+            loaded = PeftModel.from_pretrained(model.get_base_model(), tmp_path / peft_type)
+            assert torch.equal(loaded.eval()(**batch, use_cache=False).logits, logits)
+
+
+def test_norms_without_weights_are_refused_as_targets() -> None:
+    architecture = AutoConfig.for_model("modernbert-decoder", **_SMALL)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(architecture)
+    with pytest.raises(ConfigError, match="fit ModernBertDecoderForCausalLM, got a target without weights"):
+        add_adapter(base, {"peft_type": "ln_tuning", "target_modules": ["attn_norm"]})
+
+
 def test_a_prefix_that_does_not_fit_a_model_is_told_with_the_error() -> None:
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = ModelConfig(config={"model_type": "falcon", **sizes}, dtype="float32")
@@ -624,6 +657,21 @@ def test_prompt_tuning_of_blocks_that_look_at_token_ids_is_refused() -> None:
         )
         with told if refused else nullcontext():
             add_adapter(base, {"peft_type": "prompt_tuning", "num_virtual_tokens": 2})
+    layered = {"vocab_size_per_layer_input": 1700, "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2}
+    architecture = AutoConfig.for_model("gemma3n_text", **{**_SMALL, "head_dim": 8, **layered})
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(architecture)
+    with pytest.raises(ConfigError, match="got prompt_tuning with Gemma3nForCausalLM, whose blocks look at token ids"):
+        add_adapter(base, {"peft_type": "prompt_tuning", "num_virtual_tokens": 2})
+
+
+def test_prompt_tuning_of_a_model_whose_embedding_peft_does_not_find_is_refused() -> None:
+    """It has one row more than the vocabulary."""
+    architecture = AutoConfig.for_model("moshi", **_SMALL, head_dim=8, num_key_value_heads=2)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(architecture)
+    with pytest.raises(ConfigError, match=r"embedding of tokens PEFT finds.*MoshiForCausalLM.*none: set adapter.peft"):
+        add_adapter(base, {"peft_type": "prompt_tuning", "num_virtual_tokens": 2})
 
 
 @pytest.mark.parametrize("kind", UNLIKE)

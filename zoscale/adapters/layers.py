@@ -3,7 +3,7 @@
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,20 +19,33 @@ def check_adapted(adapted: nn.Module) -> None:
     """Refuse an adapter of layers that cannot have one, or that would be lost between saving and loading it.
 
     Raises:
-        ConfigError: with the names of the layers, or for a prefix that the model does not take.
+        ConfigError: with the names of the layers, or for virtual tokens that PEFT would embed beside others.
     """
-    _check_prefix(adapted)
+    _check_embedding(adapted)
     _check_kinds(adapted)
     _check_loads(adapted)
 
 
-def _check_prefix(adapted: Any) -> None:
-    """A prefix is a cache of keys and values; models without attention (Mamba) ignore it, and it changes nothing."""
-    base = adapted.get_base_model()
+def check_prefix(base: Any, adapter: Mapping[str, Any]) -> None:
+    """A prefix is a cache of keys and values; models without attention (Mamba) ignore it, and it changes nothing.
+
+    Raises:
+        ConfigError: for a prefix that the model does not take.
+    """
     takes_cache = "past_key_values" in inspect.signature(base.forward).parameters
-    if adapted.active_peft_config.peft_type == "PREFIX_TUNING" and not takes_cache:
+    if adapter.get("peft_type") == "prefix_tuning" and not takes_cache:
         remedy = "set adapter.peft_type=prompt_tuning, or lora"
         raise ConfigError("a model that takes a prefix of keys and values", type(base).__name__, remedy)
+
+
+def _check_embedding(adapted: Any) -> None:
+    """PEFT looks for the embedding of the tokens beside virtual ones by its number of rows."""
+    if adapted.active_peft_config.peft_type == "PROMPT_TUNING":
+        base, found = adapted.get_base_model(), adapted.word_embeddings
+        if found is not base.get_input_embeddings():
+            got = f"{type(base).__name__}, for which it takes {'none' if found is None else type(found).__name__}"
+            remedy = "set adapter.peft_type=lora"
+            raise ConfigError("a model whose embedding of tokens PEFT finds, for prompt_tuning", got, remedy)
 
 
 def _check_kinds(adapted: nn.Module) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from zoscale.adapters.layers import check_adapted
+from zoscale.adapters.layers import check_adapted, check_prefix
 from zoscale.adapters.schemes import choose_trainable, peft_config, quiet_peft, selection_of
 from zoscale.adapters.weighted_lora import weigh_adapters
 from zoscale.config import ConfigError, ModelConfig, first_line
@@ -55,6 +55,11 @@ def _untie(architecture: Any, config: ModelConfig) -> None:
         raise ConfigError("a model whose head is tied, for model.untie_head", "one with a head of its own", remedy)
     architecture.tie_word_embeddings = False
 
+
+_PEFT_REFUSES = (
+    ValueError, TypeError, AttributeError, IndexError, NotImplementedError, AssertionError, StopIteration,
+)  # fmt: skip
+"""What PEFT raises for options that do not fit a model."""
 
 _PREFIX_SHARING = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
 """Model types whose losses with merged rows are tested to be those of separate rows."""
@@ -260,24 +265,38 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any] | None, train
     if adapter.get("peft_type") == "prompt_tuning" and _reads_tokens(model.config.get_text_config()):
         got = f"prompt_tuning with {type(model).__name__}, whose blocks look at token ids, which virtual tokens lack"
         raise ConfigError("another adapter for this model", got, "set adapter.peft_type=lora")
+    check_prefix(model, adapter)
     try:
         with vectors_gathered(model) if copies_norms else nullcontext(), quiet_peft():
             options = peft_config(adapter)
-            if adapter.get("peft_type") == "prompt_tuning" and options.token_dim is None:
-                options.token_dim = model.get_input_embeddings().embedding_dim  # not hidden_size, as OPT-350M shows
+            if options.is_prompt_learning:
+                _measure(options, model)
             adapted = cast(nn.Module, get_peft_model(model, options))
-    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError, AssertionError) as error:
+    except _PEFT_REFUSES as error:
         expected = f"adapter options that fit {type(model).__name__}"
-        raise ConfigError(expected, first_line(error), _adapter_remedy(layers, error)) from error
+        got = "a target without weights" if isinstance(error, StopIteration) else first_line(error)
+        targets = [] if adapter.get("peft_type") in ("prompt_tuning", "prefix_tuning") else layers
+        raise ConfigError(expected, got, _adapter_remedy(targets, error)) from error
     check_adapted(adapted)
     if (selection := selection_of(adapter)) is not None:
         weigh_adapters(adapted, selection)
     return adapted
 
 
+def _measure(options: Any, model: Any) -> None:
+    """Fill in sizes of virtual tokens that PEFT takes from the wrong place, or does not find."""
+    if options.peft_type == "PROMPT_TUNING" and options.token_dim is None:
+        options.token_dim = model.get_input_embeddings().embedding_dim  # not hidden_size, as OPT-350M shows
+    heads = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
+    config = model.config.get_text_config()
+    if options.num_attention_heads is None and not any(name in config.to_dict() for name in heads):
+        found = getattr(config, "num_attention_heads", None)  # by another name in MPT, XGLM and others
+        options.num_attention_heads = found or (1 if options.peft_type == "PROMPT_TUNING" else None)  # of no matter
+
+
 def _reads_tokens(config: Any) -> bool:
     """Whether a model needs token ids beyond its embedding: hashed experts, embeddings of each layer."""
-    return config.model_type == "deepseek_v4" or bool(
+    return config.model_type in ("deepseek_v4", "gemma3n_text") or bool(
         config.model_type == "gemma4_text" and config.hidden_size_per_layer_input
     )
 
