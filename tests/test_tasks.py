@@ -488,6 +488,25 @@ def test_models_that_would_count_padding_generate_without(kind: str, tokenizer: 
     assert found == [greedy(model, tokenizer, prompt, 5) for prompt in prompts]
 
 
+@pytest.mark.parametrize(
+    ("kind", "peft_type"), [("ctrl", "prompt_tuning"), ("openai-gpt", "prompt_tuning"), ("mpt", "prefix_tuning")]
+)
+def test_answers_behind_virtual_tokens(kind: str, peft_type: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of models that name no embeddings to begin with, have no cache, or take no positions."""
+    sizes: dict[str, Any] = {"n_embd": 32, "d_model": 32, "dff": 48, "n_positions": 64, "max_seq_len": 64}
+    sizes |= {"n_layer": 2, "n_layers": 2, "n_head": 4, "n_heads": 4, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+    model: Any = add_adapter(base, {"peft_type": peft_type, "num_virtual_tokens": 3}).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    examples = task_of("squad", max_new_tokens=5).examples("train")
+    batch = Encoder(tokenizer, 24).micro_batch(examples, gold_only=True)
+    cut = tuple(replace(q, prompt=q.prompt[: 6 + 2 * number]) for number, q in enumerate(batch.questions))
+    found = Generator(AnswerModel(model, model), tokenizer, Mesh()).texts(replace(batch, questions=cut))
+    assert found == [greedy(model, tokenizer, list(question.prompt), 5) for question in cut]
+
+
 def test_ranks_write_equally_often_without_a_cache(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

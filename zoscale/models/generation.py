@@ -28,7 +28,8 @@ class Generator:
     """Writes answers token by token, the most probable one each time, up to the first newline or the end of the text.
 
     Prompts are padded on the left, but for models that would count the padding, which write one answer at a time. So do
-    models with code of their own.
+    models with code of their own, those that count it behind a prefix since they take no positions, and those without a
+    cache behind virtual tokens.
 
     Under ZeRO-3 every forward is a collective: all ranks go on until the last one has finished, so all of them call
     `texts` equally often. Without a cache (OpenAI GPT) none stops early: transformers cannot go on behind the end then.
@@ -46,8 +47,14 @@ class Generator:
         model: Any = answers.model
         self._base = model.get_base_model() if hasattr(model, "peft_config") else model
         is_known = type(self._base).__module__.startswith("transformers.")
-        self._has_cache = not _CACHES.isdisjoint(inspect.signature(self._base.forward).parameters)
-        self._takes_padding = is_known and self._base.config.model_type not in _COUNT_PADDING
+        inputs = inspect.signature(self._base.forward).parameters
+        self._has_cache = not _CACHES.isdisjoint(inputs)
+        virtual = getattr(model, "active_peft_config", None)
+        self._virtual = virtual.peft_type if virtual is not None and virtual.is_prompt_learning else None
+        is_unplaced = self._virtual == "PREFIX_TUNING" and "position_ids" not in inputs
+        is_injected = self._virtual == "PROMPT_TUNING" and not self._has_cache
+        counts_padding = self._base.config.model_type in _COUNT_PADDING or is_unplaced or is_injected
+        self._takes_padding = is_known and not counts_padding
         stop: list[int] = tokenizer.encode(_STOP, add_special_tokens=False)
         ends = {tokenizer.eos_token_id, *(stop if len(stop) == 1 and stop != [tokenizer.unk_token_id] else [])}
         self._ends = sorted(end for end in ends if end is not None)
@@ -92,15 +99,15 @@ class Generator:
     def _generate(self, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
         """The new tokens, int64 [E, N]."""
         model: Any = self.answers.model
-        prompt = getattr(model, "active_peft_config", None)
-        if prompt is None or not prompt.is_prompt_learning or prompt.peft_type == "PREFIX_TUNING":
+        if self._virtual != "PROMPT_TUNING" or not self._has_cache:  # transformers needs one to begin with embeddings
             return cast(Tensor, model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :])
         embedded = model.word_embeddings(ids)  # PEFT would put the virtual tokens before the padding
         virtual = model.get_prompt(len(ids)).to(embedded.dtype)
         pads = (mask == 0).sum(dim=1).tolist()
         rows = [torch.cat([row[:n], own, row[n:]]) for row, own, n in zip(embedded, virtual, pads, strict=True)]
         longer = torch.cat([mask, mask.new_ones(virtual.shape[:2])], dim=1)
-        return cast(Tensor, self._base.generate(inputs_embeds=torch.stack(rows), attention_mask=longer, **options))
+        with _begins_with_embeddings(self._base):
+            return cast(Tensor, self._base.generate(inputs_embeds=torch.stack(rows), attention_mask=longer, **options))
 
     def _prompts(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Token ids and mask, int64 [E, T], padded on the left so that all end together."""
@@ -114,6 +121,24 @@ class Generator:
         length = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
         text = str(self.tokenizer.decode(list(tokens[:length]), skip_special_tokens=True))
         return text.split(_STOP)[0].strip()
+
+
+@contextmanager
+def _begins_with_embeddings(model: Any) -> Iterator[None]:
+    """Within, `generate` begins with embeddings for models that hand them on without naming them, too (Bamba, CTRL)."""
+    own = model.prepare_inputs_for_generation
+    if "inputs_embeds" in inspect.signature(own).parameters:
+        yield
+        return
+
+    def prepare(*args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:  # it reads these names
+        return own(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+    model.prepare_inputs_for_generation = prepare
+    try:
+        yield
+    finally:
+        model.prepare_inputs_for_generation = own
 
 
 @contextmanager
