@@ -280,7 +280,23 @@ def test_a_model_without_a_position_for_a_token_is_refused() -> None:
         ({"peft_type": "ia3", "r": 8}, None, "a field of peft.IA3Config, got adapter.r"),
         ({"peft_type": "prefix_tuning", "prefix_projection": True}, None, "prefix_projection false"),
         ({"peft_type": "prompt_tuning", "num_virtual_tokens": 0}, None, "num_virtual_tokens of at least 1, got 0"),
-        ({"peft_type": "prefix_tuning", "num_virtual_tokens": "x"}, None, "num_virtual_tokens of at least 1, got 'x'"),
+        ({"peft_type": "prefix_tuning", "num_virtual_tokens": "x"}, None, "num_virtual_tokens to be int, got 'x'"),
+        ({"peft_type": ["lora"]}, None, "weight_lora, got ['lora']"),
+        ({"r": "8"}, None, "adapter.r to be int, got '8'"),
+        ({"r": 0}, None, "adapter.r at least 1, got 0"),
+        ({"r": True}, None, "adapter.r to be int, got True"),
+        ({"lora_alpha": 0}, None, "adapter.lora_alpha above 0, got 0"),
+        ({"lora_dropout": -0.1}, None, "adapter.lora_dropout in [0, 1), got -0.1"),
+        ({"use_rslora": "no"}, None, "adapter.use_rslora to be bool, got 'no'"),
+        ({"bias": "some"}, None, "adapter.bias to be one of none, all, lora_only, got 'some'"),
+        ({"target_modules": 3}, None, "adapter.target_modules to be"),
+        ({"rank_pattern": ["q_proj"]}, None, "adapter.rank_pattern to be"),
+        ({"peft_type": "weight_lora", "r": 1.5}, None, "adapter.r to be int, got 1.5"),
+        (
+            {"peft_type": "prompt_tuning", "num_virtual_tokens": 2, "prompt_tuning_init": "sample_vocab"},
+            None,
+            "adapter.prompt_tuning_init to be one of RANDOM, SAMPLE_VOCAB, TEXT, got 'sample_vocab'",
+        ),
         ({"inference_mode": True}, None, "inference_mode false"),
         ({"layers_to_transform": [0], "target_modules": "q_proj"}, None, "that peft.LoraConfig takes, got `layers_to"),
         ({"use_dora": True, "lora_bias": True}, None, "lora_bias=True is not supported for DoRA"),
@@ -296,6 +312,19 @@ def test_schemes_that_cannot_be_trained_are_refused(
     with pytest.raises(ConfigError) as caught:
         check_scheme(adapter, trainable)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_alpha": 0.5}, {"layer_replication": [[0, 2], [1, 3]]}, {"target_modules": "all-linear"},
+        {"rank_pattern": {"q_proj": 4}}, {"init_lora_weights": False}, {"trainable_token_indices": {"embed": [1]}},
+        {"layers_to_transform": 3}, {"corda_config": {}, "init_lora_weights": "corda"},
+        {"peft_type": "prompt_tuning", "num_virtual_tokens": 2, "token_dim": None},
+    ],
+)  # fmt: skip
+def test_fields_of_adapters_have_the_types_of_peft(options: dict[str, Any]) -> None:
+    check_scheme(options, None)
 
 
 def test_an_adapter_and_a_subset_of_the_weights_contradict_each_other() -> None:
@@ -494,6 +523,25 @@ def test_a_configuration_that_transformers_refuses_is_an_error_of_the_user() -> 
     config = {"model_type": "llama", "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}
     with pytest.raises(ConfigError, match="Missing required keys in `rope_parameters`"):
         read_model_config(ModelConfig(config=config))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"hidden_size": "8"}, "'hidden_size' expected int, got str"),
+        ({"hidden_size": 0}, "a causal language model of transformers, got opt"),
+        ({"ffn_dim": -1}, "a causal language model of transformers, got opt"),
+        ({"num_attention_heads": 0}, "a causal language model of transformers, got opt"),
+        ({"activation_function": "none"}, "a causal language model of transformers, got opt"),
+        ({"dtype": "fp99"}, "has no attribute 'fp99'"),
+        ({"dtype": [1]}, "a known model_type, got model_type 'opt'"),
+        ({"quantization_config": 1}, "a known model_type, got model_type 'opt'"),
+    ],
+)
+def test_values_that_no_architecture_has_are_errors_of_the_user(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        count_parameters(read_model_config(ModelConfig(config={"model_type": "opt", **option})))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

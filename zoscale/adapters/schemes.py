@@ -2,15 +2,16 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 from torch import nn
 
 from zoscale.adapters.selection import Selection
-from zoscale.config import ConfigError, check_adapter, first_line
+from zoscale.config import ConfigError, check_adapter, first_line, show
+from zoscale.config.schema import conforms, type_name
 
 PEFT_CONFIGS = {
     "lora": "LoraConfig",
@@ -21,6 +22,16 @@ PEFT_CONFIGS = {
     "weight_lora": "LoraConfig",
 }
 """`adapter.peft_type` -> class of peft that has the other fields; `weight_lora` has those of `Selection` too."""
+
+_WIDER = {"lora_alpha": float, "prompt_tuning_init": Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"]}
+"""Types of fields where PEFT's is too narrow, or takes any text for the default."""
+
+_POSSIBLE: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "r": ("at least 1", lambda r: r >= 1),
+    "lora_alpha": ("above 0", lambda alpha: alpha > 0),
+    "lora_dropout": ("in [0, 1)", lambda share: 0 <= share < 1),
+}
+"""Values that PEFT accepts, some of them only to fail later or to train nothing."""
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 """Values of `init_lora_weights`, or how they begin, that take what the adapter starts with off the base weights."""
@@ -46,6 +57,8 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
         name, options = _split(adapter)
         library = PEFT_CONFIGS[name]
         check_adapter(options, [field.name for field in fields(_peft_class(name))], f"peft.{library}")
+        _check_start(name, str(options.get("init_lora_weights")).lower())
+        _check_values(_peft_class(name), options)
         for key in ("prefix_projection", "inference_mode"):
             if options.get(key):
                 raise ConfigError(f"adapter.{key} false", "true", "train the virtual tokens themselves")
@@ -56,11 +69,29 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
             raise ConfigError(expected, first_line(error), "correct adapter") from error
         if chosen.is_prompt_learning and not (isinstance(count := chosen.num_virtual_tokens, int) and count >= 1):
             raise ConfigError("adapter.num_virtual_tokens of at least 1", repr(count), "raise it")
-        _check_start(name, str(options.get("init_lora_weights")).lower())
     selection = selection_of(adapter)
     if selection is not None and num_steps and selection.last_step >= num_steps:
         got = f"step {selection.last_step} (adapter.warmup_steps, expansions x expand_every)"
         raise ConfigError(f"the last choice of adapters before train.steps={num_steps}", got, "choose earlier")
+
+
+def _check_values(peft_class: Any, options: Mapping[str, Any]) -> None:
+    """Refuse what is not of the type that PEFT's class declares, which does not look itself, and what is impossible.
+
+    Raises:
+        ConfigError: what was expected.
+    """
+    hints = get_type_hints(peft_class) | _WIDER
+    defaults = {field.name: field.default for field in fields(peft_class)}
+    for key, value in options.items():
+        if value is None and defaults[key] is None:  # which PEFT declares as a number
+            continue
+        if not conforms(value, hints[key]):
+            expected = f"adapter.{key} to be {type_name(hints[key])}"
+            raise ConfigError(expected, show(value), "give it a value of that type")
+        wanted, holds = _POSSIBLE.get(key, ("", bool))
+        if wanted and not holds(value):
+            raise ConfigError(f"adapter.{key} {wanted}", show(value), "correct it")
 
 
 def _check_start(name: str, start: str) -> None:
@@ -137,11 +168,11 @@ def _split(adapter: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The type of an adapter, and its other fields in PEFT."""
     options = dict(adapter)
     name = options.pop("peft_type", "lora")
-    if name not in PEFT_CONFIGS:
-        raise ConfigError(f"adapter.peft_type {', '.join(PEFT_CONFIGS)}", repr(name), "choose one of them")
+    if not isinstance(name, str) or name not in PEFT_CONFIGS:
+        raise ConfigError(f"adapter.peft_type {', '.join(PEFT_CONFIGS)}", show(name), "choose one of them")
     if name == "weight_lora":
         Selection.take_from(options)
-    return str(name), options
+    return name, options
 
 
 def _peft_class(name: str) -> Any:

@@ -22,7 +22,7 @@ from zoscale.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
-from zoscale.config.strict_yaml import ConfigError, first_line, load_yaml, show
+from zoscale.config.strict_yaml import ConfigError, first_line, load_yaml, one_line, show
 
 __all__ = [
     "CheckpointConfig",
@@ -43,6 +43,7 @@ __all__ = [
     "first_line",
     "flatten",
     "load_yaml",
+    "one_line",
     "parse",
     "parse_or_exit",
     "show",

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import json
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -128,6 +129,15 @@ def conform(value: Any, hint: Any) -> Any:
         item = next((typing.get_args(h)[1] for h in mappings), Any)
         value = {key: _read(child, item) for key, child in value.items()}
     return _adapter(hint).validate_python(value, strict=True)
+
+
+def conforms(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of a library's type: a list may stand for a tuple, a mapping for a dataclass."""
+    try:
+        _adapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def _read(value: Any, hint: Any) -> Any:

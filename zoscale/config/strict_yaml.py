@@ -136,6 +136,11 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def one_line(error: BaseException) -> str:
+    """All that an error says, which has its point in a later line."""
+    return shorten(" ".join(str(error).split()) or type(error).__name__, 300)
+
+
 def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 from zoscale.adapters.layers import check_adapted, check_prefix
 from zoscale.adapters.schemes import choose_trainable, peft_config, quiet_peft, selection_of
 from zoscale.adapters.weighted_lora import weigh_adapters
-from zoscale.config import ConfigError, ModelConfig, first_line
+from zoscale.config import ConfigError, ModelConfig, first_line, one_line
 from zoscale.models.quantization import keep_packing, loading_options
 from zoscale.models.sizes import auto_model, blocks_of
 from zoscale.models.tied import check_tied
@@ -33,13 +33,14 @@ def read_model_config(config: ModelConfig) -> Any:
         if config.config is not None:
             options = dict(config.config)
             found: Any = AutoConfig.for_model(options.pop("model_type", ""), **options)
+            found.to_json_string()  # which fails for some values that nothing has looked at
         else:
             found = AutoConfig.from_pretrained(
                 str(config.id), revision=config.revision, trust_remote_code=config.trust_remote_code
             )
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # the library raises any type at all for a value of a wrong type
         wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
-        remedy = _missing_folder(str(config.id)) or first_line(error)
+        remedy = _missing_folder(str(config.id)) or one_line(error)
         raise ConfigError("a Hugging Face id, a local folder or a known model_type", wanted, remedy) from error
     if config.untie_head:
         _untie(found, config)
