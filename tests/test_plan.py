@@ -410,11 +410,16 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("zoscale plan")]
     words = line.partition("#")[0].split()[1:]
     words[words.index("--model") + 1] = str(ROOT / "launch/tiny_opt/model")
+    words[words.index("--tokens") + 1] = "128"  # as many as it has positions
     assert cli.main(words) == 0
     text = capsys.readouterr().out
     assert "1,027,456 parameters" in text and "set mesh.shard_size=1: 8 replicas" in text and "bound by" in text
     assert cli.main(["plan", "--config", str(ROOT / "launch/recipes/quickstart.yaml"), "--gpus", "2"]) == 0
     assert "1,027,456 parameters" in capsys.readouterr().out
+    (tmp_path / "other.yaml").write_text("model: {id: nowhere}")
+    model = ["--model", words[words.index("--model") + 1]]
+    assert cli.main(["plan", "--config", str(tmp_path / "other.yaml"), *model, "seed=1", "--gpus", "2", "name=a"]) == 0
+    assert "1,027,456 parameters" in capsys.readouterr().out, "--model goes over the files"
     (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
     shapes = ["plan", "--model", str(tmp_path / "shapes.yaml"), "--gpus", "2", "--reserve", "0", "adapter=null"]
     more = ["model.dtype=float32", "--json", "--gpu-memory", "0.01", "--batch", "6", "--flops", "2"]
@@ -431,7 +436,19 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["--gpus", "0", "--model", str(tmp_path / "shapes.yaml")], "--gpus"),
         (["--gpus", "2"], "expected --model, --config or model.id"),
         (["--gpus", "2", "--model", "/nowhere"], "there is no folder /nowhere"),
-        ([*shapes[1:], "--link", "-1"], "link above 0"),
+        *(
+            ([*shapes[1:], f"--{name}", value], f"--{name} above 0, and finite, got {float(value)}")
+            for name in ("link", "flops", "bandwidth", "gpu-memory")
+            for value in ("-1", "0", "nan", "inf")
+        ),
+        *(
+            ([*shapes[1:], f"--reserve={value}"], "--reserve of at least 0, and finite")
+            for value in ("-1", "nan", "inf")
+        ),
+        ([*shapes[1:], "--reserve", "80"], "--reserve below the device's 75 GiB, got 80.0"),
+        ([*shapes[1:], "--tokens", "129"], "--tokens up to 128, the model's positions, got 129"),
+        ([*shapes[1:], "--batch", "8", "data.batch_size=16"], "data.batch_size once"),
+        (["--gpus", "2", "--model", "x", "model.id=y"], "model.id once"),
         ([*shapes[1:], "--batch", "0"], "--batch of at least 1, got 0"),
         ([*shapes[1:], "--tokens", "0"], "--tokens of at least 1, got 0"),
         ([*shapes[1:], "--tokens", "-5"], "--tokens of at least 1, got -5"),

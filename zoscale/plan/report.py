@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,8 +46,8 @@ def plan_command(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: for a mistake of the user.
     """
-    arguments = _parser().parse_args(argv)
-    _check_counts(arguments)
+    arguments = _parser().parse_intermixed_args(argv)
+    _check_numbers(arguments)
     config = _configuration(arguments)
     report = make_plan(
         config, arguments.gpus, _device(arguments), tokens=arguments.tokens, reserve=arguments.reserve,
@@ -81,8 +82,12 @@ def make_plan(
     architecture = read_model_config(config.model)
     shapes = ModelShapes(config.model, architecture, config.adapter, config.trainable)
     size = count_parameters(architecture, trust_remote_code=config.model.trust_remote_code)
+    if tokens is not None and size.positions is not None and tokens > size.positions:
+        raise ConfigError(f"--tokens up to {size.positions}, the model's positions", str(tokens), "lower it")
     job = job_of(config, shapes, ranks, tokens or longest_row(config, size), copies=device.copies)
     budget = device.memory * USABLE if reserve is None else device.memory - reserve * GIB
+    if budget <= 0:
+        raise ConfigError(f"--reserve below the device's {device.memory / GIB:.0f} GiB", str(reserve), "lower it")
     report = {
         "model": config.model.id or architecture.model_type,
         "parameters": size.total,
@@ -151,28 +156,40 @@ def _column(memory: Memory, work: Work, shard_size: int, budget: float, device: 
     }
 
 
-def _check_counts(arguments: argparse.Namespace) -> None:
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that no job and no device has."""
     for name in ("gpus", "batch", "tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} of at least 1", str(value), "raise it")
+    for name in ("gpu_memory", "link", "flops", "bandwidth", "reserve"):
+        value, zero = getattr(arguments, name), name == "reserve"
+        if value is not None and not (0 < value < math.inf or (zero and value == 0)):
+            bound = "of at least" if zero else "above"
+            raise ConfigError(f"--{name.replace('_', '-')} {bound} 0, and finite", str(value), "correct it")
 
 
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
     words = [word for file in arguments.config for word in ("--config", file)] + list(arguments.words)
     base: dict[str, Any] = {}
+    own: list[str] = []
     if arguments.model is None and not arguments.config and not any(w.startswith("model.") for w in arguments.words):
         raise ConfigError("--model, --config or model.id", "none", "name an id, a folder or a YAML of shapes")
     if arguments.model is not None:
         shapes = Path(arguments.model)
         is_file = shapes.suffix in (".yaml", ".yml", ".json") and shapes.is_file()
-        tree = load_yaml(shapes.read_text(encoding="utf-8"), str(shapes)) if is_file else None
-        base = {"model": {"config": tree} if is_file else {"id": arguments.model}}
+        if is_file:
+            base = {"model": {"config": load_yaml(shapes.read_text(encoding="utf-8"), str(shapes))}}
+        else:
+            own.append(f"model.id={arguments.model}")
     if arguments.batch is not None:
-        words += [f"data.batch_size={arguments.batch}"]
+        own.append(f"data.batch_size={arguments.batch}")
         micro = min(arguments.batch, 4)
         base["data"] = {"micro_batch_size": micro if arguments.batch % micro == 0 else 1}
-    config = parse(words, TABLES, DEFAULTS, command="zoscale plan", base=base)
+    for key in (word.partition("=")[0] for word in own):
+        if twice := [word for word in arguments.words if word.startswith(f"{key}=")]:
+            raise ConfigError(f"{key} once", f"an option for it and {twice[0]}", "leave one of them out")
+    config = parse([*words, *own], TABLES, DEFAULTS, command="zoscale plan", base=base)
     _check(config)
     return config
 
@@ -199,9 +216,6 @@ def _device(arguments: argparse.Namespace) -> Device:
         "link": arguments.link and arguments.link * 1e9,
         "memory": arguments.gpu_memory and arguments.gpu_memory * GIB,
     }
-    for name, value in given.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name} above 0", str(value), "raise it")
     changed = {name: value for name, value in given.items() if value is not None}
     return replace(device, **changed) if changed else device
 
