@@ -687,6 +687,8 @@ def test_classification_with_named_labels() -> None:
         task.example({"q": "is it"})
     with pytest.raises(ConfigError, match="answer, q"):
         Classification(template="{question}?", candidates=["a", "b"], label="answer").example({"q": "x", "answer": 0})
+    with pytest.raises(ConfigError, match=r"task\.template with {fields} of the record, got 'It was'"):
+        Classification(template="It was", candidates=["a", "b"])
     with pytest.raises(ConfigError, match=r"task\.template"):
         Classification(template="{q", candidates=["a", "b"], label="answer").example({"q": "x", "answer": 0})
     for candidates in (["one"], ["same", "same"], {"a": "x", "b": "x"}):

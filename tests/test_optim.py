@@ -422,6 +422,8 @@ def test_groups_change_only_their_tensors(make: Any) -> None:
         ({"groups": [{"pattern": "(", "lr": 1.0}]}, "regular expression"),
         ({"groups": [{"pattern": 5}]}, "expected text for pattern in optimizer.groups, got 5"),
         ({"groups": [{"max_ndim": "1"}]}, "expected a number for max_ndim in optimizer.groups, got '1'"),
+        ({"groups": [{"max_ndim": 1.5}]}, "expected a whole max_ndim >= 0 in optimizer.groups, got 1.5"),
+        ({"groups": [{"max_ndim": -1}]}, "expected a whole max_ndim >= 0"),
         ({"groups": [{"lr_scale": "2"}]}, "expected a number for lr_scale"),
         ({"groups": [{"weight_decay": None}]}, "expected a number for weight_decay"),
     ],

@@ -410,6 +410,7 @@ def no_number(answer: str, accepted: Sequence[str]) -> Any:
         ("f1a", "multirc", "got f1a, one number for all examples together"),
         ("nowhere:f", "rte", "a module 'nowhere'"),
         (":f", "rte", "a module ''"),
+        ("test_tasks:a:b", "rte", "no name of a module and of a function in it"),
         (".metrics:f", "rte", "a module '.metrics'"),
         ("test_tasks:nothing", "rte", "a function 'nothing'"),
     ],

@@ -105,8 +105,8 @@ def score(name: str) -> Score:
     if not colon:
         raise ConfigError(f"one of {', '.join(METRICS)}, or module:function", name, "correct the name")
     try:
-        if not all(part.isidentifier() for part in module.split(".")):
-            raise ImportError("no name of a module")
+        if not all(part.isidentifier() for part in (*module.split("."), function)):
+            raise ImportError("no name of a module and of a function in it")
         found: Any = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
         raise ConfigError(f"a module {module!r} on the Python path", str(error), "set PYTHONPATH") from error

@@ -276,6 +276,8 @@ _MINIMUM = {
     "checkpoint.journal_sync_every": 1, "mesh.shard_size": 1, "mesh.candidates": 1,
     "forward.max_rows": 1, "data.pad_to_multiple_of": 1, "mesh.check_every": 1,
 }  # fmt: skip
+_MAXIMUM = {"runtime.threads": 1024, "runtime.timeout_minutes": 1e6, "data.length_window": 10_000}
+"""What more would only overflow, or take for ever."""
 
 
 def validate(config: RunConfig) -> None:
@@ -285,6 +287,14 @@ def validate(config: RunConfig) -> None:
         value = values[key]
         if isinstance(value, int) and value < minimum:
             raise ConfigError(f"{key} to be at least {minimum}", str(value), "raise it")
+    for key, maximum in _MAXIMUM.items():
+        value = values[key]
+        if isinstance(value, int | float) and value > maximum:
+            raise ConfigError(f"{key} to be at most {maximum:,.0f}", str(value), "lower it")
+    for key in ("output_dir", "tracking.experiment", "tracking.uri"):
+        name = values[key]
+        if isinstance(name, str) and (not name.strip() or "\0" in name):  # blank, as an unset variable of a shell
+            raise ConfigError(f"{key} to be a name", show(name), f"give it, or leave {key} out")
     model, data, schedule = config.model, config.data, config.schedule
     if (model.id is None) == (model.config is None):
         got = "neither" if model.id is None else f"both (model.id={show(model.id)})"

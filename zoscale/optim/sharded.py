@@ -205,6 +205,8 @@ def _check_types(group: Mapping[str, Any], examples: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"expected {'text' if is_text else 'a number'} for {key} in optimizer.groups, got {value!r}"
             )
+        if key == "max_ndim" and (not isinstance(value, int) or value < 0):
+            raise ValueError(f"expected a whole max_ndim >= 0 in optimizer.groups, got {value!r}")
 
 
 def _matches(group: Mapping[str, Any], spec: TensorSpec) -> bool:

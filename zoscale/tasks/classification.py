@@ -35,6 +35,8 @@ class Classification(Task):
         label: str = "label",
     ) -> None:
         super().__init__(Source(path, subset, files))
+        if "{" not in template:
+            raise ConfigError("task.template with {fields} of the record", repr(template), "name one: {sentence}")
         self.template = template
         pairs = (
             candidates.items()
