@@ -195,6 +195,17 @@ def test_weights_that_only_some_ranks_read_are_refused_on_all(server: JobServer,
         ({"shard_size": 3}, "mesh.shard_size to one of 1, 2, 4"),
         ({"shard_size": 0}, "mesh.shard_size to one of 1, 2, 4"),
         ({"shard_size": 2, "deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}}, "hpz"),
+        ({"shard_size": 1, "deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}}, "hpz"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "x"}}}, "hpz"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_max_live": 1}}},
+            "that DeepSpeed takes, got .*max_live",
+        ),
+        ({"deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}}}, "got .*reduce_bucket_size"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 4}},
+            "no gradient_accumulation_steps in the DeepSpeed configuration, got 4",
+        ),
         (
             {"deepspeed": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}},
             r"zero_hpz_partition_size to divide the number of ranks \(4\), got 3",

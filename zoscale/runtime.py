@@ -18,7 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _world
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, one_line
 from zoscale.launcher import obey
 from zoscale.models.sizes import ModelSize
 from zoscale.nvme import fill_offload, offload_device, ready_nvme
@@ -114,7 +114,8 @@ def fill_deepspeed_config(
     Raises:
         ConfigError: if the file switches on another dtype than the run's.
     """
-    filled: dict[str, Any] = json.loads(json.dumps(config))
+    own = {key: value for key, value in json.loads(json.dumps(config)).items() if value != "auto"}
+    filled: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, **own}
     for name, section in _DTYPE_SECTIONS.items():
         enabled = filled.get(section, {}).get("enabled", "auto")
         if enabled not in ("auto", name == dtype):
@@ -203,14 +204,36 @@ def _accelerator(runtime: Runtime, size: ModelSize | None, shard_size: int, time
     if is_whole or not is_one_group:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     if is_whole:
+        if runtime.deepspeed is not None and not is_one_group:
+            _check_hpz(runtime.deepspeed, int(os.environ["WORLD_SIZE"]), is_one_group=False)
         return WholeAccelerator(dtype=runtime.dtype, **options)
     config = dict(runtime.deepspeed) if runtime.deepspeed is not None else read_deepspeed_config(None)
     filled = fill_deepspeed_config(config, runtime.dtype, size, shard_size)
+    _check_deepspeed(filled)
     _check_hpz(filled, int(os.environ["WORLD_SIZE"]), is_one_group=is_one_group)
     ready_nvme(filled)
     if not is_one_group:
         return GroupedAccelerator(shard_size=shard_size, deepspeed=filled, timeout=timeout, **options)
     return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=filled, zero3_init_flag=True), **options)
+
+
+def _check_deepspeed(config: Mapping[str, Any]) -> None:
+    """Refuse values that DeepSpeed would only refuse when the model is built.
+
+    Raises:
+        ConfigError: for options of ZeRO that it does not know, or their values; for batches other than of one.
+    """
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    remedy = "correct the file of runtime.deepspeed"
+    try:
+        get_zero_config(dict(config))
+    except ValueError as error:
+        raise ConfigError("a zero_optimization that DeepSpeed takes", one_line(error), remedy) from error
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"):
+        if config.get(key, 1) != 1:
+            remedy = "remove it: data.batch_size and data.micro_batch_size say what a step takes"
+            raise ConfigError(f"no {key} in the DeepSpeed configuration", repr(config[key])[:80], remedy)
 
 
 def _check_hpz(config: Mapping[str, Any], ranks: int, *, is_one_group: bool) -> None:
@@ -219,6 +242,7 @@ def _check_hpz(config: Mapping[str, Any], ranks: int, *, is_one_group: bool) -> 
     Of fewer ranks than one of their groups, DeepSpeed makes a single group.
     """
     size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    size = size if isinstance(size, int) else 1  # "auto"
     if size > 1 and not is_one_group:
         remedy = "remove it, or set mesh.shard_size to null"
         raise ConfigError("no zero_hpz_partition_size beside mesh.shard_size", "one", remedy)

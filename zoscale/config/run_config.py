@@ -314,6 +314,12 @@ def validate(config: RunConfig) -> None:
     for key in ("runtime.timeout_minutes", "runtime.stall_seconds"):
         if not 0 < float(values[key] or 0) < math.inf:
             raise ConfigError(f"{key} above 0", str(values[key]), "raise it")
+    if config.forward.max_rows is not None and config.forward.name == "sequential":
+        got = f"forward.max_rows={config.forward.max_rows} and forward.name=sequential"
+        raise ConfigError("forward.max_rows with a forward that fans out", got, "drop one of them")
+    if model.revision is not None and model.config is not None:
+        got = f"model.revision={show(model.revision)} and model.config"
+        raise ConfigError("model.revision beside model.id", got, "drop model.revision")
     if config.overwrite and config.resume not in ("auto", "never"):
         got = f"overwrite=true and resume={config.resume}"
         raise ConfigError("either a run to continue or one to overwrite", got, "drop one of them")
