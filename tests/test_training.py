@@ -232,6 +232,12 @@ def test_mistakes_end_with_status_2_and_no_traceback(
     assert not list(tmp_path.iterdir()), "nothing half-written"
 
 
+def test_groups_that_no_weight_is_in_are_refused(server: JobServer, tmp_path: Path) -> None:
+    options = [f"output_dir={tmp_path}", "optimizer.groups=[{pattern: q_prj, lr: 1}]"]
+    printed = server.run(1, *QUICKSTART, *options, expect=2)
+    assert "got 'q_prj': they are like base_model.model" in printed and "Traceback" not in printed
+
+
 def test_the_script_ends_with_the_status_of_a_mistake(tmp_path: Path) -> None:
     result = run([sys.executable, "launch/train.py", *QUICKSTART, f"output_dir={tmp_path}", "seed=x"], check=False)
     assert result.returncode == 2, result.stdout

@@ -1,5 +1,6 @@
 """From a configuration to what it names: everything that can be refused early, and the engine."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,6 +215,20 @@ def build_training_engine(
         tokenizer=tokenizer,
         selection=selection_of(config.adapter),
     )
+
+
+def check_groups(config: RunConfig, engine: Engine) -> None:
+    """Refuse groups of the optimizer whose pattern is found in no name: they would change nothing.
+
+    Raises:
+        ConfigError: with what names are like.
+    """
+    names = [name for group in engine.optimizer.param_groups for name in group["param_names"]]
+    for group in config.optimizer.args.get("groups") or ():
+        pattern = group.get("pattern", "")
+        if not any(re.search(pattern, name) for name in names):
+            expected = "a pattern in optimizer.groups to be found in names of trained weights"
+            raise ConfigError(expected, repr(pattern), f"they are like {', '.join(names[:3])}")
 
 
 def build_engine(

@@ -4,7 +4,7 @@ from typing import Any
 
 from zoscale import provenance, runtime
 from zoscale.agreement import check_agreement
-from zoscale.assembly import Plan, build_training_engine, plan
+from zoscale.assembly import Plan, build_training_engine, check_groups, plan
 from zoscale.config import ConfigError, RunConfig
 from zoscale.mesh import Mesh
 from zoscale.plan.fit import shard_size_of_run
@@ -60,6 +60,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
         engine = build_training_engine(
             config, made.architecture, accelerator, objective=made.objective, tokenizer=made.encoder.tokenizer
         )
+        check_groups(config, engine)
         describe(config, engine, made, directory)
         summary = _watched(config, made, engine, directory)
     else:
