@@ -6,6 +6,8 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -258,14 +260,15 @@ def words_of(example: str) -> list[str]:
 def parsed(command: str, words: list[str]) -> argparse.Namespace:
     """What a command's own parser makes of its words; the command is not run."""
     found: list[argparse.Namespace] = []
-    parse_args = argparse.ArgumentParser.parse_args
 
-    def only_parse(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-        found.append(parse_args(parser, argv))
+    def only(method: Callable[..., argparse.Namespace], parser: argparse.ArgumentParser, argv: list[str]) -> None:
+        found.append(method(parser, argv))
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+        for name in ("parse_args", "parse_intermixed_args"):
+            method = partialmethod(partial(only, getattr(argparse.ArgumentParser, name)))
+            patch.setattr(argparse.ArgumentParser, name, method)
         cli.main([command, *words])
     return found[0]
 

@@ -14,7 +14,7 @@ from zoscale.shards import ShardedParam, TensorSpec
 
 _SMALL = 2**16  # elements of a slab that is drawn together with others
 _TOGETHER = 2**18  # of those that are drawn together, and kept until they are used
-_IN_PAIRS = 2**20  # of a slab that is written for two candidates at once
+_IN_PAIRS = 2**21  # bytes of a slab that is written for two candidates at once
 _PATCHED = 2**24  # elements of the tensors whose patches are
 _CPU = torch.device("cpu")  # where patches are of use
 
@@ -94,7 +94,7 @@ class Draws:
         """
         for number, _ in self._numbers.get(None, ()):
             yield number, [base for base, _ in slabs]
-        copies = 2 if all(base.device == _CPU and len(base) <= _IN_PAIRS for base, _ in slabs) else 1
+        copies = 2 if all(base.device == _CPU and base.nbytes <= _IN_PAIRS for base, _ in slabs) else 1
         works = [_Work(base, drawn, copies) for base, drawn in slabs]
         for place in range(len(self._directions)):
             for work in works:
