@@ -416,3 +416,20 @@ def timed(dog: Watchdog, number: int = 10_000) -> float:
 def test_limits_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 0 < stall_seconds <= slow_seconds, got 30 and 10"):
         Watchdog(rank=0, world_size=1, slow_seconds=10)
+
+
+def test_the_first_answer_of_the_store_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As anything may before the first beat, where many processes start at once."""
+    ends: list[str] = []
+    swap = Watchdog._swap
+
+    def late(self: Watchdog) -> None:
+        if not self._news[0]:
+            time.sleep(2.5 * TICK)
+        swap(self)
+
+    monkeypatch.setattr(Watchdog, "_swap", late)
+    monkeypatch.setattr(Watchdog, "_end", lambda self, message, *_: ends.append(message))
+    with Watchdog(rank=0, world_size=1, stall_seconds=TICK / 2, slow_seconds=60):
+        time.sleep(3 * TICK)
+    assert not ends

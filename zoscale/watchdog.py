@@ -173,9 +173,10 @@ class Watchdog:
         num_swaps, news = self._news
         sights = {rank: self._sight(rank, State(**json.loads(text))) for rank, text in enumerate(news)}
         unanswered = self._stillness.of("store", num_swaps)
+        patience = self.stall_seconds if num_swaps else self.slow_seconds  # at the start all processes may want the CPU
         if self._lost and sights and sights[0].state.ended == "finished":
             self._halt.set()  # rank 0 was its host and has ended well
-        elif unanswered > (3 * TICK if self._lost else self.stall_seconds):
+        elif unanswered > (3 * TICK if self._lost else patience):
             in_rank_0 = sights and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             host = sights[0].name(0) if in_rank_0 else "the launcher"
             how = f"is lost ({self._lost})" if self._lost else f"has not answered for {unanswered:.0f} s"
