@@ -53,14 +53,13 @@ def everything(
     """Every function of the module once, on copies of slices that were rounded before, as in a step: [out, ...]."""
     rho, *rest = settings
     out, total, first, second = torch.empty_like(half), x.clone(), memory.clone(), memory.clone()
-    visits, pair = z.abs() * 3, [torch.empty_like(fp16), torch.empty_like(fp16)]
+    visits = z.abs() * 3
     fused.perturb(out, x, z, rho)
-    fused.perturb_both(*pair, half, z, rho, rest[0])
     fused.accumulate(total, z, rho)
     fused.visit(total, visits, z, rho)
     fused.remember(first, z, *settings)
     fused.remember_mean(second, x, visits, *rest)
-    ends = [out, *pair, total, visits, first, second]
+    ends = [out, total, visits, first, second]
     pairs = (half.clone(), x.clone(), None), (None, half.clone(), words), (None, fp16.clone(), words)
     for live, truth, drawn in pairs:
         fused.descend(truth, live, z, *rest, drawn)
@@ -132,7 +131,6 @@ def test_signs_move_16_bit_weights_in_one_loop(dtype: torch.dtype) -> None:
     calls: list[tuple[Callable[..., None], tuple[Tensor | None, ...]]] = [
         (fused.perturb, (truth.to(dtype), z[0, :1], rhos[0])),
         (fused.perturb, (truth.to(dtype), z[0], rhos[0])),
-        (fused.perturb_both, (torch.zeros_like(truth, dtype=dtype), truth.to(dtype), z[0], *rhos[:2])),
         (fused.remember_and_descend_sign, (memory, truth, None, z[0, :1], rhos[0], *settings)),
         (fused.remember_signs_and_descend_sign, (memory, truth, None, z, *settings, *rhos)),
     ]
@@ -140,7 +138,7 @@ def test_signs_move_16_bit_weights_in_one_loop(dtype: torch.dtype) -> None:
         copies = [[None if value is None else value.clone() for value in inputs] for _ in range(2)]
         live = [torch.zeros(2**12, 32, dtype=dtype) for _ in copies]
         for own, out in zip(copies, live, strict=True):
-            own.insert(0 if function in (fused.perturb, fused.perturb_both) else 2, out)
+            own.insert(0 if function is fused.perturb else 2, out)
         function(*copies[0])
         run = fused.chosen(function, True)
         run(*(None if value is None else value.clone() for value in copies[1]))

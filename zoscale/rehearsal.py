@@ -88,14 +88,13 @@ class Rehearsal:
         for point in points:
             with perturbed(shards, point):
                 pass
-        for together in (points, self.estimator.candidates(directions)):  # of which a pass may have one, or all
-            draws = Draws(together, shards)
-            for _ in draws.values([(shard.live, draws.of(shard)) for shard in shards]):
+        draws = Draws(points, shards)
+        for _ in draws.values([(shard.live, draws.of(shard)) for shard in shards]):
+            pass
+        for shard in shards:  # as a lookup draws, for several slabs at once
+            edges = (0, len(shard) // 2, len(shard))
+            slabs = [ShardedParam.outline(shard.spec, first, last, device) for first, last in pairwise(edges)]
+            for _ in draws.values([(shard.live, draws.at(slabs))]):
                 pass
-            for shard in shards:  # as a lookup draws, for several slabs at once
-                edges = (0, len(shard) // 2, len(shard))
-                slabs = [ShardedParam.outline(shard.spec, first, last, device) for first, last in pairwise(edges)]
-                for _ in draws.values([(shard.live, draws.at(slabs))]):
-                    pass
         losses = [float(number) for number in range(self.estimator.num_candidates)]
         self.optimizer(shards, Mesh(device, ranks=(0, 1))).step(self.estimator.estimate(directions, losses))

@@ -178,7 +178,7 @@ class RuntimeConfig:
     """How the run is executed.
 
     Args:
-        deepspeed: Path of a DeepSpeed JSON; null is the ZeRO-3 settings of this package.
+        deepspeed: Path of a DeepSpeed JSON without batch sizes of its own; null is the ZeRO-3 settings of this package.
         timeout_minutes: Minutes that a rank waits for the others before the job fails, in phases such as loading.
         stall_seconds: Seconds without progress of a rank in training after which the job is stopped; a rank whose
             forward passes take long is given 20 of them, or twice the time of the first step or of a first evaluation

@@ -14,7 +14,6 @@ from zoscale.shards import ShardedParam, TensorSpec
 
 _SMALL = 2**16  # elements of a slab that is drawn together with others
 _TOGETHER = 2**18  # of those that are drawn together, and kept until they are used
-_IN_PAIRS = 2**21  # bytes of a slab that is written for two candidates at once
 _PATCHED = 2**24  # elements of the tensors whose patches are
 _CPU = torch.device("cpu")  # where patches are of use
 
@@ -94,17 +93,14 @@ class Draws:
         """
         for number, _ in self._numbers.get(None, ()):
             yield number, [base for base, _ in slabs]
-        copies = 2 if all(base.device == _CPU and base.nbytes <= _IN_PAIRS for base, _ in slabs) else 1
-        works = [_Work(base, drawn, copies) for base, drawn in slabs]
+        works = [_Work(base, drawn) for base, drawn in slabs]
         for place in range(len(self._directions)):
             for work in works:
                 work.turn_to(place)
-            candidates = self._numbers[place]
-            for some in (candidates[first : first + copies] for first in range(0, len(candidates), copies)):
+            for number, radius in self._numbers[place]:
                 for work in works:
-                    work.write([radius for _, radius in some])
-                for copy, (number, _) in enumerate(some):
-                    yield number, [work.values[copy] for work in works]
+                    work.write(radius)
+                yield number, [work.values for work in works]
 
     def patches(self, spec: TensorSpec) -> Iterator[tuple[Patch, list[tuple[int, float]]]]:
         """Of each direction that touches a tensor: z, and the numbers and radii of its candidates."""
@@ -127,16 +123,15 @@ class Draws:
 
 
 class _Work:
-    """Scratch copies of one slab.
+    """A scratch copy of one slab.
 
     Args:
         base: the slab's values; only read.
         drawn: its noise.
-        copies: candidates of one direction that are written together.
     """
 
-    def __init__(self, base: Tensor, drawn: Sequence[Drawn], copies: int) -> None:
-        self.values = [torch.empty_like(base) for _ in range(copies)]
+    def __init__(self, base: Tensor, drawn: Sequence[Drawn]) -> None:
+        self.values = torch.empty_like(base)
         self._base = base
         self._drawn = drawn
         self._segments: list[tuple[int, Segment]] = []
@@ -145,20 +140,19 @@ class _Work:
     def turn_to(self, place: int) -> None:
         """Draw a direction; what it leaves as it is has the slab's values from here on."""
         if self._is_base:  # but for what the last one wrote
-            self.write([0.0] * len(self.values))
+            self.write(0.0)
         self._segments.clear()  # before the next is drawn
         found = [(part.start, part.segment(place)) for part in self._drawn]
         self._segments = [(start, segment) for start, segment in found if segment is not None]
         is_whole = len(self._segments) == len(found) and all(segment.index is None for _, segment in self._segments)
         if not (is_whole or self._is_base):
-            for values in self.values:
-                values.copy_(self._base)
+            self.values.copy_(self._base)
         self._is_base = not is_whole
 
-    def write(self, radii: Sequence[float]) -> None:
-        """The values at as many radii, each in a copy."""
+    def write(self, radius: float) -> None:
+        """The values at one radius."""
         for start, segment in self._segments:
-            segment.write_each(self.values[: len(radii)], self._base, start, radii)
+            segment.write(self.values, self._base, start, radius)
 
 
 def _neighbours(specs: Sequence[TensorSpec], limit: int) -> dict[TensorSpec, list[TensorSpec]]:

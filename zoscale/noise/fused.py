@@ -50,15 +50,6 @@ def perturb(out: Tensor, base: Tensor, z: Tensor, radius: Tensor) -> None:
     out.copy_(base.float() + _values(z, out.dtype) * radius)
 
 
-def perturb_both(
-    out: Tensor, other: Tensor, base: Tensor, z: Tensor, radius: Tensor, other_radius: Tensor
-) -> None:  # fmt: skip
-    """`perturb` at two radii; the slice and z are read once."""
-    base, z = base.float(), _values(z, out.dtype)
-    out.copy_(base + z * radius)
-    other.copy_(base + z * other_radius)
-
-
 def accumulate(total: Tensor, z: Tensor, rho: Tensor) -> None:
     """total += rho * z, in float32."""
     total.add_(_values(z) * rho)

@@ -12,7 +12,6 @@ from zoscale.noise.fused import (
     accumulate,
     chosen,
     perturb,
-    perturb_both,
     remember,
     remember_and_descend_sign,
     remember_signs,
@@ -69,15 +68,6 @@ class Segment:
                 self.run(perturb, (out, base), radius)
         else:
             live[where] = (truth[where].float() + self.value * radius).to(live.dtype)
-
-    def write_each(self, lives: Sequence[Tensor], truth: Tensor, start: int, radii: Sequence[float]) -> None:
-        """`write` at one radius for each live slice, none of which is the truth; two take one pass."""
-        if len(radii) == 2 and self.index is None and isinstance(self.source, Tensor):
-            where = self.place(start)
-            self.run(perturb_both, (*(live[where] for live in lives), truth[where]), *radii)
-        else:
-            for live, radius in zip(lives, radii, strict=True):
-                self.write(live, truth, start, radius)
 
     def add_to(self, total: Tensor, scale: float) -> None:
         """total += scale * z, as one float32 multiplication and one addition per element."""

@@ -12,7 +12,7 @@ from zoscale.noise.segments import Segment
 from zoscale.noise.streams import Stream
 from zoscale.shards import STREAMED, ShardedParam, TensorSpec, chunk
 
-_PACKED = 8  # a draw of bits is cheap, and a call of the generator is not
+_PACKED = 4  # a draw of bits is cheap, and a call of the generator is not
 
 
 class Piece(NamedTuple):
