@@ -115,6 +115,7 @@ def test_signs_of_several_slabs_are_drawn_together(monkeypatch: pytest.MonkeyPat
     """As bits they take little memory, and every draw costs a call; an update draws whole groups, too."""
     monkeypatch.setattr("zoscale.shards.CHUNK", 640)
     monkeypatch.setattr("zoscale.forward.scratch._SMALL", 64)
+    monkeypatch.setattr("zoscale.forward.scratch._TOGETHER", 320)
     monkeypatch.setattr("zoscale.noise.generator._LONG", 32)
     monkeypatch.setattr("zoscale.noise.fused._WORTH", 2**30)
     specs = [TensorSpec(number, f"{number:02}", (10, 32)) for number in range(40)]

@@ -63,7 +63,7 @@ class Draws:
             is_bits = self._is_bits(Piece(outline, 0, len(outline)))
             (small if len(outline) <= _SMALL else packed if is_bits else large).append(outline)
         yield from pieces(small, _TOGETHER)
-        yield from pieces(packed, is_bits=self._is_bits)
+        yield from pieces(packed, 2 * _TOGETHER, is_bits=self._is_bits)
         for outline in large:
             yield from ([piece] for group in pieces([outline]) for piece in group)
 
