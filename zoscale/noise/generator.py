@@ -25,7 +25,7 @@ from zoscale.noise.fused import compiled, on_device
 _BLOCK_MULTIPLE = 64  # blocks per call are a multiple of this: whole vectors only, so a value has one code path
 _KEPT_BLOCKS = 2**20  # 8 MiB of counters per device, enough for 2**22 elements a call
 _KEPT_DRAW = 2**13  # blocks of several ranges whose counters are kept for the next step: 64 KiB
-_LONG_RANGE = 2**9  # blocks
+_LONG_RANGE = 2**9  # blocks from which counters of a range are cheaper by operations of its own
 _KEPT_RANGES = 128  # more are those of a lookup, which no other step has
 _KEPT_DRAWS = 1024
 _SIGN = -(2**31)  # words without it sort as signed numbers like unsigned ones
