@@ -72,7 +72,7 @@ def measure(config: ModelConfig, adapter: dict[str, Any] | None, repeats: int, c
     def owned() -> list[Tensor]:
         momentum = lambda shard: momenta[shard.spec.id]  # noqa: E731
         parts = on_owners(orthogonalize, shards, momentum, mesh, dtype=dtype, capacity=capacity)
-        return [part for _, part in parts]
+        return [part for bucket in parts for _, part in bucket]
 
     def redundant() -> list[Tensor]:
         return [on_every_rank(shard) for shard in shards]

@@ -50,7 +50,9 @@ def test_kernels_compile_for_a_gpu() -> None:
 
 
 NAMES = ("perturb", "mean", "remember", "descend", "remember_and_descend_sign")
-IDLE = SimpleNamespace(UNIT=128, SIZE=2048, **{name: defaultdict(lambda: lambda *_, **__: None) for name in NAMES})
+IDLE = SimpleNamespace(
+    UNIT=128, SIZE=2048, SLICES=3, **{name: defaultdict(lambda: lambda *_, **__: None) for name in NAMES}
+)
 
 
 @pytest.mark.parametrize(("kernels", "reason"), [(None, "triton_kernels"), (IDLE, "expected the normals")])

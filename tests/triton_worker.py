@@ -5,7 +5,7 @@ python tests/triton_worker.py (numbers | steps | compiles)...
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -78,28 +78,28 @@ def check_kernels(wanted: Range, distribution: Distribution, half: torch.dtype, 
     drawn = [streams.drawn([stream])[0] for stream in found]
     for out, start in ((base.to(half), base), (base.clone(), base.to(half))):
         expected = torch.empty_like(out)
-        found[1].perturb(out, start, 0.37)
+        streams.perturb_all([found[1]], [(out, start)], 0.37)
         fused.perturb(expected, start, drawn[1], *fused.scalars(0.37))
         same(out, expected, distribution)
     (words,) = noise.words(Key(STEP, domain=Domain.ROUNDING), [wanted], DEVICE)
     lr, weight_decay = fused.scalars(LR, WEIGHT_DECAY)
     for q, (truth, live) in ((1, (base, base.to(half))), (3, (base.to(half), None))):
-        ours, (total, visits) = Sum(found[:q], RHOS[:q]), torch.zeros(2, n, device=DEVICE)
+        ours, (total, visits) = Sum([found[:q]], RHOS[:q]), torch.zeros(2, n, device=DEVICE)
         for z, rho in zip(drawn[:q], fused.scalars(*RHOS), strict=False):
             fused.visit(total, visits, z, rho)
         mean = total / torch.full_like(total, q)  # CUDA multiplies by the reciprocal of a number
-        same(ours.mean(), mean, distribution)
+        same(ours.mean()[0], mean, distribution)
         kept, expected = memory.clone(), memory.clone()
-        ours.remember(kept, BETA)
+        ours.remember([kept], BETA)
         fused.remember_mean(expected, total, visits, *fused.scalars(BETA, 1 - BETA))
         same(kept, expected, distribution)
         rounded = live is None
         one, other = clones(truth, live), clones(truth, live)
-        ours.descend(*one, LR, WEIGHT_DECAY, rounded=rounded)
+        ours.descend(one[:1], one[1:], LR, WEIGHT_DECAY, rounded=rounded)
         fused.descend(*other, mean, lr, weight_decay, words if rounded else None)
         same_slices(one, other, distribution)
         one, other, again = clones(truth, live), clones(truth, live), memory.clone()
-        ours.remember_and_descend_sign(again, BETA, *one, LR, WEIGHT_DECAY, rounded=rounded)
+        ours.remember_and_descend_sign([again], BETA, one[:1], one[1:], LR, WEIGHT_DECAY, rounded=rounded)
         fused.descend_sign(*other, kept, lr, weight_decay, words if rounded else None)
         assert torch.equal(again, kept)
         same_slices(one, other, "rademacher")  # the sign is not a matter of the last bit
@@ -118,9 +118,9 @@ def same_slices(
 
 
 def shards_of(master: Master) -> list[ShardedParam]:
-    """A slice of a matrix that starts anywhere, and a vector: bfloat16."""
+    """A slice of a matrix that starts anywhere, and two vectors: bfloat16."""
     generator, shards = torch.Generator().manual_seed(1), []
-    for number, (shape, offset, length) in enumerate([((40, 16), 131, 250), ((33,), 0, 33)]):
+    for number, (shape, offset, length) in enumerate([((40, 16), 131, 250), ((33,), 0, 33), ((31,), 0, 31)]):
         live = nn.Parameter(torch.randn(length, generator=generator).to(DEVICE, torch.bfloat16), requires_grad=False)
         spec = TensorSpec(number, f"layers.{number}.weight", shape)
         shards.append(ShardedParam(live, spec, master=master))
@@ -132,16 +132,18 @@ def steps() -> None:
     """Whole steps with every z in registers are those with z in memory, whoever perturbs and updates."""
     calls: list[str] = []
     lengths: set[int] = set()
-    launch = streams._launch
+    counts: set[int] = set()
+    launch = streams._launch_alike
     torch.compile = lambda function, **_: function
     zoscale.shards.CHUNK = 64  # z in registers is cut larger
 
-    def counted(name: str, stream: Stream, *rest: Any) -> None:
+    def counted(name: str, found: Sequence[Sequence[Stream]], *rest: Any) -> None:
         calls.append(name)
-        lengths.add(len(stream))
-        launch(name, stream, *rest)
+        lengths.update(len(first) for first, *_ in found)
+        counts.add(len(found))
+        launch(name, found, *rest)
 
-    streams._launch = counted
+    streams._launch_alike = counted
     cases: list[tuple[Any, Probe, int, Master, set[str]]] = [
         (JaguarSignSGD, Rademacher(), 2, "fp32", {"perturb", "remember_and_descend_sign"}),
         (JaguarSignSGD, Tensors(share=0.5), 1, "stochastic", {"perturb", "remember_and_descend_sign"}),
@@ -160,7 +162,7 @@ def steps() -> None:
         for one, other in zip(*ends, strict=True):
             same(one, other, distribution)
         assert expected <= set(calls), (make, calls)
-    assert {64, 250} <= lengths
+    assert {64, 250} <= lengths and {1, 2} <= counts
 
 
 def run_steps(make: Any, probe: Probe, q: int, master: Master, noise: Noise) -> list[Tensor]:
@@ -205,7 +207,7 @@ class Compiled:
         from zoscale.noise import triton_kernels
 
         self.kernels = triton_kernels
-        self.UNIT, self.SIZE = triton_kernels.UNIT, triton_kernels.SIZE
+        self.UNIT, self.SIZE, self.SLICES = triton_kernels.UNIT, triton_kernels.SIZE, triton_kernels.SLICES
         self.made: dict[int, tuple[bool, Any]] = {}
         target = GPUTarget("cuda", 90, 32)
         current = {"get_current_device": lambda: 0, "get_current_stream": lambda _: 0}
@@ -239,21 +241,25 @@ def compiles() -> None:
             for distribution in DISTRIBUTIONS:
                 wanted = Range(3, start, start + n)
                 found = [Stream(Noise(SEED), Key(step, k), wanted, distribution, DEVICE, compiled) for k in DIRECTIONS]
-                found[0].perturb(live, truth, 0.1)
+                streams.perturb_all([found[0]], [(live, truth)], 0.1)
             mask = Mask(torch.ones(30 + 40, dtype=torch.uint8), 30, 40)
             masked = [replace(stream, mask=mask) for stream in found]
-            masked[0].perturb(live, truth, 0.1)
-            Sum(masked, RHOS).remember_and_descend_sign(memory, BETA, truth, live, LR, 0.0, rounded=False)
-            both, one = Sum(found, RHOS), Sum(found[:1], RHOS[:1])
-            both.remember_and_descend_sign(memory, BETA, truth, live, LR, 0.0, rounded=False)
-            both.descend(live, None, LR, 1.0, rounded=True)
-            one.remember(memory, BETA)
+            streams.perturb_all([masked[0]], [(live, truth)], 0.1)
+            alone = Sum([masked], RHOS)
+            Sum.joined([alone, alone]).remember_and_descend_sign(
+                [memory, memory], BETA, [truth, truth], [live, live], LR, 0.0, rounded=False
+            )
+            alone.remember_and_descend_sign([memory], BETA, [truth], [live], LR, 0.0, rounded=False)
+            both, one = Sum([found], RHOS), Sum([found[:1]], RHOS[:1])
+            both.remember_and_descend_sign([memory], BETA, [truth], [live], LR, 0.0, rounded=False)
+            both.descend([live], [None], LR, 1.0, rounded=True)
+            one.remember([memory], BETA)
             one.mean()
         counts.append(len(compiled.made))
-    assert counts == [16] * 3, "with normals and signs, masked and not, aligned and not"
+    assert counts == [18] * 3, "with normals and signs, masked and not, aligned and not; of a tensor and of several"
     codes = [(is_normal, kernel.asm["ptx"]) for is_normal, kernel in compiled.made.values()]
     assert all(is_normal or "fma" not in ptx for is_normal, ptx in codes)
-    assert sum("global.v4" in ptx for _, ptx in codes) == 8
+    assert sum("global.v4" in ptx for _, ptx in codes) == 9
 
 
 if __name__ == "__main__":

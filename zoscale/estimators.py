@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoscale.noise.segments import Segment, SignTerms
-from zoscale.noise.streams import Sum
+from zoscale.noise.streams import Sum, alike
 from zoscale.probes import Direction, Piece
 from zoscale.shards import TensorSpec
 
@@ -73,14 +73,26 @@ class GradientEstimate:
         """Whether every z_k on a piece is signs as bits, where it is not zero."""
         return all(direction.is_bits(piece) for direction in self.directions)
 
-    def gradients(self, group: Sequence[Piece]) -> Sequence[Sum | Tensor]:
-        """g = (1/q) sum_k rho_k z_k on each piece: a sum that kernels make, or where some z_k is drawn, its `mean`."""
-        sums = [found for piece in group if (found := self.stream(piece)) is not None]
-        return sums if len(sums) == len(group) else self._drawn_mean(group)
+    def sums(self, group: Sequence[Piece]) -> tuple[list[tuple[list[Piece], Sum]], list[Piece]]:
+        """g on pieces together, for kernels that make every z_k in registers; and the pieces where some are drawn."""
+        found, rest = list[tuple[Piece, Sum]](), list[Piece]()
+        for piece in group:
+            own = self.stream(piece)
+            if own is None:
+                rest.append(piece)
+            else:
+                found.append((piece, own))
+        kinds = alike(own.kind for _, own in found)
+        joined = [([found[i][0] for i in kind], Sum.joined([found[i][1] for i in kind])) for kind in kinds]
+        return joined, rest
 
     def mean(self, group: Sequence[Piece]) -> list[Tensor]:
-        """(1/q) sum_k rho_k z_k on each piece: float32 of its size."""
-        return [found.mean() if isinstance(found, Sum) else found for found in self.gradients(group)]
+        """g = (1/q) sum_k rho_k z_k on each piece: float32 of its size."""
+        sums, rest = self.sums(group)
+        found = dict(zip(rest, self._drawn_mean(rest), strict=True)) if rest else {}
+        for pieces, own in sums:
+            found |= zip(pieces, own.mean(), strict=True)
+        return [found[piece] for piece in group]
 
     def _drawn_mean(self, group: Sequence[Piece]) -> list[Tensor]:
         totals = _zeros(group)

@@ -52,7 +52,7 @@ class TensorSpec:
         """Whether the tensor has rows and columns."""
         return len(self.shape) >= 2
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """First dimension (1 for a vector)."""
         return self.shape[0] if self.is_matrix else 1

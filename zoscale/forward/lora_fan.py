@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from zoscale.estimators import Candidate
 from zoscale.forward.fan import Rows, replaced_forward
 from zoscale.mesh import Mesh
+from zoscale.noise.segments import write_all
 from zoscale.probes import pieces
 from zoscale.shards import ShardedParam, TensorSpec, not_gathered
 
+_VECTOR = 16  # elements that a kernel takes at once, at most
 _QUANTIZED = ("Linear4bit",)  # PEFT's layers that are `Linear` but for the type of the base layer's weights
 
 
@@ -134,21 +136,30 @@ def _perturbed(
 
     Offloaded tensors are perturbed where they lie, as the update will be.
     """
-    stacks = {
-        whole.spec.name: whole.truth.to(dtype).repeat(len(candidates), 1)
-        for whole, dtype in zip(wholes, dtypes, strict=True)
-    }
+    stacks = _stacks(wholes, dtypes, len(candidates))
     directions = {id(c.direction): c.direction for c in candidates if c.direction is not None}
     for group in pieces(wholes):
         for key, direction in directions.items():
-            for piece, segment in zip(group, direction.segments(group), strict=True):
-                if segment is None:
-                    continue
-                stack = stacks[piece.shard.spec.name]
-                for number, candidate in enumerate(candidates):
-                    if id(candidate.direction) == key:
-                        segment.write(stack[number], piece.shard.truth, piece.start, candidate.radius)
+            drawn = zip(group, direction.segments(group), strict=True)
+            found = [(piece, segment) for piece, segment in drawn if segment is not None]
+            segments, starts = [segment for _, segment in found], [piece.start for piece, _ in found]
+            for number, candidate in enumerate(candidates):
+                if id(candidate.direction) == key:
+                    slices = [(stacks[piece.shard.spec.name][number], piece.shard.truth) for piece, _ in found]
+                    write_all(segments, slices, starts, candidate.radius)
     return {whole.spec.name: stacks[whole.spec.name].view(-1, *whole.spec.shape).to(device) for whole in wholes}
+
+
+def _stacks(wholes: Sequence[ShardedParam], dtypes: Sequence[torch.dtype], count: int) -> dict[str, Tensor]:
+    """By name, `count` copies of each tensor, [count, n]: of one memory, in which whole vectors come first."""
+    found: dict[str, Tensor] = {}
+    for dtype in dict.fromkeys(dtypes):
+        some = [whole for whole, own in zip(wholes, dtypes, strict=True) if own == dtype]
+        some.sort(key=lambda whole: len(whole) % _VECTOR != 0)
+        copies = torch.cat([whole.truth for whole in some]).to(dtype).repeat(count, 1)
+        parts = torch.split(copies, [len(whole) for whole in some], dim=1)
+        found |= {whole.spec.name: part for whole, part in zip(some, parts, strict=True)}
+    return found
 
 
 def _adapted_forward(
@@ -161,8 +172,12 @@ def _adapted_forward(
         result: Tensor = base(x, *args, **kwargs)
         dtype = result.dtype
         for own in adapters:
-            update = torch.bmm(torch.bmm(rows.by_candidate(x.to(own.a.dtype)), own.a.mT), own.b.mT) * own.scale
-            result = result + update.view(*x.shape[:-1], -1)
+            inner = torch.bmm(rows.by_candidate(x.to(own.a.dtype)), own.a.mT)
+            if result.dtype == own.b.dtype and not isinstance(own.scale, Tensor):
+                whole = torch.baddbmm(rows.by_candidate(result), inner, own.b.mT, alpha=own.scale)
+                result = whole.view(result.shape)
+            else:
+                result = result + (torch.bmm(inner, own.b.mT) * own.scale).view(result.shape)
         return result.to(dtype)
 
     return forward

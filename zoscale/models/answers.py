@@ -35,7 +35,8 @@ class AnswerModel:
         is_first = not lane()
         if is_first:
             order_gathers_after_writes(self.module)
-            self.model.eval()  # losses are taken without dropout, whatever was done to the model since
+            if _is_training(self.model):  # losses are taken without dropout, whatever was done to the model since
+                self.model.eval()
         masks = padding_unmasked() if batch.is_right_padded else nullcontext()
         with _answer_positions(self.head, batch), masks, _prefix_noted(self.model):
             called = self.module if is_first else self.model
@@ -45,6 +46,18 @@ class AnswerModel:
         logits: Tensor = output.logits[0].float()
         chosen = logits[batch.answer_position, batch.answer_token]
         return chosen - torch.logsumexp(logits, dim=-1)[batch.answer_position]
+
+
+def _is_training(model: nn.Module) -> bool:
+    """Whether some module of it is: ten times as fast as to tell them all that they are not."""
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None:
+            if module.training:
+                return True
+            waiting.extend(module._modules.values())
+    return False
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from zoscale.noise.fused import (
     scalars,
     visit,
 )
-from zoscale.noise.streams import Stream, drawn
+from zoscale.noise.streams import Stream, drawn, perturb_all
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Segment:
             out = live[where]
             base = out if live is truth else truth[where]
             if isinstance(self.source, Stream):
-                self.source.perturb(out, base, radius)
+                perturb_all([self.source], [(out, base)], radius)
             else:
                 self.run(perturb, (out, base), radius)
         else:
@@ -166,6 +166,28 @@ def _by_words(slices: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Slices [n] as [n / 32, 32]; one that is given twice stays one."""
     views = {id(part): None if part is None else part.view(-1, philox.BITS) for part in slices}
     return [views[id(part)] for part in slices]
+
+
+def write_all(
+    segments: Sequence[Segment], slices: Sequence[tuple[Tensor, Tensor]], starts: Sequence[int], radius: float
+) -> None:
+    """`Segment.write` of many, those that kernels make in one launch.
+
+    Args:
+        segments: of one direction.
+        slices: of each, `live` and `truth`.
+        starts: of each, where it begins.
+        radius: signed smoothing radius.
+    """
+    streams, places = list[Stream](), list[tuple[Tensor, Tensor]]()
+    for segment, (live, truth), start in zip(segments, slices, starts, strict=True):
+        if isinstance(segment.source, Stream):
+            where = segment.place(start)
+            streams.append(segment.source)
+            places.append((live[where], truth[where]))
+        else:
+            segment.write(live, truth, start, radius)
+    perturb_all(streams, places, radius)
 
 
 def values(segments: Sequence[Segment]) -> list[Tensor]:

@@ -8,8 +8,9 @@ generator costs, not the memory traffic.
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
@@ -82,94 +83,187 @@ class Stream:
     def __len__(self) -> int:
         return self.range.stop - self.range.start
 
-    def perturb(self, out: Tensor, base: Tensor, radius: float) -> None:
-        """See `fused.perturb`: out = base + radius z, two slices of this length."""
-        _launch("perturb", self, (out, base), _marks([self]), (_word(self.key), radius))
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Streams of one kind may be used together."""
+        return id(self.noise), self.key, self.distribution, self.mask is None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the mask."""
+        return (self.mask.rows, self.mask.columns) if self.mask is not None else (0, 0)
 
 
-def _launch(
-    name: str, stream: Stream, slices: Sequence[Tensor | None], marks: Tensor | None, rest: Sequence[Any]
-) -> None:
-    """Run a kernel on slices of a stream's length.
+Slices = tuple[Tensor | None, ...]
+"""Of one stream's length each."""
+
+
+def perturb_all(streams: Sequence[Stream], slices: Sequence[Slices], radius: float) -> None:
+    """`fused.perturb` of many tensors, a launch for all streams of one kind.
 
     Args:
-        name: of the kernel.
-        stream: where the slices lie in their tensor, and their step.
-        slices: its first arguments.
-        marks: of the masks of its directions, uint8 [q, rows + columns]; None = there are none.
-        rest: those after the place of the slices.
+        streams: of one direction.
+        slices: of each, `out` and `base`.
+        radius: signed smoothing radius.
     """
-    if not len(stream):
-        return
-    kernels, start, seed = stream.kernels, stream.range.start, stream.noise.seed
-    skip = start % kernels.UNIT
-    words = (start // kernels.UNIT, stream.range.tensor, stream.key.step, seed & 0xFFFFFFFF, seed >> 32)
-    addresses = (part.data_ptr() for part in slices if part is not None)
-    is_aligned = not any(number % _ALIGNED for number in (*addresses, skip, len(stream)))
-    variant = {"NORMAL": stream.distribution == "normal", "ALIGNED": is_aligned}
-    rows, columns = (stream.mask.rows, stream.mask.columns) if stream.mask is not None else (1, 1)
-    mask = (marks, rows, columns, start // columns, start % columns) if marks is not None else (None, 1, 1, 0, 0)
-    place = (len(stream), skip, *map(philox.signed, words), *mask)
-    programs = -(-(skip + len(stream)) // kernels.SIZE)
-    with torch.cuda.device_of(slices[0]):  # type: ignore[no-untyped-call]
-        getattr(kernels, name)[programs,](*slices, *place, *rest, **variant, enable_fp_fusion=False)
-
-
-def _marks(streams: Sequence[Stream]) -> Tensor | None:
-    """Those of the streams' masks: uint8 [q, rows + columns]; None if z is zero nowhere."""
-    marks = [stream.mask.marks for stream in streams if stream.mask is not None]
-    return (marks[0].view(1, -1) if len(marks) == 1 else torch.stack(marks)) if marks else None
+    for numbers in alike(stream.kind for stream in streams):
+        some = [streams[number] for number in numbers]
+        rest = (_word(some[0].key), radius)
+        _launch("perturb", [[stream] for stream in some], [slices[number] for number in numbers], rest)
 
 
 @dataclass(frozen=True)
 class Sum:
-    """(1/q) sum_k rho_k z_k, every z_k a stream on the same elements.
+    """(1/q) sum_k rho_k z_k on slices of one tensor or several: what is done along it takes one launch.
 
     Args:
-        streams: of one step, distribution and range.
+        streams: of each tensor q, on the same elements. The k-th ones are of one kind.
         rhos: float32 factors.
     """
 
-    streams: Sequence[Stream]
+    streams: Sequence[Sequence[Stream]]
     rhos: tuple[float, ...]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Sums of one kind can be joined."""
+        return tuple(stream.kind for stream in self.streams[0])
 
     @classmethod
     def of(cls, streams: Sequence[Stream | None], rhos: tuple[float, ...]) -> "Sum | None":
-        """The sum, if all are streams that differ in their direction alone."""
+        """The sum on one tensor, if all are streams that differ in their direction alone."""
         found = [stream for stream in streams if stream is not None]
         kinds = {(id(z.noise), z.key.step, z.distribution, z.mask is None) for z in found}
-        return cls(found, rhos) if len(found) == len(streams) and len(kinds) == 1 else None
+        return cls([found], rhos) if len(found) == len(streams) and len(kinds) == 1 else None
 
-    def mean(self) -> Tensor:
-        """Its values: float32."""
-        out = torch.empty(len(self.streams[0]), device=self.streams[0].device)
-        self._run("mean", (out,))
-        return out
+    @classmethod
+    def joined(cls, sums: "Sequence[Sum]") -> "Sum":
+        """Sums of one kind, as one."""
+        return cls([streams for own in sums for streams in own.streams], sums[0].rhos)
 
-    def descend(self, truth: Tensor, live: Tensor | None, lr: float, weight_decay: float, *, rounded: bool) -> None:
-        """`fused.descend` along it; `rounded`: stochastically, by words that are drawn in the same pass."""
-        self._run("descend", (truth, live), lr, weight_decay, self._rounding(rounded))
+    def mean(self) -> list[Tensor]:
+        """Its values on each tensor: float32."""
+        outs = [torch.empty(len(first), device=first.device) for first, *_ in self.streams]
+        self._run("mean", [outs])
+        return outs
 
-    def remember(self, memory: Tensor, beta: float) -> None:
+    def descend(
+        self, truths: Sequence[Tensor], lives: Sequence[Tensor | None], lr: float, weight_decay: float, *, rounded: bool
+    ) -> None:
+        """`fused.descend` along it; `rounded`: a truth of 16 bits stochastically, by words drawn in the same pass."""
+        self._run("descend", [truths, lives], lr, weight_decay, self._rounding(rounded))
+
+    def remember(self, memories: Sequence[Tensor], beta: float) -> None:
         """`fused.remember_mean` of its terms."""
-        self._run("remember", (memory,), beta, 1 - beta)
+        self._run("remember", [memories], beta, 1 - beta)
 
     def remember_and_descend_sign(
-        self, memory: Tensor, beta: float, truth: Tensor, live: Tensor | None, lr: float, weight_decay: float,
-        *, rounded: bool,
+        self, memories: Sequence[Tensor], beta: float, truths: Sequence[Tensor], lives: Sequence[Tensor | None],
+        lr: float, weight_decay: float, *, rounded: bool,
     ) -> None:  # fmt: skip
         """`remember`, then `fused.descend_sign` along the memory, in one pass."""
         rest = (beta, 1 - beta, lr, weight_decay, self._rounding(rounded))
-        self._run("remember_and_descend_sign", (memory, truth, live), *rest)
+        self._run("remember_and_descend_sign", [memories, truths, lives], *rest)
 
     def _rounding(self, rounded: bool) -> int | None:
-        return _word(Key(self.streams[0].key.step, domain=Domain.ROUNDING)) if rounded else None
+        return _word(Key(self.streams[0][0].key.step, domain=Domain.ROUNDING)) if rounded else None
 
-    def _run(self, kernel: str, slices: Sequence[Tensor | None], *rest: Any) -> None:
+    def _run(self, kernel: str, slices: Sequence[Sequence[Tensor | None]], *rest: Any) -> None:
         first = self.streams[0]
-        words = tuple(_word(stream.key) for stream in self.streams)
-        settings = (len(words), *_tables(words, self.rhos, first.device), *rest)
-        _launch(kernel, first, slices, _marks(self.streams), settings)
+        words = tuple(_word(stream.key) for stream in first)
+        settings = (len(words), *_tables(words, self.rhos, first[0].device), *rest)
+        _launch(kernel, self.streams, list(zip(*slices, strict=True)), settings)
+
+
+def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """The numbers of those that are equal, together."""
+    found: dict[Hashable, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(number)
+    return list(found.values())
+
+
+def _launch(name: str, streams: Sequence[Sequence[Stream]], slices: Sequence[Slices], rest: Sequence[Any]) -> None:
+    """Run a kernel once for all tensors whose slices have the same types.
+
+    Args:
+        name: of the kernel.
+        streams: of each tensor, one per direction.
+        slices: of each tensor, the first arguments.
+        rest: the last ones.
+    """
+    types = [tuple(part if part is None else part.dtype for part in parts) for parts in slices]
+    for numbers in alike(types):
+        own = [number for number in numbers if len(streams[number][0])]
+        if own:
+            _launch_alike(name, [streams[number] for number in own], [slices[number] for number in own], rest)
+
+
+def _launch_alike(
+    name: str, streams: Sequence[Sequence[Stream]], slices: Sequence[Slices], rest: Sequence[Any]
+) -> None:
+    first = streams[0][0]
+    kernels, seed = first.kernels, first.noise.seed
+    marks, begins = _marks(streams)
+    rows = tuple(
+        (own[0].range, own[0].shape, begin, *(0 if part is None else part.data_ptr() for part in parts))
+        for own, begin, parts in zip(streams, begins, slices, strict=True)
+    )
+    programs, is_aligned, place, table, owners = _laid_out(
+        (kernels.UNIT, kernels.SIZE, kernels.SLICES), rows, first.device
+    )
+    words = map(philox.signed, (first.key.step, seed & 0xFFFFFFFF, seed >> 32))
+    stride = 0 if marks is None else marks.shape[1]
+    arguments = (*slices[0], table, owners, *place[:4], *words, marks, stride, *place[4:], *rest)
+    variant = {"NORMAL": first.distribution == "normal", "ALIGNED": is_aligned}
+    with torch.cuda.device_of(slices[0][0]):  # type: ignore[no-untyped-call]
+        getattr(kernels, name)[programs,](*arguments, **variant, enable_fp_fusion=False)
+
+
+@functools.lru_cache(maxsize=256)
+def _laid_out(
+    sizes: tuple[int, int, int], rows: tuple[Any, ...], device: torch.device
+) -> tuple[int, bool, tuple[int, ...], Tensor | None, Tensor | None]:
+    """Programs, whether all is aligned, the place of the first tensor, and the `table` and `owners` of several.
+
+    Most are the same step after step.
+
+    Args:
+        sizes: UNIT, SIZE and SLICES of the kernels.
+        rows: of each tensor the range, rows and columns, where its marks begin, and the addresses of its slices.
+        device: of the slices.
+    """
+    unit, size, most = sizes
+    places = [_place(unit, *row[:3]) for row in rows]
+    counts = [-(-(skip + n) // size) for n, skip, *_ in places]
+    numbers = [number for (n, skip, *_), row in zip(places, rows, strict=True) for number in (n, skip, *row[3:])]
+    is_aligned = not any(number % _ALIGNED for number in numbers)
+    if len(rows) == 1:
+        return counts[0], is_aligned, places[0], None, None
+    starts = accumulate(counts[:-1], initial=0)
+    table = [
+        (*row[3:], *(0,) * (most - len(row[3:])), start, *place)
+        for row, start, place in zip(rows, starts, places, strict=True)
+    ]
+    owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+    return sum(counts), is_aligned, places[0], on_device(torch.tensor(table), device), on_device(owners, device)
+
+
+def _place(unit: int, wanted: Range, shape: tuple[int, int], mark: int) -> tuple[int, ...]:
+    """Where the elements lie in their tensor, as the kernels have it."""
+    first, skip = divmod(wanted.start, unit)
+    row, column = divmod(wanted.start, shape[1]) if shape[1] else (0, 0)
+    return wanted.stop - wanted.start, skip, first, philox.signed(wanted.tensor), mark, *shape, row, column
+
+
+def _marks(streams: Sequence[Sequence[Stream]]) -> tuple[Tensor | None, list[int]]:
+    """Those of the masks: uint8 [q, stride], None if z is zero nowhere; and where each tensor's begin."""
+    if streams[0][0].mask is None:
+        return None, [0] * len(streams)
+    marks = [stream.mask.marks for own in zip(*streams, strict=True) for stream in own if stream.mask is not None]
+    begins = accumulate(map(len, marks[: len(streams) - 1]), initial=0)
+    whole = marks[0] if len(marks) == 1 else torch.cat(marks)
+    return whole.view(len(streams[0]), -1), list(begins)
 
 
 @functools.lru_cache(maxsize=8)
@@ -239,19 +333,18 @@ def _check_range(kernels: Any, device: torch.device, wanted: Range) -> None:
     normal, signs = (Stream(noise, key, wanted, kind, device, kernels) for kind in get_args(Distribution))
     marks = (torch.arange(20 + 23, device=device) % 3 != 0).to(torch.uint8)
     masked = replace(signs, range=Range(7, 77, 77 + len(signs)), mask=Mask(marks, 20, 23))
-    zeros, normals, made, cut, mean, memory, truth, again, both = torch.zeros(9, len(signs), device=device)
+    zeros, normals, made, other, cut, mean, memory, truth, again, both = torch.zeros(10, len(signs), device=device)
     halves = torch.zeros(2, len(signs), device=device, dtype=torch.bfloat16)
-    normal.perturb(normals, zeros, 1.0)
-    signs.perturb(halves[0], halves[1], 1.0)
-    signs.perturb(made, zeros, 1.0)
-    masked.perturb(cut, zeros, 1.0)
-    one = Sum((signs,), (1.0,))
-    mean.copy_(one.mean())
-    one.remember(memory, 0.0)
-    one.descend(truth, None, -1.0, 0.0, rounded=False)
-    one.remember_and_descend_sign(again, 0.0, both, None, -1.0, 0.0, rounded=False)
+    perturb_all([normal], [(normals, zeros)], 1.0)
+    perturb_all([signs] * 3, [(halves[0], halves[1]), (made, zeros), (other, zeros)], 1.0)
+    perturb_all([masked], [(cut, zeros)], 1.0)
+    one = Sum([[signs]], (1.0,))
+    mean.copy_(one.mean()[0])
+    one.remember([memory], 0.0)
+    one.descend([truth], [None], -1.0, 0.0, rounded=False)
+    one.remember_and_descend_sign([again], 0.0, [both], [None], -1.0, 0.0, rounded=False)
     if not torch.allclose(normals, drawn([normal])[0], rtol=1e-6, atol=1e-6):
         raise RuntimeError("expected the normals of philox.py, got others")
-    found = (halves[0].float(), made, mean, memory, truth, again, both)
+    found = (halves[0].float(), made, other, mean, memory, truth, again, both)
     if not (all(torch.equal(own, drawn([signs])[0]) for own in found) and torch.equal(cut, drawn([masked])[0])):
         raise RuntimeError("expected the signs of philox.py, got others")

@@ -8,8 +8,12 @@ A slice has `n` elements, and its first one is element `skip` of the tensor's un
 are one Philox block. `ALIGNED` says that all addresses, `skip` and `n` are multiples of 16, so that a thread takes its
 values at once. Kernels are specialised on nothing else: two variants per combination of types, whatever the sizes.
 `low` and `high` are the seed, `lasts` (int32 [q]) and `rhos` (float32 [q]) the last counter words and factors of q
-directions. `marks` (uint8 [q, rows + columns], or None) are the rows and columns outside of which z is zero, in a
-matrix whose element (`row`, `column`) is the first one of the slice.
+directions. `marks` (uint8 [q, stride], or None) are the rows and columns outside of which z is zero, from `mark` on, in
+a matrix whose element (`row`, `column`) is the first one of the slice.
+
+A launch may take slices of many tensors. Then `table` (int64 [tensors, ENTRY]) has the addresses of each tensor's
+slices, its first program, and its numbers in the order of `_place`; `owners` (int32 [programs]) has the tensor of each
+program; and of the slices that are given only the types matter.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -24,7 +28,12 @@ from zoscale.noise import philox
 SIZE = 2048
 """Elements of one program."""
 UNIT = 128
+SLICES = 3
+"""Most slices of a tensor."""
+ENTRY = SLICES + 10
+"""Numbers of a tensor in a table."""
 
+_SLICES, _ENTRY = tl.constexpr(SLICES), tl.constexpr(ENTRY)
 _SIZE = tl.constexpr(SIZE)
 _BLOCKS = tl.constexpr(SIZE // 4)
 _WORDS = tl.constexpr(SIZE // 32)
@@ -115,13 +124,34 @@ def _z(NORMAL: tl.constexpr, unit, tensor, step, last, low, high):
 
 
 @triton.jit
-def _place(unit, skip, n, ALIGNED: tl.constexpr):
-    """The program's first unit, and the positions in the slice of its elements."""
+def _entry(table, owners):
+    """The program's tensor in the table."""
+    return table if table is None else table + tl.load(owners + tl.program_id(0)) * _ENTRY
+
+
+@triton.jit
+def _slice(entry, pointer, NUMBER: tl.constexpr):
+    """The slice of that number of the program's tensor."""
+    return pointer if entry is None else tl.load(entry + NUMBER).to(pointer.dtype)
+
+
+@triton.jit
+def _number(entry, value, NUMBER: tl.constexpr):
+    return value if entry is None else tl.load(entry + _SLICES + 1 + NUMBER).to(tl.int32)
+
+
+@triton.jit
+def _place(entry, n, skip, unit, tensor, ALIGNED: tl.constexpr):
+    """The program's tensor and first unit, and the positions in the slice of its elements."""
+    program = tl.program_id(0)
+    if entry is not None:
+        program -= tl.load(entry + _SLICES).to(tl.int32)
+    n, skip, unit = _number(entry, n, 0), _number(entry, skip, 1), _number(entry, unit, 2)
     if ALIGNED:
         skip, n = skip // 16 * 16, n // 16 * 16  # says so
-    program = tl.program_id(0)
     here = program * _SIZE - skip + tl.arange(0, _SIZE)
-    return _word(unit) + (program * _UNITS).to(tl.uint32), here, (here >= 0) & (here < n)
+    unit = _word(unit) + (program * _UNITS).to(tl.uint32)
+    return _number(entry, tensor, 3), unit, here, (here >= 0) & (here < n)
 
 
 @triton.jit
@@ -130,10 +160,12 @@ def _at(pointer, here, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _masked(z, k, here, inside, marks, rows, columns, row, column):
+def _masked(z, k, entry, here, inside, marks, stride, mark, rows, columns, row, column):
     """z where the k-th mask has the element's row and column, else 0."""
     if marks is not None:
-        own = marks + k * (rows + columns)
+        own = marks + k * stride + _number(entry, mark, 4)
+        rows, columns = _number(entry, rows, 5), _number(entry, columns, 6)
+        row, column = _number(entry, row, 7), _number(entry, column, 8)
         place = column + here
         in_row = tl.load(own + row + place // columns, mask=inside, other=0)
         z = tl.where(in_row & tl.load(own + rows + place % columns, mask=inside, other=0) != 0, z, 0.0)
@@ -142,14 +174,15 @@ def _masked(z, k, here, inside, marks, rows, columns, row, column):
 
 @triton.jit
 def _total(
-    NORMAL: tl.constexpr, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+    NORMAL: tl.constexpr, q, lasts, rhos, unit, tensor, step, low, high, entry, here, inside, marks, stride, mark, rows,
+    columns, row, column,
 ):  # fmt: skip
     """sum_k rho_k z_k, and the number of z_k that are not zero."""
     total = tl.zeros((_SIZE,), tl.float32)
     visits = tl.zeros((_SIZE,), tl.float32)
     for k in range(q):
         z = _z(NORMAL, unit, tensor, step, tl.load(lasts + k), low, high)
-        z = _masked(z, k, here, inside, marks, rows, columns, row, column)
+        z = _masked(z, k, entry, here, inside, marks, stride, mark, rows, columns, row, column)
         total += z * tl.load(rhos + k)
         visits += tl.where(z != 0, 1.0, 0.0)
     return total, visits
@@ -197,7 +230,7 @@ def _descend(
     """See `fused.descend`; the words to round with are drawn here where there is a counter word for them."""
     x = tl.load(_at(truth, here, ALIGNED), mask=inside).to(tl.float32)
     x = x - (u + x * weight_decay) * lr
-    if last_rounding is None:
+    if last_rounding is None or truth.dtype.element_ty == tl.float32:
         _store(_at(truth, here, ALIGNED), x, inside)
     else:
         w0, w1, w2, w3 = _words(unit * 32, _BLOCKS, tensor, step, last_rounding, low, high)
@@ -210,39 +243,50 @@ def _descend(
 
 @_kernel
 def perturb(
-    out, base, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, last, radius,
-    NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    out, base, table, owners, n, skip, unit, tensor, step, low, high, marks, stride, mark, rows, columns, row,
+    column, last, radius, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out = base + radius z."""
-    unit, here, inside = _place(unit, skip, n, ALIGNED)
+    entry = _entry(table, owners)
+    out = _slice(entry, out, 0)
+    base = _slice(entry, base, 1)
+    tensor, unit, here, inside = _place(entry, n, skip, unit, tensor, ALIGNED)
     z = _z(NORMAL, unit, tensor, step, last, low, high)
-    z = _masked(z, 0, here, inside, marks, rows, columns, row, column)
+    z = _masked(z, 0, entry, here, inside, marks, stride, mark, rows, columns, row, column)
     x = tl.load(_at(base, here, ALIGNED), mask=inside).to(tl.float32)
     _store(_at(out, here, ALIGNED), tl.where(z != 0, x + z * radius, x), inside)
 
 
 @_kernel
 def mean(
-    out, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, q, lasts, rhos,
-    NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    out, table, owners, n, skip, unit, tensor, step, low, high, marks, stride, mark, rows, columns, row,
+    column, q, lasts, rhos, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """out = (1/q) sum_k rho_k z_k."""
-    unit, here, inside = _place(unit, skip, n, ALIGNED)
+    entry = _entry(table, owners)
+    out = _slice(entry, out, 0)
+    tensor, unit, here, inside = _place(entry, n, skip, unit, tensor, ALIGNED)
     total, _ = _total(
-        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, entry, here, inside, marks, stride, mark, rows, columns,
+        row, column,
     )  # fmt: skip
     tl.store(_at(out, here, ALIGNED), _divided(total, q), mask=inside)
 
 
 @_kernel
 def descend(
-    truth, live, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, q, lasts, rhos,
-    lr, weight_decay, last_rounding, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    truth, live, table, owners, n, skip, unit, tensor, step, low, high, marks, stride, mark, rows, columns, row,
+    column, q, lasts, rhos, lr, weight_decay, last_rounding, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`fused.descend` along (1/q) sum_k rho_k z_k."""
-    unit, here, inside = _place(unit, skip, n, ALIGNED)
+    entry = _entry(table, owners)
+    truth = _slice(entry, truth, 0)
+    if live is not None:
+        live = _slice(entry, live, 1)
+    tensor, unit, here, inside = _place(entry, n, skip, unit, tensor, ALIGNED)
     total, _ = _total(
-        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, entry, here, inside, marks, stride, mark, rows, columns,
+        row, column,
     )  # fmt: skip
     u = _divided(total, q)
     _descend(truth, live, here, inside, u, lr, weight_decay, unit, tensor, step, low, high, last_rounding, ALIGNED)
@@ -250,13 +294,16 @@ def descend(
 
 @_kernel
 def remember(
-    memory, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, q, lasts, rhos, beta, rest,
-    NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    memory, table, owners, n, skip, unit, tensor, step, low, high, marks, stride, mark, rows, columns, row,
+    column, q, lasts, rhos, beta, rest, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`fused.remember_mean` of rho_k z_k."""
-    unit, here, inside = _place(unit, skip, n, ALIGNED)
+    entry = _entry(table, owners)
+    memory = _slice(entry, memory, 0)
+    tensor, unit, here, inside = _place(entry, n, skip, unit, tensor, ALIGNED)
     total, visits = _total(
-        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, entry, here, inside, marks, stride, mark, rows, columns,
+        row, column,
     )  # fmt: skip
     m = _remembered(tl.load(_at(memory, here, ALIGNED), mask=inside), total, visits, q, beta, rest)
     tl.store(_at(memory, here, ALIGNED), m, mask=inside)
@@ -264,13 +311,19 @@ def remember(
 
 @_kernel
 def remember_and_descend_sign(
-    memory, truth, live, n, skip, unit, tensor, step, low, high, marks, rows, columns, row, column, q, lasts, rhos,
-    beta, rest, lr, weight_decay, last_rounding, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
+    memory, truth, live, table, owners, n, skip, unit, tensor, step, low, high, marks, stride, mark, rows, columns, row,
+    column, q, lasts, rhos, beta, rest, lr, weight_decay, last_rounding, NORMAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`remember`, then `fused.descend_sign` along the memory."""
-    unit, here, inside = _place(unit, skip, n, ALIGNED)
+    entry = _entry(table, owners)
+    memory = _slice(entry, memory, 0)
+    truth = _slice(entry, truth, 1)
+    if live is not None:
+        live = _slice(entry, live, 2)
+    tensor, unit, here, inside = _place(entry, n, skip, unit, tensor, ALIGNED)
     total, visits = _total(
-        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, here, inside, marks, rows, columns, row, column
+        NORMAL, q, lasts, rhos, unit, tensor, step, low, high, entry, here, inside, marks, stride, mark, rows, columns,
+        row, column,
     )  # fmt: skip
     m = _remembered(tl.load(_at(memory, here, ALIGNED), mask=inside), total, visits, q, beta, rest)
     tl.store(_at(memory, here, ALIGNED), m, mask=inside)

@@ -1,7 +1,7 @@
 """`ZeroOrderOptimizer`: an optimizer whose step takes a gradient estimate and updates this rank's shards."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 from zoscale.estimators import ESTIMATORS, Backpropagation, Estimator, GradientEstimate
 from zoscale.noise.fused import chosen, descend, descend_sign, scalars
 from zoscale.noise.segments import SignTerms, Term
-from zoscale.noise.streams import Sum
+from zoscale.noise.streams import Sum, alike
 from zoscale.optim.sharded import Company, ShardedOptimizer
 from zoscale.probes import PROBES, Layers, Piece, Probe
 from zoscale.probes.gradient import Gradient
-from zoscale.shards import ShardedParam
+from zoscale.shards import ShardedParam, chunk
 
+_SMALL = 16  # such a part of a chunk is a small piece
 Write = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
@@ -57,28 +58,51 @@ class ZeroOrderOptimizer(ShardedOptimizer):
             for shard in shards:
                 shard.reach_next_forward()
 
-    def descend(self, piece: Piece, update: Tensor | Sum, group: Mapping[str, Any]) -> None:
+    def descend(self, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
         """x <- x - lr (update + weight_decay x) on one piece, in float32; the live slice takes it in the same pass."""
-        if isinstance(update, Sum):
-            update.descend(*_slices(piece), *_settings(group), rounded=piece.shard.is_rounded_stochastically)
-        else:
-            self._write(descend, piece, update, group)
+        self._write(descend, piece, update, group)
+
+    def descend_all(self, batch: Sequence[Piece], updates: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        """`descend` on each piece; small ones as if they were one, of whose calls and launches a step would be made."""
+        for numbers in _together(batch):
+            some, own = [batch[number] for number in numbers], [updates[number] for number in numbers]
+            if len(some) == 1:
+                self.descend(some[0], own[0], group)
+                continue
+            truths, lives = _columns(some)
+            truth, update = torch.cat(truths), torch.cat(own)
+            live = None if lives[0] is None else torch.empty_like(truth, dtype=lives[0].dtype)
+            words = [found for piece in some if (found := self._rounding_words(piece)) is not None]
+            lr, weight_decay = scalars(*_settings(group))
+            chosen(descend, self._current.is_compiled)(
+                truth, live, update, lr, weight_decay, torch.cat(words) if words else None
+            )  # fmt: skip
+            sizes = [len(part) for part in truths]
+            torch._foreach_copy_(truths, torch.split(truth, sizes))
+            if live is not None:
+                torch._foreach_copy_([part for part in lives if part is not None], torch.split(live, sizes))
+
+    def descend_along(self, batch: Sequence[Piece], update: Sum, group: Mapping[str, Any]) -> None:
+        """`descend` on the pieces of a sum."""
+        update.descend(*_columns(batch), *_settings(group), rounded=_is_rounded(batch))
 
     def descend_sign(self, piece: Piece, memory: Tensor, group: Mapping[str, Any]) -> None:
         """`descend` along the sign of a memory; sign(0) = 0."""
         self._write(descend_sign, piece, memory, group)
 
     def remember_and_descend_sign(
-        self, piece: Piece, memory: Tensor, update: Sum | Term | SignTerms, beta: float, group: Mapping[str, Any]
+        self, piece: Piece, memory: Tensor, update: Term | SignTerms, beta: float, group: Mapping[str, Any]
     ) -> None:
         """`descend_sign` along a memory that takes an update up first, in one pass."""
-        slices, settings = _slices(piece), _settings(group)
-        if isinstance(update, Sum):
-            rounded = piece.shard.is_rounded_stochastically
-            update.remember_and_descend_sign(memory, beta, *slices, *settings, rounded=rounded)
-        else:
-            words = self._rounding_words(piece)
-            update.remember_and_descend_sign(memory, beta, *slices, words, *settings)
+        words = self._rounding_words(piece)
+        update.remember_and_descend_sign(memory, beta, *_slices(piece), words, *_settings(group))
+
+    def remember_and_descend_sign_along(
+        self, batch: Sequence[Piece], memories: Sequence[Tensor], update: Sum, beta: float, group: Mapping[str, Any]
+    ) -> None:
+        """`remember_and_descend_sign` on the pieces of a sum."""
+        slices, settings = _columns(batch), _settings(group)
+        update.remember_and_descend_sign(memories, beta, *slices, *settings, rounded=_is_rounded(batch))
 
     def _write(self, function: Write, piece: Piece, update: Tensor, group: Mapping[str, Any]) -> None:
         lr, weight_decay = scalars(*_settings(group))
@@ -110,10 +134,44 @@ def moved(
     return shards if group["weight_decay"] else [shard for shard in shards if estimate.touches(shard.spec)]
 
 
+def _together(batch: Sequence[Piece]) -> Iterator[list[int]]:
+    """The numbers of all pieces; of small ones that are alike, those that fill a chunk of their device together."""
+    for numbers in alike(_kind(piece) for piece in batch):
+        group: list[int] = []
+        size, limit = 0, chunk(batch[numbers[0]].shard.truth.device)
+        for number in numbers:
+            own = batch[number].stop - batch[number].start
+            if own * _SMALL > limit:
+                yield [number]
+                continue
+            if size + own > limit:
+                yield group
+                group, size = [], 0
+            group.append(number)
+            size += own
+        if group:
+            yield group
+
+
+def _kind(piece: Piece) -> tuple[Any, ...]:
+    shard = piece.shard
+    return shard.truth.device, shard.truth.dtype, shard.live.dtype, shard.has_master, shard.is_rounded_stochastically
+
+
 def _slices(piece: Piece) -> tuple[Tensor, Tensor | None]:
     """The truth of a piece, and its live slice where that is kept apart."""
     shard, where = piece.shard, slice(piece.start, piece.stop)
     return shard.truth[where], shard.live[where] if shard.has_master else None
+
+
+def _columns(batch: Sequence[Piece]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """`_slices` of every piece."""
+    found = [_slices(piece) for piece in batch]
+    return [truth for truth, _ in found], [live for _, live in found]
+
+
+def _is_rounded(batch: Sequence[Piece]) -> bool:
+    return any(piece.shard.is_rounded_stochastically for piece in batch)
 
 
 def _settings(group: Mapping[str, Any]) -> tuple[float, float]:

@@ -38,5 +38,8 @@ class GradientDescent(ElementwiseOptimizer):
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for batch in pieces(moved(shards, estimate, group), stream=estimate.stream):
-            for piece, gradient in zip(batch, estimate.gradients(batch), strict=True):
-                self.descend(piece, gradient, group)
+            sums, rest = estimate.sums(batch)
+            for together, gradient in sums:
+                self.descend_along(together, gradient, group)
+            for piece, drawn in zip(rest, estimate.mean(rest), strict=True):
+                self.descend(piece, drawn, group)

@@ -1,6 +1,6 @@
 """JAGUAR SignSGD and JAGUAR Muon (arXiv 2506.04430): descent along a memory of partial derivatives."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Unpack, get_args
 
@@ -11,7 +11,6 @@ from zoscale.estimators import GradientEstimate
 from zoscale.mesh import Mesh
 from zoscale.noise.fused import chosen, remember_mean, scalars
 from zoscale.noise.segments import SignTerms, Term
-from zoscale.noise.streams import Sum
 from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.checks import check_beta, check_choice
 from zoscale.optim.newton_schulz import orthogonalize, update_scale
@@ -56,12 +55,17 @@ class JaguarSignSGD(ZeroOrderOptimizer):
         check_beta(options["beta"])
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
-        batches = pieces(shards, stream=estimate.stream, is_bits=self.is_packed)
-        for piece, memory, pending in _visit(self.buffer, batches, estimate, group["beta"]):
-            if pending is None:
-                self.descend_sign(piece, memory, group)
-            else:
-                self.remember_and_descend_sign(piece, memory, pending, group["beta"], group)
+        beta = group["beta"]
+        for batch in pieces(shards, stream=estimate.stream, is_bits=self.is_packed):
+            sums, rest = estimate.sums(batch)
+            for together, gradient in sums:
+                memories = _memories(self.buffer, together)
+                self.remember_and_descend_sign_along(together, memories, gradient, beta, group)
+            for piece, memory, pending in _visit(self.buffer, rest, estimate, beta):
+                if pending is None:
+                    self.descend_sign(piece, memory, group)
+                else:
+                    self.remember_and_descend_sign(piece, memory, pending, beta, group)
 
 
 class JaguarMuon(SpectralOptimizer):
@@ -100,10 +104,16 @@ class JaguarMuon(SpectralOptimizer):
         self, shards: Sequence[ShardedParam], estimate: GradientEstimate, beta: float
     ) -> Iterator[tuple[Piece, Tensor]]:
         """Bring the memory up to date; yields each piece with it."""
-        for piece, memory, pending in _visit(self.buffer, pieces(shards, is_bits=self.is_packed), estimate, beta):
-            if pending is not None:
-                pending.remember(memory, beta)
-            yield piece, memory
+        for batch in pieces(shards, is_bits=self.is_packed):
+            sums, rest = estimate.sums(batch)
+            for together, gradient in sums:
+                memories = _memories(self.buffer, together)
+                gradient.remember(memories, beta)
+                yield from zip(together, memories, strict=True)
+            for piece, memory, pending in _visit(self.buffer, rest, estimate, beta):
+                if pending is not None:
+                    pending.remember(memory, beta)
+                yield piece, memory
 
     def update(self, shards: Sequence[ShardedParam], estimate: GradientEstimate, group: dict[str, Any]) -> None:
         for piece, memory in self.remember(shards, estimate, group["beta"]):
@@ -112,9 +122,11 @@ class JaguarMuon(SpectralOptimizer):
         if group["rule"] == "muon":
             function = partial(orthogonalize, iteration=group["iteration"], power_rank=group["power_rank"])
             dtype = self._dtype(group["precision"])
-            for shard, direction in on_owners(function, shards, self.buffer, self.mesh, dtype=dtype):
-                scale = update_scale(shard.spec.rows, shard.spec.columns, group["scale"])
-                self.descend(Piece(shard, 0, len(shard)), direction.float() * scale, group)
+            for bucket in on_owners(function, shards, self.buffer, self.mesh, dtype=dtype):
+                updates = [direction for _, direction in bucket]
+                scales = [update_scale(shard.spec.rows, shard.spec.columns, group["scale"]) for shard, _ in bucket]
+                torch._foreach_mul_(updates, scales)
+                self.descend_all([Piece(shard, 0, len(shard)) for shard, _ in bucket], updates, group)
 
     def _dtype(self, precision: Precision) -> torch.dtype:
         if precision == "auto":
@@ -122,24 +134,22 @@ class JaguarMuon(SpectralOptimizer):
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
+def _memories(memory: Memory, batch: Sequence[Piece]) -> list[Tensor]:
+    return [memory(piece.shard)[piece.start : piece.stop] for piece in batch]
+
+
 def _visit(
-    memory: Memory, batches: Iterable[Sequence[Piece]], estimate: GradientEstimate, beta: float
-) -> Iterator[tuple[Piece, Tensor, Sum | Term | SignTerms | None]]:
-    """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates.
+    memory: Memory, batch: Sequence[Piece], estimate: GradientEstimate, beta: float
+) -> Iterator[tuple[Piece, Tensor, Term | SignTerms | None]]:
+    """m_S <- beta m_S + (1 - beta) g_S on the visited coordinates, where g must be drawn.
 
     Yields:
         Each piece with its memory, and what the memory is still to take up; None = it is up to date.
     """
-    for batch in batches:
-        memories = [memory(piece.shard)[piece.start : piece.stop] for piece in batch]
-        pending: list[Sum | Term | SignTerms | None] = [estimate.stream(piece) for piece in batch]
-        drawn = [number for number, found in enumerate(pending) if found is None]
-        if drawn:
-            mix = _mix_one if len(estimate.directions) == 1 else _mix_mean
-            terms = mix([memories[number] for number in drawn], [batch[number] for number in drawn], estimate, beta)
-            for number, term in zip(drawn, terms, strict=True):
-                pending[number] = term
-        yield from zip(batch, memories, pending, strict=True)
+    if batch:
+        memories = _memories(memory, batch)
+        mix = _mix_one if len(estimate.directions) == 1 else _mix_mean
+        yield from zip(batch, memories, mix(memories, batch, estimate, beta), strict=True)
 
 
 def _mix_one(

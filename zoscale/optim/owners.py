@@ -75,7 +75,7 @@ def on_owners(
     *,
     dtype: torch.dtype = torch.float32,
     capacity: int = CAPACITY,
-) -> Iterator[tuple[ShardedParam, Tensor]]:
+) -> Iterator[list[tuple[ShardedParam, Tensor]]]:
     """Apply a function to whole matrices, each once in the shard group. A collective, to be run to its end.
 
     Args:
@@ -87,7 +87,8 @@ def on_owners(
         capacity: elements that a rank owns at once.
 
     Yields:
-        Every shard once, with the same elements of the result: [len(shard)], of `dtype`, on the shard's device.
+        Bucket by bucket the shards, each once, with the same elements of the result: float32 [len(shard)], on the
+        shard's device, to be changed at will.
     """
     by_id = {shard.spec.id: shard for shard in shards}
     buckets = deal([shard.spec for shard in shards], mesh.shard_size, capacity)
@@ -99,7 +100,7 @@ def on_owners(
         return mesh.exchange(packed, bucket.sizes, [bucket.sizes[mesh.shard_rank]] * mesh.shard_size)
 
     for bucket, returned in _results(function, buckets, gather, mesh):
-        yield from ((shard, part.to(shard.truth.device)) for shard, part in _parts(returned, bucket, by_id))
+        yield [(shard, part.to(shard.truth.device)) for shard, part in _parts(returned.float(), bucket, by_id)]
         del returned  # before the next bucket is worked on
 
 

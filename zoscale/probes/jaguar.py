@@ -42,13 +42,6 @@ class _Support:
         rows = 1.0 if self.rows is None else len(self.rows) / spec.rows
         return rows if self.columns is None else rows * len(self.columns) / spec.columns
 
-    def marks(self, spec: TensorSpec) -> Tensor:
-        """See `Mask`; on the CPU."""
-        marks = torch.zeros(spec.rows + spec.columns, dtype=torch.uint8)
-        marks[slice(0, spec.rows) if self.rows is None else self.rows] = 1
-        marks[slice(spec.rows, None) if self.columns is None else self.columns + spec.rows] = 1
-        return marks
-
     def positions(self, spec: TensorSpec, first: int, last: int, device: torch.device) -> Tensor | None:
         """Flat positions of the support in [first, last) of the tensor, relative to first; None = all of them.
 
@@ -94,6 +87,20 @@ def _count_before(position: int, rows: Sequence[int], columns: Sequence[int], wi
     return above * len(columns) + (bisect_left(columns, column) if is_within else 0)
 
 
+def _marks(supports: Sequence[tuple[TensorSpec, _Support]]) -> Tensor:
+    """The marks of `Mask` of tensors, one after the other: uint8 on the CPU."""
+    chosen, starts, start = list[Tensor](), list[int](), 0
+    for spec, support in supports:
+        chosen.append(torch.arange(spec.rows) if support.rows is None else support.rows)
+        chosen.append(torch.arange(spec.columns) if support.columns is None else support.columns)
+        starts += (start, start + spec.rows)
+        start += spec.rows + spec.columns
+    marks = torch.zeros(start, dtype=torch.uint8)
+    if chosen:
+        marks[torch.cat(chosen) + torch.tensor(starts).repeat_interleave(torch.tensor([*map(len, chosen)]))] = 1
+    return marks
+
+
 class JaguarDirection(DrawnDirection):
     """Signs on a support of rows x columns per tensor; a tensor without a support is not perturbed.
 
@@ -129,11 +136,18 @@ class JaguarDirection(DrawnDirection):
 
     def stream(self, piece: Piece) -> Stream | None:
         spec, device = piece.shard.spec, piece.shard.truth.device
-        support = self.supports.get(spec.id)
-        if self.signs != "rademacher" or support is None or support.share(spec) < _FUSED_ABOVE:
+        if spec.id not in self._streamed:
             return None
         mask = partial(self._mask, spec, device)
         return stream_of(self.noise, self.key, piece.range, "rademacher", device, mask)
+
+    @cached_property
+    def _streamed(self) -> set[int]:
+        """Ids of the tensors whose z kernels may make."""
+        if self.signs != "rademacher":
+            return set()
+        some = ((own.id, self.supports.get(own.id), own) for own in self._specs)
+        return {number for number, found, own in some if found is not None and found.share(own) >= _FUSED_ABOVE}
 
     def is_bits(self, piece: Piece) -> bool:
         support = self.supports.get(piece.shard.spec.id)
@@ -164,8 +178,7 @@ class JaguarDirection(DrawnDirection):
         """The support of a tensor on its device; those of all tensors are sent there together."""
         if device not in self._masks:
             some = [(own, s) for own in self._specs if (s := self.supports.get(own.id)) is not None and not s.is_whole]
-            marks = on_device(torch.cat([s.marks(own) for own, s in some]), device) if some else torch.empty(0)
-            parts = torch.split(marks, [own.rows + own.columns for own, _ in some])
+            parts = torch.split(on_device(_marks(some), device), [own.rows + own.columns for own, _ in some])
             self._masks[device] = {
                 own.id: Mask(part, own.rows, own.columns) for (own, _), part in zip(some, parts, strict=True)
             }
