@@ -1,6 +1,8 @@
 """`FanOutForward` against `SequentialForward` on plain tensors; real ranks are in test_zero3.py."""
 
 import warnings
+from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from zoscale.forward.fan_out import WAITING, FanOutForward
 from zoscale.forward.lora_fan import LoraFan, find_lora_pairs
 from zoscale.forward.sequential import SequentialForward, perturbed
 from zoscale.models.sizes import tokens_per_pass
+from zoscale.noise import fused, streams
 from zoscale.probes import Block, Gaussian, Probe
 from zoscale.shards import trainable_specs
 from zoscale.step import micro_batches
@@ -239,3 +242,25 @@ def test_how_often_a_step_goes_through_the_model(q: int) -> None:
     cut = engine.losses(batches, engine.directions(0))
     assert len(calls) == 1 + -(-tokens // (WAITING * forward.max_tokens)) == 1 + q
     assert sum(calls[1:]) == 2 * (2 * q) and cut.values == pytest.approx(whole.values, abs=2e-6)
+
+
+def test_small_adapters_are_perturbed_and_updated_in_as_many_launches_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One per candidate and one for the update: on a GPU small tensors cost launches, and no arithmetic."""
+    calls: list[str] = []
+
+    def kernel(name: str) -> Any:
+        return defaultdict(lambda: lambda *_, **__: calls.append(name))
+
+    names = ("perturb", "remember_and_descend_sign")
+    kernels = SimpleNamespace(UNIT=128, SIZE=2048, SLICES=3, **{name: kernel(name) for name in names})
+    monkeypatch.setattr(streams, "kernels_on", lambda _: kernels)
+    monkeypatch.setattr(fused, "_compile", lambda function, *_: function)
+    fused.compiled.cache_clear()
+    model = model_of("opt", torch.bfloat16)
+    engine = ZeroOrderEngine(model, probe=Block(), estimator=TwoPoint(num_directions=2), noise="compiled")
+    engine.step(tiny.batch(0))  # and a rehearsal
+    calls.clear()
+    engine.step(tiny.batch(1))
+    fused.compiled.cache_clear()
+    assert len(engine.shards) == 16 and isinstance(engine.forward, FanOutForward)
+    assert calls == ["perturb"] * 4 + ["remember_and_descend_sign"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate, OneSided, TwoPoint
 from zoscale.forward.sequential import perturbed
@@ -31,6 +31,7 @@ from zoscale.optim import (
     ZOMuonSubspace,
     ZOSGDMomentum,
     ZOSignRho,
+    base,
     jaguar,
     orthogonalize,
 )
@@ -368,6 +369,33 @@ def test_large_and_sharded_slices_take_the_same_step(make: Any) -> None:
         part.offset = first
         make([part], lr=0.1).step(fixed_estimate([part], 0, q=1, probe=probe_for(make, Rademacher())))
         assert torch.equal(part.truth, large.truth[first : first + 40])
+
+
+@pytest.mark.parametrize("master", ["fp32", "none", "stochastic"])
+def test_small_matrices_together_take_the_step_of_each(master: Master, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two types, one of them too large to be small, some cut off by the limit of a chunk."""
+
+    def stepped() -> list[Tensor]:
+        values = start_values({f"layers.{number}.weight": (number + 3, 40) for number in range(9)})
+        bag = Bag(values)
+        for number in range(0, 9, 2):
+            bag.layers.get_submodule(str(number)).bfloat16()
+        shards = shard_parameters(bag, master=master)
+        optimizer = JaguarMuon(shards, lr=0.1, weight_decay=0.1, scale="rms")
+        for step in range(2):
+            optimizer.step(fixed_estimate(shards, step, q=2, probe=Gaussian()))
+        return [*(shard.truth for shard in shards), *(shard.live for shard in shards)]
+
+    monkeypatch.setattr(base, "chunk", lambda _: 1000)
+    monkeypatch.setattr(base, "_SMALL", 2.2)  # smaller than 454 elements
+    seen: list[list[int]] = []
+    together = base._together
+    monkeypatch.setattr(base, "_together", lambda batch: seen.extend(found := list(together(batch))) or found)
+    some = stepped()
+    assert {len(numbers) for numbers in seen} >= {1, 2, 3}
+    monkeypatch.setattr(base, "_SMALL", 1e9)
+    for one, other in zip(some, stepped(), strict=True):
+        assert torch.equal(one, other)
 
 
 @every_optimizer
