@@ -18,7 +18,7 @@ from zoscale.forward.fan_out import WAITING, FanOutForward
 from zoscale.forward.lora_fan import LoraFan, find_lora_pairs
 from zoscale.forward.sequential import SequentialForward, perturbed
 from zoscale.models.sizes import tokens_per_pass
-from zoscale.noise import fused, streams
+from zoscale.noise import fused, kernels
 from zoscale.probes import Block, Gaussian, Probe
 from zoscale.shards import trainable_specs
 from zoscale.step import micro_batches
@@ -252,8 +252,8 @@ def test_small_adapters_are_perturbed_and_updated_in_as_many_launches_as_one(mon
         return defaultdict(lambda: lambda *_, **__: calls.append(name))
 
     names = ("perturb", "remember_and_descend_sign")
-    kernels = SimpleNamespace(UNIT=128, SIZE=2048, SLICES=3, **{name: kernel(name) for name in names})
-    monkeypatch.setattr(streams, "kernels_on", lambda _: kernels)
+    idle = SimpleNamespace(UNIT=128, SIZE=2048, SLICES=3, **{name: kernel(name) for name in names})
+    monkeypatch.setattr(kernels, "kernels_on", lambda _: idle)
     monkeypatch.setattr(fused, "_compile", lambda function, *_: function)
     fused.compiled.cache_clear()
     model = model_of("opt", torch.bfloat16)

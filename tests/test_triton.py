@@ -15,7 +15,7 @@ from packaging.version import Version
 from processes import run
 
 from zoscale.noise.generator import Key, Noise, Range
-from zoscale.noise.streams import kernels_on, stream_of
+from zoscale.noise.kernels import kernels_on, stream_of
 
 DEFINITION = [sys.executable, "tests/triton_worker.py", "numbers", "steps", "rehearses"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

@@ -21,7 +21,9 @@ from zoscale.forward.scratch import Draws
 from zoscale.forward.sequential import perturbed
 from zoscale.noise import fused, streams
 from zoscale.noise.generator import Domain, Key, Noise, Range
-from zoscale.noise.streams import Distribution, Mask, Stream, Sum
+from zoscale.noise.kernels import kernels_on
+from zoscale.noise.streams import Distribution, Mask, Stream
+from zoscale.noise.sums import Sum
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD, ZOAdam
 from zoscale.probes import Block, Gaussian, Layers, Probe, Rademacher, Tensors
 from zoscale.shards import Master, ShardedParam, TensorSpec
@@ -69,7 +71,7 @@ def check_kernels(wanted: Range, distribution: Distribution, half: torch.dtype, 
     n = wanted.stop - wanted.start
     noise, generator = Noise(SEED), torch.Generator().manual_seed(n)
     base, memory = torch.randn(2, n, generator=generator).to(DEVICE)
-    kernels = streams.kernels_on(DEVICE)
+    kernels = kernels_on(DEVICE)
     assert kernels is not None
     found = [
         Stream(noise, Key(STEP, k), wanted, distribution, DEVICE, kernels, mask_of(k) if is_masked else None)
@@ -136,10 +138,11 @@ def steps() -> None:
     launch = streams._launch_alike
     torch.compile = lambda function, **_: function
     zoscale.shards.CHUNK = 64  # z in registers is cut larger
+    streams.MANY = 2
 
-    def counted(name: str, found: Sequence[Sequence[Stream]], *rest: Any) -> None:
+    def counted(name: str, found: Sequence[tuple[Sequence[Stream], Any]], *rest: Any) -> None:
         calls.append(name)
-        lengths.update(len(first) for first, *_ in found)
+        lengths.update(len(first) for (first, *_), _ in found)
         counts.add(len(found))
         launch(name, found, *rest)
 
@@ -235,6 +238,7 @@ def compiles() -> None:
     """Kernels compile for a GPU: nothing is contracted, values are taken at once, and sizes need no other variant."""
     compiled = Compiled()
     counts = []
+    streams.MANY = 2
     for step, places in ((0, PLACES[:2]), (1, [(2048, 16), (2**33 + 1, 1)]), (2**31, [(3, 2**20)])):
         for start, n in places:
             truth, live, memory = torch.zeros(n), torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n)

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 from zoscale.local_job import cause_of, command_of, run_here
 from zoscale.noise.generator import Key, Noise, Range
-from zoscale.noise.streams import kernels_on
+from zoscale.noise.kernels import kernels_on
 from zoscale.plan.fit import memory_of_a_rank
 from zoscale.tracking.mlflow_store import short_waits, shown, store_uri
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from zoscale.noise.segments import Segment, SignTerms
-from zoscale.noise.streams import Sum, alike
+from zoscale.noise.streams import alike
+from zoscale.noise.sums import Sum
 from zoscale.probes import Direction, Piece
 from zoscale.shards import TensorSpec
 

@@ -12,7 +12,7 @@ from zoscale.config import ConfigError, RunConfig
 from zoscale.data.batch import MicroBatch
 from zoscale.models.answers import AnswerModel
 from zoscale.models.sizes import blocks_of
-from zoscale.noise.streams import kernels_on
+from zoscale.noise.kernels import kernels_on
 from zoscale.optim.first_order import FIRST_ORDER
 
 CompileName = Literal["off", "auto", "blocks", "cuda_graphs"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoscale.estimators import Candidate
 from zoscale.forward.fan import Rows, replaced_forward
 from zoscale.mesh import Mesh
-from zoscale.noise.segments import write_all
+from zoscale.noise.segments import Write, write_all
 from zoscale.probes import pieces
 from zoscale.shards import ShardedParam, TensorSpec, not_gathered
 
@@ -142,11 +142,13 @@ def _perturbed(
         for key, direction in directions.items():
             drawn = zip(group, direction.segments(group), strict=True)
             found = [(piece, segment) for piece, segment in drawn if segment is not None]
-            segments, starts = [segment for _, segment in found], [piece.start for piece, _ in found]
             for number, candidate in enumerate(candidates):
                 if id(candidate.direction) == key:
-                    slices = [(stacks[piece.shard.spec.name][number], piece.shard.truth) for piece, _ in found]
-                    write_all(segments, slices, starts, candidate.radius)
+                    writes = [
+                        Write(segment, stacks[piece.shard.spec.name][number], piece.shard.truth, piece.start)
+                        for piece, segment in found
+                    ]
+                    write_all(writes, candidate.radius)
     return {whole.spec.name: stacks[whole.spec.name].view(-1, *whole.spec.shape).to(device) for whole in wholes}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -168,26 +168,26 @@ def _by_words(slices: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [views[id(part)] for part in slices]
 
 
-def write_all(
-    segments: Sequence[Segment], slices: Sequence[tuple[Tensor, Tensor]], starts: Sequence[int], radius: float
-) -> None:
-    """`Segment.write` of many, those that kernels make in one launch.
+class Write(NamedTuple):
+    """The arguments of `Segment.write`, but for the radius."""
 
-    Args:
-        segments: of one direction.
-        slices: of each, `live` and `truth`.
-        starts: of each, where it begins.
-        radius: signed smoothing radius.
-    """
-    streams, places = list[Stream](), list[tuple[Tensor, Tensor]]()
-    for segment, (live, truth), start in zip(segments, slices, starts, strict=True):
+    segment: Segment
+    live: Tensor
+    truth: Tensor
+    start: int
+
+
+def write_all(writes: Sequence[Write], radius: float) -> None:
+    """`Segment.write` of segments of one direction; those that kernels make in one launch."""
+    streams, slices = list[Stream](), list[tuple[Tensor, Tensor]]()
+    for segment, live, truth, start in writes:
         if isinstance(segment.source, Stream):
             where = segment.place(start)
             streams.append(segment.source)
-            places.append((live[where], truth[where]))
+            slices.append((live[where], truth[where]))
         else:
             segment.write(live, truth, start, radius)
-    perturb_all(streams, places, radius)
+    perturb_all(streams, slices, radius)
 
 
 def values(segments: Sequence[Segment]) -> list[Tensor]:

@@ -6,22 +6,22 @@ generator costs, not the memory traffic.
 """
 
 import functools
-import os
-import warnings
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from zoscale.noise import philox
 from zoscale.noise.fused import on_device
-from zoscale.noise.generator import Domain, Key, Noise, Range
+from zoscale.noise.generator import Key, Noise, Range
 
 Distribution = Literal["normal", "rademacher"]
 _ALIGNED = 16  # elements, and bytes
+MANY = 4
+"""Tensors from which one launch is cheaper, even if where they lie must be sent to the device."""
 
 
 @dataclass(frozen=True)
@@ -108,71 +108,8 @@ def perturb_all(streams: Sequence[Stream], slices: Sequence[Slices], radius: flo
     """
     for numbers in alike(stream.kind for stream in streams):
         some = [streams[number] for number in numbers]
-        rest = (_word(some[0].key), radius)
-        _launch("perturb", [[stream] for stream in some], [slices[number] for number in numbers], rest)
-
-
-@dataclass(frozen=True)
-class Sum:
-    """(1/q) sum_k rho_k z_k on slices of one tensor or several: what is done along it takes one launch.
-
-    Args:
-        streams: of each tensor q, on the same elements. The k-th ones are of one kind.
-        rhos: float32 factors.
-    """
-
-    streams: Sequence[Sequence[Stream]]
-    rhos: tuple[float, ...]
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Sums of one kind can be joined."""
-        return tuple(stream.kind for stream in self.streams[0])
-
-    @classmethod
-    def of(cls, streams: Sequence[Stream | None], rhos: tuple[float, ...]) -> "Sum | None":
-        """The sum on one tensor, if all are streams that differ in their direction alone."""
-        found = [stream for stream in streams if stream is not None]
-        kinds = {(id(z.noise), z.key.step, z.distribution, z.mask is None) for z in found}
-        return cls([found], rhos) if len(found) == len(streams) and len(kinds) == 1 else None
-
-    @classmethod
-    def joined(cls, sums: "Sequence[Sum]") -> "Sum":
-        """Sums of one kind, as one."""
-        return cls([streams for own in sums for streams in own.streams], sums[0].rhos)
-
-    def mean(self) -> list[Tensor]:
-        """Its values on each tensor: float32."""
-        outs = [torch.empty(len(first), device=first.device) for first, *_ in self.streams]
-        self._run("mean", [outs])
-        return outs
-
-    def descend(
-        self, truths: Sequence[Tensor], lives: Sequence[Tensor | None], lr: float, weight_decay: float, *, rounded: bool
-    ) -> None:
-        """`fused.descend` along it; `rounded`: a truth of 16 bits stochastically, by words drawn in the same pass."""
-        self._run("descend", [truths, lives], lr, weight_decay, self._rounding(rounded))
-
-    def remember(self, memories: Sequence[Tensor], beta: float) -> None:
-        """`fused.remember_mean` of its terms."""
-        self._run("remember", [memories], beta, 1 - beta)
-
-    def remember_and_descend_sign(
-        self, memories: Sequence[Tensor], beta: float, truths: Sequence[Tensor], lives: Sequence[Tensor | None],
-        lr: float, weight_decay: float, *, rounded: bool,
-    ) -> None:  # fmt: skip
-        """`remember`, then `fused.descend_sign` along the memory, in one pass."""
-        rest = (beta, 1 - beta, lr, weight_decay, self._rounding(rounded))
-        self._run("remember_and_descend_sign", [memories, truths, lives], *rest)
-
-    def _rounding(self, rounded: bool) -> int | None:
-        return _word(Key(self.streams[0][0].key.step, domain=Domain.ROUNDING)) if rounded else None
-
-    def _run(self, kernel: str, slices: Sequence[Sequence[Tensor | None]], *rest: Any) -> None:
-        first = self.streams[0]
-        words = tuple(_word(stream.key) for stream in first)
-        settings = (len(words), *_tables(words, self.rhos, first[0].device), *rest)
-        _launch(kernel, self.streams, list(zip(*slices, strict=True)), settings)
+        rest = (counter_word(some[0].key), radius)
+        launch("perturb", [[stream] for stream in some], [slices[number] for number in numbers], rest)
 
 
 def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
@@ -183,8 +120,8 @@ def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
     return list(found.values())
 
 
-def _launch(name: str, streams: Sequence[Sequence[Stream]], slices: Sequence[Slices], rest: Sequence[Any]) -> None:
-    """Run a kernel once for all tensors whose slices have the same types.
+def launch(name: str, streams: Sequence[Sequence[Stream]], slices: Sequence[Slices], rest: Sequence[Any]) -> None:
+    """Run a kernel, once for all tensors whose slices have the same types if they are many.
 
     Args:
         name: of the kernel.
@@ -192,68 +129,68 @@ def _launch(name: str, streams: Sequence[Sequence[Stream]], slices: Sequence[Sli
         slices: of each tensor, the first arguments.
         rest: the last ones.
     """
-    types = [tuple(part if part is None else part.dtype for part in parts) for parts in slices]
-    for numbers in alike(types):
-        own = [number for number in numbers if len(streams[number][0])]
-        if own:
-            _launch_alike(name, [streams[number] for number in own], [slices[number] for number in own], rest)
+    for numbers in alike(tuple(part if part is None else part.dtype for part in parts) for parts in slices):
+        found = [(streams[number], slices[number]) for number in numbers if len(streams[number][0])]
+        size = len(found) if len(found) >= MANY else 1
+        for first in range(0, len(found), size):
+            _launch_alike(name, found[first : first + size], rest)
 
 
-def _launch_alike(
-    name: str, streams: Sequence[Sequence[Stream]], slices: Sequence[Slices], rest: Sequence[Any]
-) -> None:
-    first = streams[0][0]
-    kernels, seed = first.kernels, first.noise.seed
+def _launch_alike(name: str, found: Sequence[tuple[Sequence[Stream], Slices]], rest: Sequence[Any]) -> None:
+    """One launch for tensors whose slices have the same types."""
+    streams = [own for own, _ in found]
     marks, begins = _marks(streams)
     rows = tuple(
         (own[0].range, own[0].shape, begin, *(0 if part is None else part.data_ptr() for part in parts))
-        for own, begin, parts in zip(streams, begins, slices, strict=True)
+        for (own, parts), begin in zip(found, begins, strict=True)
     )
-    programs, is_aligned, place, table, owners = _laid_out(
-        (kernels.UNIT, kernels.SIZE, kernels.SLICES), rows, first.device
-    )
+    first, slices = streams[0][0], found[0][1]
+    kernels, seed = first.kernels, first.noise.seed
+    sizes = (kernels.UNIT, kernels.SIZE, kernels.SLICES)
+    programs, is_aligned, place = _placed(sizes, rows[0])
+    table = owners = None
+    if len(rows) > 1:
+        programs, is_aligned, table, owners = _tabled(sizes, rows, first.device)
     words = map(philox.signed, (first.key.step, seed & 0xFFFFFFFF, seed >> 32))
     stride = 0 if marks is None else marks.shape[1]
-    arguments = (*slices[0], table, owners, *place[:4], *words, marks, stride, *place[4:], *rest)
+    arguments = (*slices, table, owners, *place[:4], *words, marks, stride, *place[4:], *rest)
     variant = {"NORMAL": first.distribution == "normal", "ALIGNED": is_aligned}
-    with torch.cuda.device_of(slices[0][0]):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(slices[0]):  # type: ignore[no-untyped-call]
         getattr(kernels, name)[programs,](*arguments, **variant, enable_fp_fusion=False)
 
 
-@functools.lru_cache(maxsize=256)
-def _laid_out(
-    sizes: tuple[int, int, int], rows: tuple[Any, ...], device: torch.device
-) -> tuple[int, bool, tuple[int, ...], Tensor | None, Tensor | None]:
-    """Programs, whether all is aligned, the place of the first tensor, and the `table` and `owners` of several.
+Sizes = tuple[int, int, int]
+"""UNIT, SIZE and SLICES of the kernels."""
+Row = tuple[Any, ...]
+"""Of a tensor the range, rows and columns, where its marks begin, and the addresses of its slices."""
 
-    Most are the same step after step.
 
-    Args:
-        sizes: UNIT, SIZE and SLICES of the kernels.
-        rows: of each tensor the range, rows and columns, where its marks begin, and the addresses of its slices.
-        device: of the slices.
-    """
-    unit, size, most = sizes
-    places = [_place(unit, *row[:3]) for row in rows]
-    counts = [-(-(skip + n) // size) for n, skip, *_ in places]
-    numbers = [number for (n, skip, *_), row in zip(places, rows, strict=True) for number in (n, skip, *row[3:])]
-    is_aligned = not any(number % _ALIGNED for number in numbers)
-    if len(rows) == 1:
-        return counts[0], is_aligned, places[0], None, None
-    starts = accumulate(counts[:-1], initial=0)
+def _placed(sizes: Sizes, row: Row) -> tuple[int, bool, tuple[int, ...]]:
+    """Programs for a tensor, whether it is aligned, and its place as the kernels have it."""
+    (unit, size, _), ((tensor, start, stop), (rows, columns), mark, *addresses) = sizes, row
+    first, skip = divmod(start, unit)
+    row_and_column = divmod(start, columns) if columns else (0, 0)
+    n = stop - start
+    is_aligned = not any(number % _ALIGNED for number in (n, skip, *addresses))
+    return (
+        -(-(skip + n) // size),
+        is_aligned,
+        (n, skip, first, philox.signed(tensor), mark, rows, columns, *row_and_column),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _tabled(sizes: Sizes, rows: tuple[Row, ...], device: torch.device) -> tuple[int, bool, Tensor, Tensor]:
+    """Programs for all tensors, whether all are aligned, and `table` and `owners`; the same step after step."""
+    placed = [_placed(sizes, row) for row in rows]
+    counts = [programs for programs, _, _ in placed]
     table = [
-        (*row[3:], *(0,) * (most - len(row[3:])), start, *place)
-        for row, start, place in zip(rows, starts, places, strict=True)
+        (*row[3:], *(0,) * (sizes[2] - len(row[3:])), start, *place)
+        for row, start, (_, _, place) in zip(rows, accumulate(counts[:-1], initial=0), placed, strict=True)
     ]
     owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-    return sum(counts), is_aligned, places[0], on_device(torch.tensor(table), device), on_device(owners, device)
-
-
-def _place(unit: int, wanted: Range, shape: tuple[int, int], mark: int) -> tuple[int, ...]:
-    """Where the elements lie in their tensor, as the kernels have it."""
-    first, skip = divmod(wanted.start, unit)
-    row, column = divmod(wanted.start, shape[1]) if shape[1] else (0, 0)
-    return wanted.stop - wanted.start, skip, first, philox.signed(wanted.tensor), mark, *shape, row, column
+    is_aligned = all(own for _, own, _ in placed)
+    return sum(counts), is_aligned, on_device(torch.tensor(table), device), on_device(owners, device)
 
 
 def _marks(streams: Sequence[Sequence[Stream]]) -> tuple[Tensor | None, list[int]]:
@@ -266,29 +203,8 @@ def _marks(streams: Sequence[Sequence[Stream]]) -> tuple[Tensor | None, list[int
     return whole.view(len(streams[0]), -1), list(begins)
 
 
-@functools.lru_cache(maxsize=8)
-def _tables(words: tuple[int, ...], rhos: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Counter words (int32 [q]) and factors (float32 [q]) of a step, in one transfer."""
-    factors = torch.tensor(rhos, dtype=torch.float32).view(torch.int32)
-    both = on_device(torch.cat([torch.tensor(words, dtype=torch.int32), factors]), device)
-    return both[: len(words)], both[len(words) :].view(torch.float32)
-
-
-def _word(key: Key) -> int:
+def counter_word(key: Key) -> int:
     return philox.signed(key.direction | key.domain << 24)
-
-
-def stream_of(
-    noise: Noise,
-    key: Key,
-    wanted: Range,
-    distribution: Distribution,
-    device: torch.device,
-    mask: Callable[[], Mask | None] = lambda: None,
-) -> Stream | None:
-    """The stream, or None where it must be drawn to memory; the mask is only asked for with a stream."""
-    kernels = kernels_on(device) if noise.compiled else None
-    return None if kernels is None else Stream(noise, key, wanted, distribution, device, kernels, mask())
 
 
 def drawn(streams: Sequence[Stream]) -> list[Tensor]:
@@ -300,51 +216,3 @@ def drawn(streams: Sequence[Stream]) -> list[Tensor]:
     values = draw(first.key, [stream.range for stream in streams], first.device)
     masks = [None if stream.mask is None else stream.mask.on(stream.range) for stream in streams]
     return [z if mask is None else torch.where(mask, z, 0.0) for z, mask in zip(values, masks, strict=True)]
-
-
-@functools.cache
-def kernels_on(device: torch.device) -> Any:
-    """`triton_kernels`, where it gives the right numbers on the device; else None, with one warning on a GPU."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return None
-    try:
-        from zoscale.noise import triton_kernels
-
-        _check(triton_kernels, device)
-    except Exception as error:  # whatever a missing or broken compiler raises
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        warnings.warn(f"noise is drawn to memory, slower: Triton's kernels cannot be used: {reason[0]}", stacklevel=3)
-        return None
-    return triton_kernels
-
-
-def _check(kernels: Any, device: torch.device) -> None:
-    """Compare a few numbers of every kernel and distribution with those of `generator.py`.
-
-    Raises:
-        RuntimeError: if they differ.
-    """
-    for first in (2**33 + 77, 2**33):  # aligned, as most slices are, and not
-        _check_range(kernels, device, Range(7, first, first + 304))
-
-
-def _check_range(kernels: Any, device: torch.device, wanted: Range) -> None:
-    noise, key = Noise(2**63 + 5), Key(2**31 + 1, 3)
-    normal, signs = (Stream(noise, key, wanted, kind, device, kernels) for kind in get_args(Distribution))
-    marks = (torch.arange(20 + 23, device=device) % 3 != 0).to(torch.uint8)
-    masked = replace(signs, range=Range(7, 77, 77 + len(signs)), mask=Mask(marks, 20, 23))
-    zeros, normals, made, other, cut, mean, memory, truth, again, both = torch.zeros(10, len(signs), device=device)
-    halves = torch.zeros(2, len(signs), device=device, dtype=torch.bfloat16)
-    perturb_all([normal], [(normals, zeros)], 1.0)
-    perturb_all([signs] * 3, [(halves[0], halves[1]), (made, zeros), (other, zeros)], 1.0)
-    perturb_all([masked], [(cut, zeros)], 1.0)
-    one = Sum([[signs]], (1.0,))
-    mean.copy_(one.mean()[0])
-    one.remember([memory], 0.0)
-    one.descend([truth], [None], -1.0, 0.0, rounded=False)
-    one.remember_and_descend_sign([again], 0.0, [both], [None], -1.0, 0.0, rounded=False)
-    if not torch.allclose(normals, drawn([normal])[0], rtol=1e-6, atol=1e-6):
-        raise RuntimeError("expected the normals of philox.py, got others")
-    found = (halves[0].float(), made, other, mean, memory, truth, again, both)
-    if not (all(torch.equal(own, drawn([signs])[0]) for own in found) and torch.equal(cut, drawn([masked])[0])):
-        raise RuntimeError("expected the signs of philox.py, got others")

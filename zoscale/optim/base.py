@@ -10,7 +10,8 @@ from torch import Tensor
 from zoscale.estimators import ESTIMATORS, Backpropagation, Estimator, GradientEstimate
 from zoscale.noise.fused import chosen, descend, descend_sign, scalars
 from zoscale.noise.segments import SignTerms, Term
-from zoscale.noise.streams import Sum, alike
+from zoscale.noise.streams import alike
+from zoscale.noise.sums import Sum
 from zoscale.optim.sharded import Company, ShardedOptimizer
 from zoscale.probes import PROBES, Layers, Piece, Probe
 from zoscale.probes.gradient import Gradient

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from zoscale.noise.generator import Noise, stays_bits
+from zoscale.noise.kernels import stream_of
 from zoscale.noise.segments import Segment
-from zoscale.noise.streams import Distribution, Stream, stream_of
+from zoscale.noise.streams import Distribution, Stream
 from zoscale.probes.base import Direction, DrawnDirection, Piece, Probe
 from zoscale.shards import TensorSpec
 

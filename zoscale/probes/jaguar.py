@@ -13,8 +13,9 @@ from torch import Tensor
 from zoscale.noise import philox
 from zoscale.noise.fused import on_device
 from zoscale.noise.generator import Domain, Key, Noise, Range, signs_at, stays_bits
+from zoscale.noise.kernels import stream_of
 from zoscale.noise.segments import Segment
-from zoscale.noise.streams import Mask, Stream, stream_of
+from zoscale.noise.streams import Mask, Stream
 from zoscale.probes.base import Direction, DrawnDirection, Patch, Piece, Probe
 from zoscale.shards import TensorSpec
 
