@@ -49,6 +49,12 @@ def test_kernels_compile_for_a_gpu() -> None:
     run([sys.executable, "tests/triton_worker.py", "compiles"])
 
 
+@pytest.mark.slow
+@needs_triton
+def test_no_kernel_is_compiled_within_a_step() -> None:
+    run([sys.executable, "tests/triton_worker.py", "rehearses_kernels"])
+
+
 NAMES = ("perturb", "mean", "remember", "descend", "remember_and_descend_sign")
 IDLE = SimpleNamespace(
     UNIT=128, SIZE=2048, SLICES=3, **{name: defaultdict(lambda: lambda *_, **__: None) for name in NAMES}

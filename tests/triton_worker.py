@@ -17,16 +17,18 @@ from torch import Tensor, nn
 import zoscale.shards
 from zoscale import rehearsal
 from zoscale.estimators import Candidate, GradientEstimate, TwoPoint
+from zoscale.forward import lora_fan
 from zoscale.forward.scratch import Draws
 from zoscale.forward.sequential import perturbed
-from zoscale.noise import fused, streams
+from zoscale.mesh import Mesh
+from zoscale.noise import fused, kernels, streams
 from zoscale.noise.generator import Domain, Key, Noise, Range
 from zoscale.noise.kernels import kernels_on
 from zoscale.noise.streams import Distribution, Mask, Stream
 from zoscale.noise.sums import Sum
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD, ZOAdam
 from zoscale.probes import Block, Gaussian, Layers, Probe, Rademacher, Tensors
-from zoscale.shards import Master, ShardedParam, TensorSpec
+from zoscale.shards import Master, ShardedParam, TensorSpec, shard_parameters
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not IS_INTERPRETED else torch.device("cpu")
@@ -266,10 +268,32 @@ def compiles() -> None:
     assert sum("global.v4" in ptx for _, ptx in codes) == 9
 
 
+def rehearses_kernels() -> None:
+    """Every kernel of a step of many small adapters was compiled before the first one."""
+    compiled = Compiled()
+    for module in (kernels, rehearsal):
+        module.kernels_on = lambda _: compiled  # type: ignore[attr-defined]
+    fused._compile = lambda function, *_: function
+    torch.manual_seed(0)
+    values = [torch.randn(shape, dtype=torch.bfloat16) for shape in [(8, 64), (64, 8)] * 12]
+    for probe in (Block(), Gaussian(), Layers(inner={"name": "block"})):
+        for make in (JaguarSignSGD, JaguarMuon, ZOSGD):
+            shards = shard_parameters(nn.ParameterList(map(nn.Parameter, values)))
+            noise, specs = Noise(SEED, compiled=True), [shard.spec for shard in shards]
+            rehearsal.Rehearsal(probe, TwoPoint(), partial(make, lr=LR), "fp32").run(noise, shards)
+            known = len(compiled.made)
+            point = Candidate(probe.draw(noise, specs, 0, 0), 0.1)
+            mesh, dtypes = Mesh(ranks=(0, 1)), [shard.live.dtype for shard in shards]
+            lora_fan._perturbed(shards, dtypes, [point], mesh.device)
+            make(shards, lr=LR).step(GradientEstimate((point.direction,), RHOS[:1], 0.0))
+            assert known and len(compiled.made) == known, (make, probe)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scenarios: dict[str, Callable[[], None]] = {
         "numbers": numbers, "steps": steps, "rehearses": rehearses, "compiles": compiles,
+        "rehearses_kernels": rehearses_kernels,
     }  # fmt: skip
     for name in sys.argv[1:]:
         scenarios[name]()

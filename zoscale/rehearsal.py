@@ -15,14 +15,19 @@ from zoscale.forward.scratch import Draws
 from zoscale.forward.sequential import Forward, perturbed
 from zoscale.mesh import Mesh
 from zoscale.noise.generator import Noise
+from zoscale.noise.kernels import kernels_on
+from zoscale.noise.segments import Write, write_all
+from zoscale.noise.streams import MANY
 from zoscale.objectives import Objective
 from zoscale.optim import ShardedOptimizer
-from zoscale.probes import Probe
+from zoscale.probes import Piece, Probe
 from zoscale.shards import Master, ShardedParam, shard_parameters
 
 _SHAPES = [(1024, 1024), (8, 4096), (1024,), (127, 131), (16411,), (31, 33), (1021,)]
 """First a whole chunk: the compiler sees that threads pay. Then few rows, of which one is a large share. Even and odd
 sizes, large enough to be fused and smaller."""
+_SMALL = [(8, 64), (31, 33)]  # aligned and not, where kernels take tensors together
+_TOGETHER = 16 * MANY  # of them, of which a probe may take a few
 
 
 def rehearse_forward(
@@ -77,8 +82,13 @@ class Rehearsal:
             return
         for dtype, device in sorted({(s.live.dtype, s.truth.device) for s in shards if len(s)}, key=str):
             for shape in _SHAPES:  # one by one: a probe may choose among tensors
-                values = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))})
-                self._step(noise, shard_parameters(values, master=self.master), device)
+                self._step(noise, self._zeros([shape], dtype, device), device)
+            for shape in _SMALL if kernels_on(device) is not None else ():
+                self._step(noise, self._zeros([shape] * _TOGETHER, dtype, device), device)
+
+    def _zeros(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[ShardedParam]:
+        found = [nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape in shapes]
+        return shard_parameters(nn.ParameterList(found), master=self.master)
 
     @torch.no_grad()
     def _step(self, noise: Noise, shards: Sequence[ShardedParam], device: torch.device) -> None:
@@ -96,5 +106,17 @@ class Rehearsal:
             slabs = [ShardedParam.outline(shard.spec, first, last, device) for first, last in pairwise(edges)]
             for _ in draws.values([(shard.live, draws.at(slabs))]):
                 pass
+        for point in points:  # as a pass perturbs adapters
+            write_all(_writes(point, shards), point.radius)
         losses = [float(number) for number in range(self.estimator.num_candidates)]
         self.optimizer(shards, Mesh(device, ranks=(0, 1))).step(self.estimator.estimate(directions, losses))
+
+
+def _writes(point: Candidate, shards: Sequence[ShardedParam]) -> list[Write]:
+    group = [Piece(shard, 0, len(shard)) for shard in shards]
+    drawn = point.direction.segments(group) if point.direction is not None else []
+    return [
+        Write(segment, torch.empty_like(shard.live), shard.truth, 0)
+        for shard, segment in zip(shards, drawn, strict=True)
+        if segment is not None
+    ]
