@@ -17,7 +17,7 @@ from processes import run
 from zoscale.noise.generator import Key, Noise, Range
 from zoscale.noise.kernels import kernels_on, stream_of
 
-DEFINITION = [sys.executable, "tests/triton_worker.py", "numbers", "steps", "rehearses"]
+DEFINITION = [sys.executable, "tests/triton_worker.py", "numbers", "steps", "rehearses", "together"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 

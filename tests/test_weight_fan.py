@@ -132,7 +132,7 @@ def test_signs_of_several_slabs_are_drawn_together(monkeypatch: pytest.MonkeyPat
     slabs = [ShardedParam.outline(spec, 0, spec.numel, torch.device("cpu")) for spec in specs]
     table = Draws([Candidate(direction, 1.0)], slabs)
     zero = torch.zeros(320)
-    found = [values[0].clone() for slab in slabs for _, values in table.values([(zero, table.of(slab))])]
+    found = [values[0].clone() for slab in slabs for _, values in table.values([(zero, slab)])]
     assert len(drawn) == draws and sum(drawn) == len(slabs)
     for slab, values in zip(slabs, found, strict=True):
         (segment,) = direction.segments([Piece(slab, 0, 320)])

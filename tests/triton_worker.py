@@ -11,12 +11,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import tiny
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import zoscale.shards
 from zoscale import rehearsal
-from zoscale.estimators import Candidate, GradientEstimate, TwoPoint
+from zoscale.engine import ZeroOrderEngine
+from zoscale.estimators import Candidate, GradientEstimate, OneSided, TwoPoint
 from zoscale.forward import lora_fan
 from zoscale.forward.scratch import Draws
 from zoscale.forward.sequential import perturbed
@@ -29,6 +32,7 @@ from zoscale.noise.sums import Sum
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD, ZOAdam
 from zoscale.probes import Block, Gaussian, Layers, Probe, Rademacher, Tensors
 from zoscale.shards import Master, ShardedParam, TensorSpec, shard_parameters
+from zoscale.step import micro_batches
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() and not IS_INTERPRETED else torch.device("cpu")
@@ -180,7 +184,7 @@ def run_steps(make: Any, probe: Probe, q: int, master: Master, noise: Noise) -> 
         with perturbed(shards, point):
             seen += [shard.live.clone() for shard in shards]
         draws = Draws([point], shards)
-        for _, values in draws.values([(shard.live, draws.of(shard)) for shard in shards]):
+        for _, values in draws.values([(shard.live, shard) for shard in shards]):
             seen += [value.clone() for value in values]
         optimizer.step(GradientEstimate(directions, RHOS[:q], 0.0))
     return [*seen, *(shard.truth.float() for shard in shards), *(shard.live for shard in shards)]
@@ -198,8 +202,38 @@ def rehearses() -> None:
     specs = [shard.spec for shard in shards]
     draws = Draws([Candidate(Gaussian().draw(noise, specs, 0, 0), 0.1)], shards)
     slabs = [ShardedParam.outline(specs[0], first, first + 16, DEVICE) for first in (0, 64)]
-    assert len(list(draws.values([(torch.zeros(32, dtype=torch.bfloat16, device=DEVICE), draws.at(slabs))]))) == 1
+    assert len(list(draws.scratch([(torch.zeros(32, dtype=torch.bfloat16, device=DEVICE), draws.at(slabs))]))) == 1
     assert {"normal", "perturb"} <= set(names) and names[known:] == []
+
+
+def together() -> None:
+    """All weights: the values that many slabs are given in one launch are those of each by itself."""
+    zoscale.shards.CHUNK = 2**20
+    counts: list[int] = []
+    launch = streams._launch_alike
+
+    def counted(name: str, found: Sequence[Any], *rest: Any) -> None:
+        counts[-1] += 1
+        launch(name, found, *rest)
+
+    streams._launch_alike = counted
+    fused._compile = lambda function, *_: function
+    batched, options = Draws._batched, dict(tiny.FAMILIES["opt"])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(options.pop("model_type"), **options)).to(DEVICE)
+    for probe, estimator in (
+        (Block(), TwoPoint(num_directions=2)),
+        (Block(signs="ones"), TwoPoint()),
+        (Gaussian(), OneSided(num_directions=2)),
+        (Layers(share=0.5), TwoPoint()),
+    ):
+        found = []
+        for own in (batched, lambda *_: iter(())):
+            Draws._batched = own  # type: ignore[assignment]
+            engine = ZeroOrderEngine(model, probe=probe, estimator=estimator, forward="fan_out", noise="compiled")
+            counts.append(0)
+            found.append(engine.losses(micro_batches(tiny.batch(0, 1)), engine.directions(0)))
+        assert found[0] == found[1] and len(set(found[0].values)) > 1
+        assert counts[-2] * 4 < counts[-1] or (isinstance(probe, Block) and probe.signs == "ones"), counts
 
 
 class Compiled:
@@ -269,7 +303,7 @@ def compiles() -> None:
 
 
 def rehearses_kernels() -> None:
-    """Every kernel of a step of many small adapters was compiled before the first one."""
+    """Every kernel of a step of many small tensors was compiled before the first one."""
     compiled = Compiled()
     for module in (kernels, rehearsal):
         module.kernels_on = lambda _: compiled  # type: ignore[attr-defined]
@@ -285,6 +319,8 @@ def rehearses_kernels() -> None:
             point = Candidate(probe.draw(noise, specs, 0, 0), 0.1)
             mesh, dtypes = Mesh(ranks=(0, 1)), [shard.live.dtype for shard in shards]
             lora_fan._perturbed(shards, dtypes, [point], mesh.device)
+            for _ in Draws([point], shards).values([(shard.live, shard) for shard in shards]):
+                pass
             make(shards, lr=LR).step(GradientEstimate((point.direction,), RHOS[:1], 0.0))
             assert known and len(compiled.made) == known, (make, probe)
 
@@ -292,7 +328,7 @@ def rehearses_kernels() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scenarios: dict[str, Callable[[], None]] = {
-        "numbers": numbers, "steps": steps, "rehearses": rehearses, "compiles": compiles,
+        "numbers": numbers, "steps": steps, "rehearses": rehearses, "compiles": compiles, "together": together,
         "rehearses_kernels": rehearses_kernels,
     }  # fmt: skip
     for name in sys.argv[1:]:

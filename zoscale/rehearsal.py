@@ -99,12 +99,12 @@ class Rehearsal:
             with perturbed(shards, point):
                 pass
         draws = Draws(points, shards)
-        for _ in draws.values([(shard.live, draws.of(shard)) for shard in shards]):
+        for _ in draws.values([(shard.live, shard) for shard in shards]):
             pass
         for shard in shards:  # as a lookup draws, for several slabs at once
             edges = (0, len(shard) // 2, len(shard))
             slabs = [ShardedParam.outline(shard.spec, first, last, device) for first, last in pairwise(edges)]
-            for _ in draws.values([(shard.live, draws.at(slabs))]):
+            for _ in draws.scratch([(shard.live, draws.at(slabs))]):
                 pass
         for point in points:  # as a pass perturbs adapters
             write_all(_writes(point, shards), point.radius)

@@ -85,12 +85,29 @@ class ShardedParam:
         self._undo: list[tuple[slice | Tensor, Tensor]] = []
 
     @classmethod
-    def outline(cls, spec: TensorSpec, start: int, stop: int, device: torch.device) -> "ShardedParam":
-        """Elements [start, stop) of a tensor without their values and without memory: to draw noise for."""
+    def outline(
+        cls, spec: TensorSpec, start: int, stop: int, device: torch.device, param: nn.Parameter | None = None
+    ) -> "ShardedParam":
+        """Elements [start, stop) of a tensor without their values and without memory: to draw noise for.
+
+        Args:
+            param: where `values` are found.
+        """
         shard = cls(nn.Parameter(torch.empty(0, device=device), requires_grad=False), spec, master="none")
         shard.offset = start
         shard.truth = shard.live = shard.live.new_empty(1).expand(stop - start)
+        shard.param = shard.param if param is None else param
         return shard
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameter is a plain one, with all elements."""
+        return not hasattr(self.param, "ds_id") and self.param.numel() == self.spec.numel
+
+    @property
+    def values(self) -> Tensor:
+        """Of an outline, its elements of a parameter that is whole."""
+        return self.param.data.reshape(-1)[self.offset : self.offset + len(self)]
 
     def __len__(self) -> int:
         return self.live.numel()

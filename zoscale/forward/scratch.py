@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from zoscale.estimators import Candidate
-from zoscale.noise.segments import Segment, values
+from zoscale.noise.kernels import kernels_on
+from zoscale.noise.segments import Segment, Write, values, write_all
 from zoscale.probes import Direction, Patch, Piece, pieces
-from zoscale.shards import ShardedParam, TensorSpec
+from zoscale.shards import ShardedParam, TensorSpec, chunk
 
 _SMALL = 2**16  # elements of a slab that is drawn together with others
 _TOGETHER = 2**18  # of those that are drawn together, and kept until they are used
+_ALIGNED = 16  # elements, for kernels that take as many at once
 _PATCHED = 2**24  # elements of the tensors whose patches are
 _CPU = torch.device("cpu")  # where patches are of use
 
@@ -34,6 +36,9 @@ class Drawn:
 class Draws:
     """The noise of one pass over gathered weights; small slabs are drawn together and kept until they are used.
 
+    Where kernels make z in registers and weights are whole, launches are what a step of a small model takes: as many
+    slabs are written together as have room for all candidates in one chunk, and kept likewise.
+
     Args:
         candidates: of the pass.
         outlines: the slabs that will be asked for, each once, about in this order.
@@ -53,6 +58,7 @@ class Draws:
             for piece in group:
                 self._groups[piece] = group
                 self._pieces.setdefault(id(piece.shard), []).append(piece)
+        self._batches = {id(outline): batch for batch in self._batched(outlines) for outline in batch.outlines}
         self._kept: dict[tuple[int, Piece], Segment | None] = {}
         self._neighbours = _neighbours(patched, _PATCHED // max(1, len(self._directions)))
         self._patches: dict[tuple[int, TensorSpec], Patch] = {}
@@ -66,6 +72,40 @@ class Draws:
         yield from pieces(packed, 2 * _TOGETHER, is_bits=self._is_bits)
         for outline in large:
             yield from ([piece] for group in pieces([outline]) for piece in group)
+
+    def _batched(self, outlines: Sequence[ShardedParam]) -> Iterator["_Batch"]:
+        """Slabs that follow one another, a chunk of their device for all candidates together."""
+        count = max(1, sum(map(len, self._numbers.values())))
+        group, kind, size = list[ShardedParam](), None, 0
+        for outline in outlines:
+            device, own, length = outline.truth.device, outline.param.dtype, len(outline)
+            limit = chunk(device) // count
+            if length > limit or not outline.is_whole or kernels_on(device) is None:
+                continue
+            if size + length > limit or kind != (device, own):
+                yield _Batch(group)
+                group, kind, size = [], (device, own), 0
+            group.append(outline)
+            size += length
+        yield _Batch(group)
+
+    def written(self, outlines: Sequence[ShardedParam]) -> list[dict[int, Tensor]]:
+        """Of each slab, by number the values of every candidate but the point itself: in a launch per candidate."""
+        bases = [outline.values for outline in outlines]
+        sizes = [-(-len(base) // _ALIGNED) * _ALIGNED for base in bases]
+        found: list[dict[int, Tensor]] = [{} for _ in bases]
+        for place in range(len(self._directions)):
+            drawn = [[(part.start, part.segment(place)) for part in self.of(outline)] for outline in outlines]
+            for number, radius in self._numbers[place]:
+                writes = list[Write]()
+                parts = torch.split(bases[0].new_empty(sum(sizes)), sizes)
+                for own, part, base, segments in zip(found, parts, bases, drawn, strict=True):
+                    own[number] = part[: len(base)]
+                    if not _is_dense(segments):
+                        own[number].copy_(base)
+                    writes += [Write(z, own[number], base, start) for start, z in segments if z is not None]
+                write_all(writes, radius)
+        return found
 
     def _is_bits(self, piece: Piece) -> bool:
         return all(direction.is_bits(piece) for direction in self._directions)
@@ -82,15 +122,27 @@ class Draws:
             start += sum(piece.stop - piece.start for piece in group)
         return drawn
 
-    def values(self, slabs: Sequence[tuple[Tensor, Sequence[Drawn]]]) -> Iterator[tuple[int, list[Tensor]]]:
+    def values(self, slabs: Sequence[tuple[Tensor, ShardedParam]]) -> Iterator[tuple[int, list[Tensor]]]:
         """What each candidate's weights are.
 
         Args:
-            slabs: the gathered values (1-D; only read) and their noise.
+            slabs: the gathered values (1-D; only read) and their outlines.
 
         Yields:
             The candidate's number and its values, which are valid until the next one is asked for.
         """
+        if any(id(outline) not in self._batches for _, outline in slabs):
+            yield from self.scratch([(base, self.of(outline)) for base, outline in slabs])
+            return
+        for number, _ in self._numbers.get(None, ()):
+            yield number, [base for base, _ in slabs]
+        written = [self._batches[id(outline)].take(outline, self) for _, outline in slabs]
+        for place in range(len(self._directions)):
+            for number, _ in self._numbers[place]:
+                yield number, [values[number] for values in written]
+
+    def scratch(self, slabs: Sequence[tuple[Tensor, Sequence[Drawn]]]) -> Iterator[tuple[int, list[Tensor]]]:
+        """`values` of slabs with their noise, each on one scratch copy."""
         for number, _ in self._numbers.get(None, ()):
             yield number, [base for base, _ in slabs]
         works = [_Work(base, drawn) for base, drawn in slabs]
@@ -122,6 +174,26 @@ class Draws:
         return _joined(group, self._directions[place].segments(group))
 
 
+class _Batch:
+    """Slabs whose values are written together, when the first of them is asked for.
+
+    Args:
+        outlines: the slabs.
+    """
+
+    def __init__(self, outlines: Sequence[ShardedParam]) -> None:
+        self.outlines = outlines
+        self._written: dict[int, dict[int, Tensor]] = {}
+
+    def take(self, outline: ShardedParam, draws: Draws) -> dict[int, Tensor]:
+        """The values of a slab by number of the candidate; each once."""
+        if not self._written:
+            self._written = {
+                id(own): values for own, values in zip(self.outlines, draws.written(self.outlines), strict=True)
+            }
+        return self._written.pop(id(outline))
+
+
 class _Work:
     """A scratch copy of one slab.
 
@@ -144,15 +216,20 @@ class _Work:
         self._segments.clear()  # before the next is drawn
         found = [(part.start, part.segment(place)) for part in self._drawn]
         self._segments = [(start, segment) for start, segment in found if segment is not None]
-        is_whole = len(self._segments) == len(found) and all(segment.index is None for _, segment in self._segments)
-        if not (is_whole or self._is_base):
+        is_dense = _is_dense(found)
+        if not (is_dense or self._is_base):
             self.values.copy_(self._base)
-        self._is_base = not is_whole
+        self._is_base = not is_dense
 
     def write(self, radius: float) -> None:
         """The values at one radius."""
         for start, segment in self._segments:
             segment.write(self.values, self._base, start, radius)
+
+
+def _is_dense(segments: Sequence[tuple[int, Segment | None]]) -> bool:
+    """Whether they write every element."""
+    return all(segment is not None and segment.index is None for _, segment in segments)
 
 
 def _neighbours(specs: Sequence[TensorSpec], limit: int) -> dict[TensorSpec, list[TensorSpec]]:

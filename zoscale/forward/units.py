@@ -48,7 +48,7 @@ class Unit:
         self.patched: list[TensorSpec] = []
 
     def _outlines(self) -> list[ShardedParam]:
-        return [ShardedParam.outline(spec, 0, spec.numel, param.device) for param, spec in self.weights.items()]
+        return [ShardedParam.outline(spec, 0, spec.numel, param.device, param) for param, spec in self.weights.items()]
 
     def suited(self, directions: Sequence[Direction]) -> "Unit":
         """The cheapest way to run the module for some directions."""
@@ -60,7 +60,7 @@ class Unit:
         for owner, name in self.places:
             getattr(owner, name)  # what a module without a forward holds (PEFT's dicts), ZeRO-3 gathers when asked for
         gathered = {param: param.data for param in self.weights}
-        slabs = [(whole.reshape(-1), draws.of(o)) for whole, o in zip(gathered.values(), self.outlines, strict=True)]
+        slabs = [(whole.reshape(-1), outline) for whole, outline in zip(gathered.values(), self.outlines, strict=True)]
         results: list[Any] = [None] * rows.copies
         try:
             for number, values in draws.values(slabs):
@@ -94,7 +94,7 @@ class LinearUnit(Unit):
 
     def _outlines(self) -> list[ShardedParam]:
         return [
-            ShardedParam.outline(spec, *self._elements(spec, first, last), param.device)
+            ShardedParam.outline(spec, *self._elements(spec, first, last), param.device, param)
             for first, last in self._spans()
             for param, spec in self.weights.items()
         ]
@@ -113,7 +113,7 @@ class LinearUnit(Unit):
         result = x.new_empty(*parts.shape[:2], self.linear.out_features)
         outlines = iter(self.outlines)
         for first, last in self._spans():
-            slabs = {param: (param.data[first:last].reshape(-1), draws.of(next(outlines))) for param in self.weights}
+            slabs = {param: (param.data[first:last].reshape(-1), next(outlines)) for param in self.weights}
             for number, values in draws.values(list(slabs.values())):
                 own = dict(zip(slabs, values, strict=True))
                 weight = self._rows(self.linear.weight, own, first, last)
@@ -146,7 +146,7 @@ class PatchedUnit(Unit):
     def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
         result = functional.linear(args[0], self.linear.weight, None if self.weights else self.linear.bias)
         inputs, outputs = (rows.by_candidate(x) for x in (args[0], result))
-        slabs = [(bias.data, draws.of(o)) for bias, o in zip(self.weights, self.outlines, strict=True)]
+        slabs = [(bias.data, outline) for bias, outline in zip(self.weights, self.outlines, strict=True)]
         for number, biases in draws.values(slabs):
             for bias in biases:
                 outputs[number].add_(bias)
@@ -185,7 +185,7 @@ class LookupUnit(Unit):
         used, places = (on_device(index, param.device) for index in (used, places))
         table = param.data[used]
         results: list[Any] = [None] * rows.copies
-        for number, (values,) in draws.values([(table.view(-1), draws.at(outlines))]):
+        for number, (values,) in draws.scratch([(table.view(-1), draws.at(outlines))]):
             results[number] = functional.embedding(places, values.view(table.shape))
         return rows.join(results)
 
