@@ -9,6 +9,7 @@ import functools
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import floordiv, sub
 from typing import Any, Literal
 
 import torch
@@ -140,17 +141,19 @@ def _launch_alike(name: str, found: Sequence[tuple[Sequence[Stream], Slices]], r
     """One launch for tensors whose slices have the same types."""
     streams = [own for own, _ in found]
     marks, begins = _marks(streams)
-    rows = tuple(
-        (own[0].range, own[0].shape, begin, *(0 if part is None else part.data_ptr() for part in parts))
-        for (own, parts), begin in zip(found, begins, strict=True)
-    )
     first, slices = streams[0][0], found[0][1]
     kernels, seed = first.kernels, first.noise.seed
-    sizes = (kernels.UNIT, kernels.SIZE, kernels.SLICES)
-    programs, is_aligned, place = _placed(sizes, rows[0])
+    sizes, starts = (kernels.UNIT, kernels.SIZE, kernels.SLICES), _addresses(slices)
+    programs, is_aligned, place = _placed(sizes, (first.range, first.shape, begins[0], *starts))
     table = owners = None
-    if len(rows) > 1:
-        programs, is_aligned, table, owners = _tabled(sizes, rows, first.device)
+    if len(found) > 1:
+        rows = tuple(
+            (own[0].range, own[0].shape, begin, *map(sub, _addresses(parts), starts))
+            for (own, parts), begin in zip(found, begins, strict=True)
+        )
+        widths = tuple(1 if part is None else part.element_size() for part in slices)
+        programs, are_aligned, table, owners = _tabled(sizes, rows, widths, first.device)
+        is_aligned = is_aligned and are_aligned
     words = map(philox.signed, (first.key.step, seed & 0xFFFFFFFF, seed >> 32))
     stride = 0 if marks is None else marks.shape[1]
     arguments = (*slices, table, owners, *place[:4], *words, marks, stride, *place[4:], *rest)
@@ -162,7 +165,12 @@ def _launch_alike(name: str, found: Sequence[tuple[Sequence[Stream], Slices]], r
 Sizes = tuple[int, int, int]
 """UNIT, SIZE and SLICES of the kernels."""
 Row = tuple[Any, ...]
-"""Of a tensor the range, rows and columns, where its marks begin, and the addresses of its slices."""
+"""Of a tensor the range, rows and columns, where its marks begin, and the addresses of its slices, or those in bytes
+after the first tensor's: the same step after step, wherever scratch copies lie."""
+
+
+def _addresses(slices: Slices) -> list[int]:
+    return [0 if part is None else part.data_ptr() for part in slices]
 
 
 def _placed(sizes: Sizes, row: Row) -> tuple[int, bool, tuple[int, ...]]:
@@ -179,13 +187,15 @@ def _placed(sizes: Sizes, row: Row) -> tuple[int, bool, tuple[int, ...]]:
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _tabled(sizes: Sizes, rows: tuple[Row, ...], device: torch.device) -> tuple[int, bool, Tensor, Tensor]:
-    """Programs for all tensors, whether all are aligned, and `table` and `owners`; the same step after step."""
+@functools.lru_cache(maxsize=512)
+def _tabled(
+    sizes: Sizes, rows: tuple[Row, ...], widths: tuple[int, ...], device: torch.device
+) -> tuple[int, bool, Tensor, Tensor]:
+    """Programs for all tensors, whether all are aligned, and `table` and `owners`; `widths`: bytes of an element."""
     placed = [_placed(sizes, row) for row in rows]
     counts = [programs for programs, _, _ in placed]
     table = [
-        (*row[3:], *(0,) * (sizes[2] - len(row[3:])), start, *place)
+        (*map(floordiv, row[3:], widths), *(0,) * (sizes[2] - len(widths)), start, *place)
         for row, start, (_, _, place) in zip(rows, accumulate(counts[:-1], initial=0), placed, strict=True)
     ]
     owners = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(torch.tensor(counts))

@@ -11,9 +11,9 @@ values at once. Kernels are specialised on nothing else: two variants per combin
 directions. `marks` (uint8 [q, stride], or None) are the rows and columns outside of which z is zero, from `mark` on, in
 a matrix whose element (`row`, `column`) is the first one of the slice.
 
-A launch may take slices of many tensors. Then `table` (int64 [tensors, ENTRY]) has the addresses of each tensor's
-slices, its first program, and its numbers in the order of `_place`; `owners` (int32 [programs]) has the tensor of each
-program; and of the slices that are given only the types matter.
+A launch may take slices of many tensors; those of the first are given. Then `table` (int64 [tensors, ENTRY]) has how
+many elements after these each tensor's slices begin, its first program, and its numbers from `n` on; `owners` (int32
+[programs]) has the tensor of each program.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -132,7 +132,7 @@ def _entry(table, owners):
 @triton.jit
 def _slice(entry, pointer, NUMBER: tl.constexpr):
     """The slice of that number of the program's tensor."""
-    return pointer if entry is None else tl.load(entry + NUMBER).to(pointer.dtype)
+    return pointer if entry is None else pointer + tl.load(entry + NUMBER)
 
 
 @triton.jit
