@@ -18,10 +18,10 @@ from zoscale.estimators import Candidate
 from zoscale.forward.fan import Rows, replaced_forward
 from zoscale.mesh import Mesh
 from zoscale.noise.segments import Write, write_all
+from zoscale.noise.streams import ALIGNED
 from zoscale.probes import pieces
 from zoscale.shards import ShardedParam, TensorSpec, not_gathered
 
-_VECTOR = 16  # elements that a kernel takes at once, at most
 _QUANTIZED = ("Linear4bit",)  # PEFT's layers that are `Linear` but for the type of the base layer's weights
 
 
@@ -157,7 +157,7 @@ def _stacks(wholes: Sequence[ShardedParam], dtypes: Sequence[torch.dtype], count
     found: dict[str, Tensor] = {}
     for dtype in dict.fromkeys(dtypes):
         some = [whole for whole, own in zip(wholes, dtypes, strict=True) if own == dtype]
-        some.sort(key=lambda whole: len(whole) % _VECTOR != 0)
+        some.sort(key=lambda whole: len(whole) % ALIGNED != 0)
         copies = torch.cat([whole.truth for whole in some]).to(dtype).repeat(count, 1)
         parts = torch.split(copies, [len(whole) for whole in some], dim=1)
         found |= {whole.spec.name: part for whole, part in zip(some, parts, strict=True)}

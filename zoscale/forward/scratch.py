@@ -10,12 +10,12 @@ from torch import Tensor
 from zoscale.estimators import Candidate
 from zoscale.noise.kernels import kernels_on
 from zoscale.noise.segments import Segment, Write, values, write_all
+from zoscale.noise.streams import ALIGNED
 from zoscale.probes import Direction, Patch, Piece, pieces
 from zoscale.shards import ShardedParam, TensorSpec, chunk
 
 _SMALL = 2**16  # elements of a slab that is drawn together with others
 _TOGETHER = 2**18  # of those that are drawn together, and kept until they are used
-_ALIGNED = 16  # elements, for kernels that take as many at once
 _PATCHED = 2**24  # elements of the tensors whose patches are
 _CPU = torch.device("cpu")  # where patches are of use
 
@@ -92,7 +92,7 @@ class Draws:
     def written(self, outlines: Sequence[ShardedParam]) -> list[dict[int, Tensor]]:
         """Of each slab, by number the values of every candidate but the point itself: in a launch per candidate."""
         bases = [outline.values for outline in outlines]
-        sizes = [-(-len(base) // _ALIGNED) * _ALIGNED for base in bases]
+        sizes = [-(-len(base) // ALIGNED) * ALIGNED for base in bases]
         found: list[dict[int, Tensor]] = [{} for _ in bases]
         for place in range(len(self._directions)):
             drawn = [[(part.start, part.segment(place)) for part in self.of(outline)] for outline in outlines]

@@ -20,7 +20,8 @@ from zoscale.noise.fused import on_device
 from zoscale.noise.generator import Key, Noise, Range
 
 Distribution = Literal["normal", "rademacher"]
-_ALIGNED = 16  # elements, and bytes
+ALIGNED = 16
+"""Elements that a kernel takes at once, at most, and bytes that their addresses are multiples of then."""
 MANY = 4
 """Tensors from which one launch is cheaper, even if where they lie must be sent to the device."""
 
@@ -179,7 +180,7 @@ def _placed(sizes: Sizes, row: Row) -> tuple[int, bool, tuple[int, ...]]:
     first, skip = divmod(start, unit)
     row_and_column = divmod(start, columns) if columns else (0, 0)
     n = stop - start
-    is_aligned = not any(number % _ALIGNED for number in (n, skip, *addresses))
+    is_aligned = not any(number % ALIGNED for number in (n, skip, *addresses))
     return (
         -(-(skip + n) // size),
         is_aligned,
