@@ -30,7 +30,7 @@ from transformers import (
 from zoscale.config import ConfigError, DataConfig
 from zoscale.data.batch import MicroBatch
 from zoscale.data.prefixes import Row, share_prefixes
-from zoscale.data.splits import Encoder, Splits, evaluation_batches, part
+from zoscale.data.splits import Encoded, Encoder, Splits, evaluation_batches, part
 from zoscale.data.train_batches import TrainBatches
 from zoscale.evaluate import Evaluation, evaluate
 from zoscale.mesh import Mesh
@@ -522,6 +522,23 @@ def test_each_epoch_visits_every_example_once(words: PreTrainedTokenizerFast) ->
     epochs = [seen[start : start + 10] for start in range(0, 60, 10)]
     assert all(len(set(epoch)) == 10 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1, "shuffled anew"
+
+
+def test_an_example_is_encoded_once_and_not_in_every_epoch(
+    words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, encode = list[Example](), Encoder.encode
+
+    def counting(self: Encoder, example: Example, *, gold_only: bool) -> Encoded:
+        counted.append(example)
+        return encode(self, example, gold_only=gold_only)
+
+    monkeypatch.setattr(Encoder, "encode", counting)
+    config = DataConfig(batch_size=6, micro_batch_size=2)
+    batches = TrainBatches(numbered(10), Encoder(words, 64), config, 0, gold_only=True)
+    for step in range(10):
+        batches.at(step)
+    assert len(counted) == 10
 
 
 def test_micro_batches_are_fixed(words: PreTrainedTokenizerFast) -> None:

@@ -1,6 +1,7 @@
 """`TrainBatches`: which examples a step takes, in which micro-batches, of which shapes."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from zoscale.config import DataConfig
@@ -8,6 +9,8 @@ from zoscale.data.batch import MicroBatch
 from zoscale.data.splits import ORDER, STRATA, Encoded, Encoder
 from zoscale.noise.generator import Domain, Key, Noise
 from zoscale.tasks import Example
+
+_KEPT = 1024  # examples that are encoded once, not once per epoch: between two steps a GPU waits for them
 
 
 class _Outline(NamedTuple):
@@ -62,6 +65,7 @@ class TrainBatches:
         self._epoch: tuple[int, list[int]] = (-1, [])
         self._window: tuple[int, list[list[list[int]]]] = (-1, [])
         self._outlines: dict[int, _Outline] = {}
+        self._encoded = lru_cache(_KEPT)(self._encode)
 
     def at(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, by length."""
@@ -82,7 +86,7 @@ class TrainBatches:
     def _collated(self, part: Sequence[int]) -> MicroBatch:
         return self.encoder.collate([self._encoded(number) for number in part], self.multiple)
 
-    def _encoded(self, number: int) -> Encoded:
+    def _encode(self, number: int) -> Encoded:
         return self.encoder.encode(self.examples[number], gold_only=self.gold_only)
 
     def _outline(self, number: int) -> _Outline:

@@ -143,6 +143,8 @@ class Noise:
 
     def permutation(self, key: Key, n: int) -> Tensor:
         """A random order of [0, n), uniform: int64 [n] on the CPU."""
+        if n < 2:
+            return torch.arange(n)
         (words,) = self.words(key, [Range(0, 0, n)])
         return torch.argsort(_ranks(words))
 
