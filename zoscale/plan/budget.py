@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from zoscale.devices import Device
 from zoscale.first_order import reduce_bucket
 from zoscale.nvme import SMALLEST, Buffers
 from zoscale.plan.footprint import FanName, Footprint, ModelShapes, Weight
+from zoscale.shards import chunk
 
 _FP32 = 4
 _STATES = 4  # hidden states that a pass between two blocks holds: its embeddings, their sum and its own
@@ -175,8 +178,8 @@ class Gathers:
 def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activations: Footprint) -> Memory:
     """Of one rank in a group of `shard_size`.
 
-    The buffers of the noise (a few of `shards.CHUNK` elements) are left out: they do not lie at the highest point; so
-    is what is offloaded, see `host_memory`.
+    Drawn noise, up to a few bytes for each of `shards.chunk` elements, is left out; so is what is offloaded, see
+    `host_memory`.
     """
     trainable = [weight for weight in shapes.weights if weight.trainable]
     adapters = sum(weight.numel * weight.width for weight in trainable) * job.own
@@ -187,7 +190,16 @@ def zero_order_memory(shapes: ModelShapes, job: Job, shard_size: int, activation
     behind = (-(-job.passes // job.rounds) - 1) * (shard_size > 1 or job.offload != "none")
     resident["passes side by side"] = behind * job.together * job.micro_batch * job.tokens * job.hidden * _STATES
     phases = Gathers(_gathered(shapes, job), shard_size, job.offload).phases(job, activations)
-    return _highest(resident, _passes(phases))
+    points = _passes(phases)
+    if job.fan == "weights":
+        points["blocks"]["scratch copy"] = _scratch(trainable, job)
+    return _highest(resident, points)
+
+
+def _scratch(trainable: Sequence[Weight], job: Job) -> int:
+    """Bytes of the part of a weight in a block that is written for one candidate, or of smaller ones for several."""
+    limit = chunk(torch.device("cpu" if job.copies else "cuda"))
+    return max((min(limit, weight.numel) * weight.width for weight in trainable if weight.block is not None), default=0)
 
 
 def host_memory(shapes: ModelShapes, job: Job, shard_size: int, buffers: Buffers) -> dict[str, int]:
