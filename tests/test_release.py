@@ -390,6 +390,7 @@ def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: py
         ([lora, "--adapter", "--push", "me/tiny"], "a base model on the hub"),
         ([lora, "--adapter", "--push", "me/tiny/x"], "me/tiny/x"),
         ([lora, "--merge", "--push", "me/tiny"], "offline mode"),
+        ([lora, "--merge", "--private"], "--push ID with --private"),
     ):
         assert message in refused("export", *options, capsys=capsys)
     assert (tmp_path / "file").read_text() == "mine"
@@ -407,6 +408,30 @@ def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: py
     assert "that PEFT can merge, got NaNs detected" in text and "export it with --adapter" in text
     (copy / "summary.json").unlink()
     assert "zoscale replay" in refused("export", str(copy), "--merge", capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("adapter/adapter_model.safetensors", b""),
+        ("adapter/adapter_model.safetensors", None),
+        ("adapter/adapter_config.json", None),
+        ("adapter/adapter_config.json", b"[1]"),
+        ("adapter/adapter_config.json", b'{"r": 8}'),
+        ("summary.json", b'{"steps": 9}'),
+    ],
+)
+def test_what_is_damaged_is_not_exported(
+    name: str, damage: bytes | None, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Empty, cut short (None) or something else: both kinds of export name the file and write nothing."""
+    copy = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
+    file = copy / name
+    file.write_bytes(file.read_bytes()[:-9] if damage is None else damage)
+    for kind in ("--adapter", "--merge"):
+        text = refused("export", str(copy), kind, capsys=capsys)
+        assert f"{name}, got" in text and ("zoscale replay" in text or "finished anew" in text)
+    assert not (copy / "export").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
