@@ -82,7 +82,8 @@ def at_nine(server: JobServer, runs: dict[str, Path]) -> Path:
     """The run without checkpoints, its adapter that of the last step, rebuilt from the journal."""
     copy = Path(shutil.copytree(runs["lora"], server.folder / "at_nine"))
     shutil.rmtree(copy / "checkpoints")
-    assert cli.main(["replay", str(copy), "--until", "9", "--out", str(copy / "adapter")]) == 0
+    assert cli.main(["replay", str(copy), "--until", "9", "--out", str(server.folder / "nine")]) == 0
+    shutil.copy(server.folder / "nine/adapter_model.safetensors", copy / "adapter")
     return copy
 
 
@@ -166,6 +167,9 @@ def test_checkpoints_of_a_run(
         (["--run=RUN", "optimizer.lr=3"], "with --run only options of task, data"),
         (["--run=RUN", "--split=dev", "data.num_dev=0"], "examples in split dev"),
         ([f"--model={MODEL}", "sst2", "task.name=completion"], "task sst2, as named"),
+        ([f"--model={MODEL}", "sst2", "model.id=another"], "got model.id=another: leave it out"),
+        ([f"--model={MODEL}", "sst2", "adapter.r=4"], "got adapter.r=4: leave it out"),
+        ([f"--model={MODEL}", "sst2", "--split=dev", "seed=-1"], "seed to be at least 0"),
     ],
 )  # fmt: skip
 def test_mistakes_of_an_evaluation(
@@ -174,6 +178,21 @@ def test_mistakes_of_an_evaluation(
     assert refused("evaluate", *[option.replace("RUN", str(runs["lora"])) for option in options], capsys=capsys).count(
         message
     )
+
+
+def test_what_would_fail_after_the_work_fails_before_it(
+    server: JobServer, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A folder that is a file; a configuration that was edited, with which the journal gives other weights."""
+    (tmp_path / "file").write_text("")
+    text = server.run(1, "evaluate", f"--run={runs['lora']}", f"--out={tmp_path / 'file'}", expect=2)
+    assert "File exists" in text and "accuracy" not in text
+    copy = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
+    config = (copy / "config.yaml").read_text()
+    assert "tau: 0.01" in config
+    (copy / "config.yaml").write_text(config.replace("tau: 0.01", "tau: 0.02"))
+    text = server.run(1, "evaluate", f"--run={copy}", expect=2)
+    assert f"estimator.tau=0.01 in {copy}/config.yaml, as trained, got 0.02: restore the file" in text
 
 
 def test_ranks_that_evaluate_something_else_are_refused(server: JobServer, tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ class RunRecord:
     Args:
         directory: of the run.
         config: as the run was started, with the base model where it is now.
+        base: id or folder of the base model, if the user has named it.
     """
 
     directory: RunDirectory
     config: RunConfig
+    base: str | None = None
 
     @classmethod
     def read(cls, path: Path | str, base: str | None = None) -> "RunRecord":
@@ -40,7 +42,7 @@ class RunRecord:
             raise ConfigError("the folder of a run, with config.yaml", str(path), "check the path") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"a configuration in {directory.config}", repr(tree)[:80], "restore it from a copy")
-        return cls(directory, with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), base))
+        return cls(directory, with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), base), base)
 
     def summary(self) -> dict[str, Any]:
         """The summary of the finished run.
