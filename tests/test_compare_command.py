@@ -286,6 +286,7 @@ def test_mistakes_are_refused_with_a_remedy(
     broken.mkdir()
     (broken / "metrics.jsonl").write_text("")
     assert "tracking.json" in refused(str(broken))
+    assert "tracking.json" in refused(str(run_dirs(home)[0]), "--metric", "loss", str(broken)), "names on both sides"
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "plotly" else find(name))
     assert "pip install 'zoscale[report]', or --no-report" in refused("zoscale", "--uri", local)
