@@ -25,12 +25,17 @@ def submit_command(argv: Sequence[str]) -> int:
     """
     options, rest = _parser().parse_known_args(argv)
     runs = [_frozen(parse(line, TABLES, DEFAULTS)) for line in _lines(rest, options.sweep)]
-    from zoscale.assembly import check  # here: --help need not wait for it
+    from zoscale.assembly import check  # here: --help need not wait for them
+    from zoscale.runtime import whole_groups
 
     check(runs)
     if options.setup is not None and not options.setup.is_file():
         raise ConfigError("a readable file for --setup", str(options.setup), "correct the path")
     request, folder = _request(options, runs), _next_folder(runs)
+    for run in runs:
+        RunDirectory.of(run).check_resume(run)
+        if isinstance(run.mesh.shard_size, int):
+            whole_groups(run.mesh.shard_size, request.nodes * request.processes_per_node)
     scripts = request.scripts(folder)
     print("\n".join(f"==> {folder / name} <==\n{text}" for name, text in scripts.items()))
     print("\n".join(["runs:", *(str(RunDirectory.of(run).path) for run in runs)]))
