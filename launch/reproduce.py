@@ -23,6 +23,7 @@ from reproduction import accuracy, memory, sensitivity
 from reproduction.runner import Runner
 from reproduction.study import Study
 
+from zoscale.cli import guarded
 from zoscale.comparison.report_run import FOLDER, log_report
 from zoscale.comparison.runs import open_experiment
 from zoscale.config import ConfigError
@@ -89,13 +90,14 @@ def log(study: Study, command: str, report: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run what is not finished, and write the report; 2 for a mistake of the user."""
+    """Run what is not finished, and write the report; 1 if a run has failed, 2 for a mistake of the user."""
     given = read(argv)
     command, logs = COMMANDS[given.command], given.out / "logs"
     try:
         study = Study.of(given)
+        runner = Runner(study.launch, study.jobs, logs)
         if not given.report:
-            command.run(study, Runner(study.launch, study.jobs, logs))
+            command.run(study, runner)
         given.out.mkdir(parents=True, exist_ok=True)
         path = command.report(study, logs)
         print(f"report: {path}")
@@ -103,9 +105,11 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"launch/reproduce.py: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    if runner.failed:
+        print(f"{len(runner.failed)} runs have failed; what they printed is in {logs}", file=sys.stderr)
+    return 1 if runner.failed else 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the commands that run
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded("launch/reproduce.py", lambda: main(sys.argv[1:]), sys.argv[1:]))
