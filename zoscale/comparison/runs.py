@@ -33,7 +33,7 @@ class Run:
     Args:
         id: MLflow's run id, or the path of the run directory.
         name: what the user knows it by.
-        status: MLflow's: FINISHED, FAILED, KILLED, RUNNING.
+        status: MLflow's: FINISHED, FAILED, KILLED, RUNNING; of a run directory UNFINISHED, unless it says more.
         params: the configuration, dotted names.
         tags: of the run.
         metrics: by name.
@@ -137,7 +137,8 @@ def _from_directory(path: Path) -> Run:
     for record in read_metrics(path):
         for name, value in record.metrics.items():
             metrics.setdefault(name, {})[record.step] = value
-    status = "FINISHED" if (path / "summary.json").exists() else "UNFINISHED"
+    marks = {"summary.json": "FINISHED", "told_to_stop": "KILLED"}  # as a store has it
+    status = next((status for name, status in marks.items() if (path / name).exists()), "UNFINISHED")
     ordered = {name: dict(sorted(series.items())) for name, series in metrics.items()}
     return Run(str(path), card.run_name, status, card.params, card.tags, ordered)
 

@@ -58,7 +58,7 @@ def replay_command(argv: Sequence[str] | None = None) -> int:
         print(f"weights: {arguments.out}")
     if step == saved_step:
         return _verify(engine, saved, _was_on_a_gpu(path.parent))
-    there = "no weights" if saved_step is None else f"those of step {saved_step}"
+    there = "no weights of a known step" if saved_step is None else f"those of step {saved_step}"
     print(f"nothing to compare with: {saved} has {there}")
     return 0
 
