@@ -202,6 +202,17 @@ def test_ranks_that_evaluate_something_else_are_refused(server: JobServer, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_model_that_is_elsewhere_is_to_be_named(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run has it as a relative path, and the command is given in another folder."""
+    run_dir = str(runs["lora"])
+    monkeypatch.chdir(tmp_path)
+    for words in (["evaluate", "--run", run_dir], ["export", run_dir, "--merge"], ["replay", run_dir]):
+        text = refused(*words, capsys=capsys)
+        assert f"no folder {tmp_path}/launch/tiny_opt/model: name it where it is now with --base" in text
+
+
 def test_a_run_of_pickles_loads_only_the_model_that_the_user_names(
     server: JobServer, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

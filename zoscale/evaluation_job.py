@@ -25,7 +25,7 @@ from zoscale.recovery.journal_format import Header
 from zoscale.recovery.manifest import complete
 from zoscale.recovery.resume import check_replay, check_start, go_to, restore
 from zoscale.release.export import read_origin
-from zoscale.release.run_record import RunRecord, check_trusted, with_base
+from zoscale.release.run_record import RunRecord, check_base, with_base
 from zoscale.run_directory import write_json
 from zoscale.run_report import say, shortened, skipped
 from zoscale.scoring import RecordingGenerator, score, write_predictions
@@ -102,7 +102,7 @@ def _record(arguments: argparse.Namespace) -> RunRecord | None:
     """The run to evaluate, whose base model may be loaded; None for a model without a run."""
     if arguments.run:
         record = RunRecord.read(arguments.run, arguments.base)
-        check_trusted(record.config, arguments.base)
+        check_base(record.config, arguments.base)
         return record
     if arguments.checkpoint or arguments.base:
         raise ConfigError("--run with --checkpoint and --base", f"--model {arguments.model}", "leave them out")

@@ -21,7 +21,7 @@ from zoscale.recovery.journal import Journal
 from zoscale.recovery.journal_format import Header
 from zoscale.recovery.resume import check_replay, check_start, replay
 from zoscale.release.export import read_origin, save_trained
-from zoscale.release.run_record import check_trusted, with_base
+from zoscale.release.run_record import check_base, with_base
 from zoscale.run_directory import RunDirectory
 
 _ROUNDING = 1e-5  # methods that multiply matrices (Muon) depend on the machine's matrix product
@@ -75,7 +75,7 @@ def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
             trained.
     """
     config = with_base(RunConfig.from_dict(header.config, TABLES, DEFAULTS), base)
-    check_trusted(config, base)
+    check_base(config, base)
     if base is None and config.hash != header.config_hash:
         raise ConfigError(
             f"a header of configuration {header.config_hash}", config.hash, "use the version that wrote it"

@@ -19,7 +19,7 @@ from zoscale.models.loading import load_model, load_tokenizer, read_model_config
 from zoscale.release.export import ORIGIN, check_saved, read_origin
 from zoscale.release.merging import merge
 from zoscale.release.model_card import hub_id, model_card
-from zoscale.release.run_record import RunRecord, check_trusted
+from zoscale.release.run_record import RunRecord, check_base
 from zoscale.run_directory import write_json, write_text
 
 _BASE_KEY = "base_model_name_or_path"
@@ -41,7 +41,7 @@ def export_command(argv: Sequence[str]) -> int:
     record = RunRecord.read(arguments.run, arguments.base)
     kind = "adapter" if arguments.adapter else "merged"
     if kind == "merged":  # an adapter is written without its base model
-        check_trusted(record.config, arguments.base)
+        check_base(record.config, arguments.base)
     _check(record, kind, arguments.push)
     summary = record.summary()
     out = Path(arguments.out) if arguments.out else record.directory.path / "export" / kind
