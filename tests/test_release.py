@@ -164,6 +164,7 @@ def test_checkpoints_of_a_run(
         ([f"--model={MODEL}", "sst2", "--checkpoint=last"], "--run with --checkpoint"),
         (["--run=README.md"], "the folder of a run"),
         (["--run=RUN", "--checkpoint=nowhere"], "step_00000004, step_00000008"),
+        (["--run=RUN", "--checkpoint=/nowhere/at/all"], "step_00000004, step_00000008"),
         (["--run=RUN", "optimizer.lr=3"], "with --run only options of task, data"),
         (["--run=RUN", "--split=dev", "data.num_dev=0"], "examples in split dev"),
         ([f"--model={MODEL}", "sst2", "task.name=completion"], "task sst2, as named"),

@@ -196,7 +196,7 @@ def _checkpoint(which: str, record: RunRecord | None) -> str | Path:
     named = record.directory.checkpoints / which
     folder = named if named.is_dir() else Path(which)
     if not folder.is_dir():
-        found = ", ".join(path.name for path in sorted(named.parent.glob("*_*"))) or "none"
+        found = ", ".join(path.name for path in sorted(record.directory.checkpoints.glob("*_*"))) or "none"
         raise ConfigError(
             f"best, last or a checkpoint of {record.directory.path} ({found})", which, "choose one of them"
         )
