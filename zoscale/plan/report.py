@@ -180,8 +180,9 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
         is_file = shapes.suffix in (".yaml", ".yml", ".json") and shapes.is_file()
         if is_file:
             base = {"model": {"config": read_yaml(shapes) or None}}
+            own.append("model.id=null")
         else:
-            own.append(f"model.id={arguments.model}")
+            own += [f"model.id={arguments.model}", "model.config=null"]
     if arguments.batch is not None:
         own.append(f"data.batch_size={arguments.batch}")
         micro = min(arguments.batch, 4)
