@@ -193,6 +193,8 @@ def main() -> int:
     parser.add_argument("--latency", type=float, default=5.0, help="microseconds per hop")
     parser.add_argument("--group", type=int, default=8, help="GPUs of a shard group")
     options = parser.parse_args()
+    if options.scale is None and options.layer_ms is not None:
+        raise ConfigError("--scale with --layer-ms", "none", "add it, or leave --layer-ms out to measure")
     try:
         report = benchmark(options) if options.scale is None else scale(options)
     except subprocess.CalledProcessError as error:

@@ -76,6 +76,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not (0 <= self.usage <= 1 and 0 <= self.adherence < math.inf):
             raise ValueError(f"expected 0 <= P <= 1 and S >= 0 in --loops, got {self.usage:g},{self.adherence:g}")
+        if any(float(f"{value:g}") != value for value in (self.usage, self.adherence)):  # they name files
+            raise ValueError(f"expected at most six digits in --loops, got {self.usage},{self.adherence}")
         numbers = (0 < self.lr < math.inf, 0 <= self.noise < math.inf, 0 <= self.seed < 2**64)
         if min(self.rounds, self.warmup, self.steps) < 1 or self.users < 2 * BATCH or not all(numbers):
             least = f"rounds, warmup, steps >= 1, users >= {2 * BATCH}, lr > 0, noise and seed >= 0, all finite"

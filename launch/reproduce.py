@@ -69,6 +69,8 @@ def read(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="write the report and run nothing")
     given = parser.parse_intermixed_args(argv)
     given.lrs = dict(given.lr)
+    if len(given.lrs) < len(given.lr):
+        parser.error("expected each method once in --lr, got one twice: give all its values together, METHOD=LR,LR")
     given.out = given.out or Path("runs") / f"reproduce-{Path(given.preset).stem}"
     return given
 

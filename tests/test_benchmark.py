@@ -91,6 +91,7 @@ def test_all_weights_in_bf16(tmp_path: Path) -> None:
         ["--scale", "absent.json"],
         ["--scale", "--link", "0"],
         ["--scale", "--layer-ms", "0"],
+        ["--layer-ms", "1"],
         ["--scale", "--layer-ms", "1", "--node-link", "0"],
         ["--scale", "--layer-ms", "1", "--latency", "nan"],
         ["--threads", "0"],

@@ -203,6 +203,7 @@ def test_repeated_learning_refuses(
 ) -> None:
     for arguments, message in (
         (("--loops", "1.5,1"), "0 <= P <= 1"),
+        (("--loops", "1,0.5", "1,0.5000001"), "at most six digits in --loops, got 1.0,0.5000001"),
         (("--loops", "1"), "two numbers P,S in --loops, got '1'"),
         (("--rounds", "0"), "rounds"),
         (("--lr", "nan"), "all finite"),

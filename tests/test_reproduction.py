@@ -291,6 +291,12 @@ def test_a_killed_study_goes_on_and_reports(server: JobServer, tmp_path: Path, m
     assert times == {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}, "finished: kept"
 
 
+def test_a_method_has_one_list_of_learning_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["accuracy", "--report", "--lr", "zo_sgd=1", "--lr", "zo_sgd=2"])
+    assert "each method once in --lr" in capsys.readouterr().err
+
+
 def test_runs_that_fail_are_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["accuracy", *SMALL, "--out", str(tmp_path)]
     assert reproduce.main([*command, "--launch", "false"]) == 1
