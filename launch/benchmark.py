@@ -28,6 +28,7 @@ of the K losses, one small collective per step, is not among them. FILE is writt
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from bench.cells import DTYPES, SHAPES, Cell, add_options, select
 from bench.scale import Layers, Network, curve, first_exposed
 from bench.table import table
 
+from zoscale.cli import guarded
 from zoscale.config import ConfigError
 
 COLUMNS = {
@@ -108,10 +110,12 @@ def scale(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: for numbers that cannot be, or no step.
     """
-    positive = (options.link, options.node_link or 1, options.layer_ms or 1, options.node, options.group)
-    if min(positive) <= 0 or options.latency < 0:
-        raise ConfigError("links, times and group sizes above 0", str(min(*positive, options.latency)), "correct it")
-    node_link = 1e9 * (options.node_link or options.link)
+    given = (options.link, options.node_link, options.layer_ms, options.node, options.group)
+    wrong = [value for value in given if value is not None and not 0 < value < math.inf]
+    if wrong or not 0 <= options.latency < math.inf:
+        got = str([*wrong, options.latency][0])
+        raise ConfigError("links, times and group sizes above 0, and finite", got, "correct it")
+    node_link = 1e9 * (options.link if options.node_link is None else options.node_link)
     network = Network(1e9 * options.link, node_link, options.node, 1e-6 * options.latency)
     rows = []
     for what, layers in known_layers(options):
@@ -147,7 +151,9 @@ def known_layers(options: argparse.Namespace) -> list[tuple[str, Layers]]:
             )
             for row in known(rows, options)
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError("a file that --json wrote", f"{type(error).__name__}: {error}", "name another") from error
 
 
@@ -187,11 +193,10 @@ def main() -> int:
     parser.add_argument("--latency", type=float, default=5.0, help="microseconds per hop")
     parser.add_argument("--group", type=int, default=8, help="GPUs of a shard group")
     options = parser.parse_args()
+    if options.scale is None and options.layer_ms is not None:
+        raise ConfigError("--scale with --layer-ms", "none", "add it, or leave --layer-ms out to measure")
     try:
         report = benchmark(options) if options.scale is None else scale(options)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except subprocess.CalledProcessError as error:
         print(f"expected the cell to run, got status {error.returncode}; its message is above", file=sys.stderr)
         return 1
@@ -200,4 +205,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded("launch/benchmark.py", main, sys.argv[1:]))

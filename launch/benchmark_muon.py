@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor
 
-from zoscale.config import ModelConfig
+from zoscale.cli import guarded
+from zoscale.config import ModelConfig, at_least, read_yaml
 from zoscale.engine import ZeroOrderEngine
 from zoscale.models.loading import add_adapter, load_model, read_model_config
 from zoscale.models.sizes import count_parameters
@@ -107,11 +108,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", type=Path, help="YAML of an architecture, as model.config; default OPT-125M")
     parser.add_argument("--full", action="store_true", help="all weights instead of LoRA")
-    parser.add_argument("--capacity", type=int, default=CAPACITY, help="elements that a rank owns at once")
-    parser.add_argument("--repeats", type=int, default=10, help="timed updates of each")
+    parser.add_argument("--capacity", type=at_least(1), default=CAPACITY, help="elements that a rank owns at once")
+    parser.add_argument("--repeats", type=at_least(1), default=10, help="timed updates of each")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
-    shapes = yaml.safe_load(arguments.config.read_text()) if arguments.config else OPT_125M
+    shapes = read_yaml(arguments.config) if arguments.config else OPT_125M
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     adapter = None if arguments.full else ADAPTER
     report = measure(ModelConfig(config=shapes, dtype=dtype), adapter, arguments.repeats, arguments.capacity)
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("launch/benchmark_muon.py", main, sys.argv[1:]))

@@ -12,6 +12,7 @@ The weights are bfloat16 with a float32 master slice.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from zoscale.cli import guarded
+from zoscale.config import ConfigError, at_least
 from zoscale.estimators import GradientEstimate
 from zoscale.noise.generator import Key, Noise, Range
 from zoscale.optim import ZOSGD, JaguarSignSGD
@@ -125,13 +128,15 @@ def shares(elements: int, q: int, repeats: int, device: torch.device) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", nargs="?", choices=["generators", "passes"], help="only these")
-    parser.add_argument("--elements", type=int, default=2**20, help="elements of a call")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each contestant")
-    parser.add_argument("--directions", type=int, default=1, help="directions of an update")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--elements", type=at_least(1), default=2**20, help="elements of a call")
+    parser.add_argument("--repeats", type=at_least(1), default=20, help="timed calls of each contestant")
+    parser.add_argument("--directions", type=at_least(1), default=1, help="directions of an update")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("a GPU for --device cuda", "none that torch can use", "leave --device out")
     torch.set_num_threads(arguments.threads)
     size, repeats, device = arguments.elements, arguments.repeats, torch.device(arguments.device)
     found: dict[str, float] = {}
@@ -148,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("launch/benchmark_noise.py", main, sys.argv[1:]))

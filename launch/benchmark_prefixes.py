@@ -8,18 +8,20 @@ Random prompts of P tokens with O options of L tokens each, four examples per fo
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from zoscale.config import ModelConfig
+from zoscale.cli import guarded
+from zoscale.config import ConfigError, ModelConfig, at_least, read_yaml
 from zoscale.data.batch import MicroBatch
 from zoscale.data.prefixes import Row, share_prefixes
 from zoscale.models.answers import AnswerModel
 from zoscale.models.loading import load_model, read_model_config
+from zoscale.models.sizes import count_parameters
 
 OPT_125M: dict[str, Any] = {"model_type": "opt"}
 EXAMPLES = 4
@@ -43,6 +45,10 @@ def measure(config: ModelConfig, lengths: tuple[int, int, int], repeats: int) ->
     """Tokens and median seconds of both over alternating repetitions."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     architecture = read_model_config(config)
+    prompt, options, option = lengths
+    positions, longest = count_parameters(architecture).positions, prompt + options * option
+    if positions is not None and longest > positions:
+        raise ConfigError(f"prompt and options of up to {positions} tokens", str(longest), "shorten them")
     torch.manual_seed(0)
     model = load_model(config, architecture).to(device)
     answers = AnswerModel(model, model)
@@ -69,15 +75,15 @@ def measure(config: ModelConfig, lengths: tuple[int, int, int], repeats: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", type=Path, help="YAML of an architecture, as model.config; default OPT-125M")
-    parser.add_argument("--prompt", type=int, default=60, help="tokens of a prompt")
-    parser.add_argument("--options", type=int, default=4, help="options of an example")
-    parser.add_argument("--option", type=int, default=5, help="tokens of an option")
-    parser.add_argument("--repeats", type=int, default=10, help="timed passes of each")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--prompt", type=at_least(0), default=60, help="tokens of a prompt")
+    parser.add_argument("--options", type=at_least(1), default=4, help="options of an example")
+    parser.add_argument("--option", type=at_least(1), default=5, help="tokens of an option")
+    parser.add_argument("--repeats", type=at_least(1), default=10, help="timed passes of each")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    shapes = yaml.safe_load(arguments.config.read_text()) if arguments.config else OPT_125M
+    shapes = read_yaml(arguments.config) if arguments.config else OPT_125M
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     lengths = (arguments.prompt, arguments.options, arguments.option)
     report = measure(ModelConfig(config=shapes, dtype=dtype), lengths, arguments.repeats)
@@ -87,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("launch/benchmark_prefixes.py", main, sys.argv[1:]))

@@ -10,6 +10,7 @@ picks its own from one grid, by the median of its final errors on seeds that are
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from zoscale import blackbox, provenance
 from zoscale.blackbox import ConvexSet, Simplex
-from zoscale.config import ConfigError, exit_with
+from zoscale.cli import guarded
+from zoscale.config import ConfigError
 from zoscale.run_directory import write_json, write_text
 
 FIRST_TUNING_SEED = 1000
@@ -242,23 +244,25 @@ def kept(file: Path, options: dict[str, int]) -> tuple[dict[str, Any], list[Outc
     """What is finished: facts by setting, and the outcomes.
 
     Raises:
-        ConfigError: if it was run with other options.
+        ConfigError: if it was run with other options, or is damaged.
     """
-    if not file.is_file():
+    if not file.exists():
         return {}, []
-    there = json.loads(file.read_text())
-    for name, value in options.items():
-        if there.get(name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{flag} {there.get(name)} as in {file}", str(value), "choose another --out")
-    if "runs" not in there:
-        raise ConfigError(f"facts by setting in {file}", "a file of an older version", "choose another --out")
-    return there["runs"], [Outcome(**row) for row in there["outcomes"]]
+    try:
+        there = json.loads(file.read_text())
+        outcomes = [Outcome(**row) for row in there["outcomes"]]
+        runs = dict(there["runs"])
+        wrong = {name: value for name, value in options.items() if there[name] != value}
+    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged, or of an older version
+        raise ConfigError(f"results in {file}", repr(error), "choose another --out") from error
+    for name, value in wrong.items():
+        flag = f"--{name.replace('_', '-')}"
+        raise ConfigError(f"{flag} {there[name]} as in {file}", str(value), "choose another --out")
+    return runs, outcomes
 
 
 def write(out: Path, options: dict[str, int], runs: dict[str, Any], outcomes: list[Outcome]) -> None:
     """All that is finished as JSON, Markdown and a picture."""
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "comparison.json", {**options, "runs": runs, "outcomes": [asdict(o) for o in outcomes]})
     write_text(out / "comparison.md", table(outcomes, options["calls"]))
     plot(outcomes, out / "comparison.png")
@@ -287,10 +291,8 @@ def read_command_line() -> tuple[Path, list[str], dict[str, int]]:
 def main() -> None:
     out, settings, options = read_command_line()
     torch.set_num_threads(1)
-    try:
-        runs, outcomes = kept(out / "comparison.json", options)
-    except ConfigError as error:
-        exit_with(error, "launch/blackbox.py")
+    runs, outcomes = kept(out / "comparison.json", options)
+    out.mkdir(parents=True, exist_ok=True)
     for name in settings:
         if name not in runs:
             started = time.perf_counter()
@@ -303,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("launch/blackbox.py", main, sys.argv[1:]))

@@ -12,6 +12,7 @@ backpropagation through DeepSpeed ZeRO-3. `--timed` adds what `zoscale plan --me
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -22,10 +23,10 @@ import zoscale  # noqa: F401  before torch, for huge pages
 
 # isort: split
 import torch
-import yaml
 
 from zoscale.assembly import build_model
-from zoscale.config import ModelConfig, RunConfig
+from zoscale.cli import guarded
+from zoscale.config import ConfigError, ModelConfig, RunConfig, at_least, read_yaml
 from zoscale.devices import DEVICES
 from zoscale.engine import ZeroOrderEngine
 from zoscale.first_order import FirstOrderEngine
@@ -150,15 +151,18 @@ def main() -> None:
     parser.add_argument("--timed", action="store_true", help="compare seconds too")
     parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed JSON; default: zoscale's ZeRO-3")
-    parser.add_argument("--shard-size", type=int, help="ranks that hold one copy of the model; default: all")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=16, help="per step")
-    parser.add_argument("--tokens", type=int, default=48, help="per row")
-    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--shard-size", type=at_least(1), help="ranks that hold one copy of the model; default: all")
+    parser.add_argument("--steps", type=at_least(1), default=4)
+    parser.add_argument("--rows", type=at_least(1), default=16, help="per step")
+    parser.add_argument("--tokens", type=at_least(2), default=48, help="per row")
+    parser.add_argument("--micro-batches", type=at_least(1), default=4)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
-    shapes = yaml.safe_load(arguments.config.read_text()) if arguments.config else OPT_125M
+    shapes = read_yaml(arguments.config) if arguments.config else OPT_125M
     data = Data(arguments.rows, arguments.tokens, arguments.micro_batches)
+    if data.rows % data.micro_batches:
+        got = f"{data.micro_batches} for {data.rows} rows"
+        raise ConfigError("--micro-batches that divide --rows", got, "change one of them")
     which = {"config": shapes} if arguments.model is None else {"id": arguments.model}
     config = ModelConfig(**which, dtype=arguments.dtype, quantization=arguments.quantization)
     adapter = None if arguments.full else ADAPTER
@@ -177,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("launch/measure_memory.py", main, sys.argv[1:]))

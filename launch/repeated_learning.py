@@ -14,6 +14,7 @@ DIR differ in P and S only.
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from zoscale import provenance
-from zoscale.config import ConfigError, ModelConfig, exit_with
+from zoscale.cli import guarded
+from zoscale.config import ConfigError, ModelConfig
 from zoscale.data.batch import MicroBatch
 from zoscale.data.splits import Encoder
 from zoscale.engine import OptimizerFactory, ZeroOrderEngine
@@ -74,8 +76,12 @@ class Settings:
     def __post_init__(self) -> None:
         if not (0 <= self.usage <= 1 and 0 <= self.adherence < math.inf):
             raise ValueError(f"expected 0 <= P <= 1 and S >= 0 in --loops, got {self.usage:g},{self.adherence:g}")
-        if min(self.rounds, self.warmup, self.steps) < 1 or self.users < 2 * BATCH or self.lr <= 0 or self.noise < 0:
-            raise ValueError(f"expected rounds, warmup, steps >= 1, users >= {2 * BATCH}, lr > 0, got {self}")
+        if any(float(f"{value:g}") != value for value in (self.usage, self.adherence)):  # they name files
+            raise ValueError(f"expected at most six digits in --loops, got {self.usage},{self.adherence}")
+        numbers = (0 < self.lr < math.inf, 0 <= self.noise < math.inf, 0 <= self.seed < 2**64)
+        if min(self.rounds, self.warmup, self.steps) < 1 or self.users < 2 * BATCH or not all(numbers):
+            least = f"rounds, warmup, steps >= 1, users >= {2 * BATCH}, lr > 0, noise and seed >= 0, all finite"
+            raise ValueError(f"expected {least}, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,23 +284,36 @@ def read_command_line() -> tuple[Path, list[Settings]]:
     options = vars(parser.parse_args())
     out, loops = options.pop("out"), options.pop("loops")
     try:
-        pairs = [(float(p), float(s)) for p, s in (loop.split(",") for loop in loops)]
+        pairs = [_pair(loop) for loop in loops]
         return out, [Settings(usage=p, adherence=s, **options) for p, s in pairs]
     except ValueError as error:
         parser.error(str(error))
+
+
+def _pair(text: str) -> tuple[float, float]:
+    """`P,S`."""
+    try:
+        usage, adherence = map(float, text.split(","))
+    except ValueError as error:
+        raise ValueError(f"expected two numbers P,S in --loops, got {text!r}") from error
+    return usage, adherence
 
 
 def kept(out: Path, wanted: Settings) -> dict[tuple[float, float], dict[str, Any]]:
     """The finished loops of a folder, by usage and adherence.
 
     Raises:
-        ConfigError: if one has other settings beside them than what is wanted.
+        ConfigError: if one has other settings beside them than what is wanted, or is damaged.
     """
     found = {}
     for file in sorted(out.glob("loop_*.json")):
-        loop = json.loads(file.read_text())
-        there = loop["settings"]
-        pair = {name: there[name] for name in ("usage", "adherence")}
+        try:
+            loop = json.loads(file.read_text())
+            there = loop["settings"]
+            pair = {name: there[name] for name in ("usage", "adherence")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            remedy = "remove it, and the loop runs again"
+            raise ConfigError(f"the results of a loop in {file}", repr(error), remedy) from error
         for name, value in (asdict(wanted) | pair).items():
             if there.get(name) != value:
                 raise ConfigError(f"--{name} {there.get(name)} as in {file}", str(value), "choose another --out")
@@ -306,10 +325,7 @@ def main() -> None:
     out, wanted = read_command_line()
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        loops = kept(out, wanted[0])
-    except ConfigError as error:
-        exit_with(error, "launch/repeated_learning.py")
+    loops = kept(out, wanted[0])
     for settings in wanted:
         name, pair = _name(asdict(settings)), (settings.usage, settings.adherence)
         if pair not in loops:
@@ -327,4 +343,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("launch/repeated_learning.py", main, sys.argv[1:]))

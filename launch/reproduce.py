@@ -23,6 +23,7 @@ from reproduction import accuracy, memory, sensitivity
 from reproduction.runner import Runner
 from reproduction.study import Study
 
+from zoscale.cli import guarded
 from zoscale.comparison.report_run import FOLDER, log_report
 from zoscale.comparison.runs import open_experiment
 from zoscale.config import ConfigError
@@ -68,6 +69,8 @@ def read(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="write the report and run nothing")
     given = parser.parse_intermixed_args(argv)
     given.lrs = dict(given.lr)
+    if len(given.lrs) < len(given.lr):
+        parser.error("expected each method once in --lr, got one twice: give all its values together, METHOD=LR,LR")
     given.out = given.out or Path("runs") / f"reproduce-{Path(given.preset).stem}"
     return given
 
@@ -89,13 +92,14 @@ def log(study: Study, command: str, report: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run what is not finished, and write the report; 2 for a mistake of the user."""
+    """Run what is not finished, and write the report; 1 if a run has failed, 2 for a mistake of the user."""
     given = read(argv)
     command, logs = COMMANDS[given.command], given.out / "logs"
     try:
         study = Study.of(given)
+        runner = Runner(study.launch, study.jobs, logs)
         if not given.report:
-            command.run(study, Runner(study.launch, study.jobs, logs))
+            command.run(study, runner)
         given.out.mkdir(parents=True, exist_ok=True)
         path = command.report(study, logs)
         print(f"report: {path}")
@@ -103,9 +107,11 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"launch/reproduce.py: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    if runner.failed:
+        print(f"{len(runner.failed)} runs have failed; what they printed is in {logs}", file=sys.stderr)
+    return 1 if runner.failed else 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the commands that run
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded("launch/reproduce.py", lambda: main(sys.argv[1:]), sys.argv[1:]))

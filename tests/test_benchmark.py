@@ -16,6 +16,7 @@ from bench.cells import SHAPES
 from bench.mezo import Mezo
 from bench.scale import Layers, Network, curve, first_exposed, simulate
 
+from zoscale.cli import guarded
 from zoscale.config import ModelConfig
 from zoscale.models.loading import read_model_config
 from zoscale.models.sizes import count_parameters
@@ -30,7 +31,7 @@ TINY = ["--model", "tiny", "--tokens", "8", "--batch", "2", "--repetitions", "1"
 
 def main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    return benchmark.main()
+    return guarded("benchmark.py", benchmark.main, arguments)
 
 
 def test_shapes_are_those_of_the_published_models() -> None:
@@ -89,6 +90,12 @@ def test_all_weights_in_bf16(tmp_path: Path) -> None:
         ["--scale"],
         ["--scale", "absent.json"],
         ["--scale", "--link", "0"],
+        ["--scale", "--layer-ms", "0"],
+        ["--layer-ms", "1"],
+        ["--scale", "--layer-ms", "1", "--node-link", "0"],
+        ["--scale", "--layer-ms", "1", "--latency", "nan"],
+        ["--threads", "0"],
+        ["--json", ""],
         ["--compile", "blocks", "--schemes", "lora"],
         ["--compile", "blocks", "--ranks", "1"],
     ],
@@ -96,8 +103,9 @@ def test_all_weights_in_bf16(tmp_path: Path) -> None:
 def test_mistakes_are_told(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(monkeypatch, "--model", "tiny", *arguments) == 2
-    assert capsys.readouterr().err.startswith("expected ")
+    with pytest.raises(SystemExit, match="2"):
+        main(monkeypatch, "--model", "tiny", *arguments)
+    assert capsys.readouterr().err.startswith("benchmark.py: error: expected ")
 
 
 # --- MeZO --------------------------------------------------------------------------------------------------

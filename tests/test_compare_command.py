@@ -184,6 +184,14 @@ def trained(client: MlflowClient) -> list[Any]:
     return [run for run in client.search_runs([experiment.experiment_id]) if REPORT_TAG not in run.data.tags]
 
 
+def test_a_run_with_several_names_is_read_once(home: Path) -> None:
+    folders = run_dirs(home)
+    local = f"sqlite:///{home}/runs/mlflow.db"
+    for names in ([*folders, f"{folders[0]}/", folders[0] / ".." / folders[0].name], [*folders, "zoscale"]):
+        runs, _ = read_runs([str(name) for name in names], local)
+        assert sorted(run.id for run in runs) == sorted(map(str, folders))
+
+
 def test_the_answer_names_groups_seeds_and_costs(report: Path) -> None:
     found = json.loads((report / "comparison.json").read_text())
     groups = {group["label"]: group for group in found["groups"]}
@@ -269,10 +277,16 @@ def test_mistakes_are_refused_with_a_remedy(
     assert "at least one run" in refused("Default", "--uri", local)
     absent = home / "absent.db"
     assert "no file" in refused("zoscale", "--uri", f"sqlite:///{absent}") and not absent.exists()
+    (home / "notes").write_text("x")  # so short that SQLite would take it for a new database
+    assert "not a database" in refused("zoscale", "--uri", f"sqlite:///{home}/notes")
+    assert (home / "notes").read_text() == "x"
+    for uri in ("ftp://nowhere", "postgresql://nowhere", str(home / "mlruns")):
+        assert "check --uri" in refused("zoscale", "--uri", uri)
     broken = home / "broken"
     broken.mkdir()
     (broken / "metrics.jsonl").write_text("")
     assert "tracking.json" in refused(str(broken))
+    assert "tracking.json" in refused(str(run_dirs(home)[0]), "--metric", "loss", str(broken)), "names on both sides"
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "plotly" else find(name))
     assert "pip install 'zoscale[report]', or --no-report" in refused("zoscale", "--uri", local)

@@ -14,7 +14,7 @@ from zoscale.comparison import tables
 from zoscale.comparison.comparison import Comparison, compare
 from zoscale.comparison.groups import AXES, group_runs, smooth
 from zoscale.comparison.numbers import Spread, mebibytes, short, spread
-from zoscale.comparison.runs import Run
+from zoscale.comparison.runs import Run, read_runs
 from zoscale.config import ConfigError
 
 STEPS = (0, 10, 20, 30, 40)
@@ -242,6 +242,8 @@ def test_metrics_are_those_that_were_logged() -> None:
     assert compare(runs, "loss", "train/loss").goal.metric == "train/loss"
     with pytest.raises(ConfigError, match=r"got f2: choose with --metric, of: .*dev/f1"):
         compare(runs, "f2", "f2")
+    with pytest.raises(ConfigError, match="a run that has been evaluated, got none"):
+        compare([Run("1", "new", "RUNNING", {}, {"select_by": "f1"}, {"train/loss": {0: 1.0}})], "new", None)
     mixed = [runs[0], run("a", 1, (0.5,))]
     with pytest.raises(ConfigError, match="got accuracy, f1: choose with --metric, of: accuracy, f1, loss"):
         compare(mixed, "mixed", None)
@@ -271,6 +273,19 @@ def test_runs_without_costs_are_shown_and_not_judged() -> None:
     assert [row[:5] for row in tables.result_table(comparison)[1:]] == [
         [name, "1", "0.5000", "0.6000", "0.6000"] for name in ("a", "b")
     ]
+
+
+def test_a_folder_says_of_its_run_what_a_store_says(tmp_path: Path) -> None:
+    """A run that was told to stop is KILLED in both, and is left out beside others."""
+    card = {"experiment": "e", "run_name": "r", "params": {}, "tags": {}}
+    for name, mark in {"a": "summary.json", "b": "told_to_stop", "c": None}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tracking.json").write_text(json.dumps(card))
+        (tmp_path / name / "metrics.jsonl").write_text("")
+        if mark is not None:
+            (tmp_path / name / mark).write_text("{}")
+    runs, _ = read_runs([str(tmp_path / name) for name in "abc"], "")
+    assert [run.status for run in runs] == ["FINISHED", "KILLED", "UNFINISHED"]
 
 
 def test_a_run_that_broke_off_does_not_end_the_comparison() -> None:

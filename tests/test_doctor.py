@@ -74,6 +74,9 @@ def test_tracking(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "text.db").write_text("no database, but a text of more than sixteen bytes")
     assert "not a database" in wrong("tracking", Setup(tmp_path, f"sqlite:///{tmp_path}/text.db"))
     assert (tmp_path / "text.db").read_text().startswith("no database")
+    (tmp_path / "short.db").write_text("x")  # so short that SQLite would take it for a new database
+    assert "not a database" in wrong("tracking", Setup(tmp_path, f"sqlite:///{tmp_path}/short.db"))
+    assert "does not take runs" in wrong("tracking", Setup(tmp_path, "sqlite:////dev/null"))
     assert "does not take runs" in wrong("tracking", Setup(tmp_path, "sqlite:////proc/nowhere/mlflow.db"))
 
 

@@ -1,7 +1,9 @@
 """Every launcher that users have: the same two ranks, the same bytes; what contradicts the run is refused."""
 
 import json
+import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +142,20 @@ def test_processes_that_were_not_started_are_missed(told: pytest.MonkeyPatch) ->
         else:
             with pytest.raises(ConfigError, match="got only one: use --config_file"):
                 launcher.obey("float32")
+
+
+def test_a_process_alone_does_not_depend_on_a_port_that_was_free(told: pytest.MonkeyPatch) -> None:
+    """Seconds pass between the choice and the group; meanwhile others may take the port."""
+    launcher.obey("float32")
+    with socket.socket() as other:
+        if port := int(os.environ["MASTER_PORT"]):
+            other.bind(("127.0.0.1", port))
+            other.listen()
+        torch.distributed.init_process_group("gloo")
+    try:
+        assert torch.distributed.get_world_size() == 1
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_use_cpu_on_a_machine_with_gpus(told: pytest.MonkeyPatch) -> None:

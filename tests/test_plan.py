@@ -419,7 +419,8 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(words) == 0
     text = capsys.readouterr().out
     assert "1,027,456 parameters" in text and "set mesh.shard_size=1: 8 replicas" in text and "bound by" in text
-    assert cli.main(["plan", "--config", str(ROOT / "launch/recipes/quickstart.yaml"), "--gpus", "2"]) == 0
+    recipe = ["plan", "--config", str(ROOT / "launch/recipes/quickstart.yaml"), "--gpus", "2"]
+    assert cli.main(recipe) == 0
     assert "1,027,456 parameters" in capsys.readouterr().out
     (tmp_path / "other.yaml").write_text("model: {id: nowhere}")
     model = ["--model", words[words.index("--model") + 1]]
@@ -427,6 +428,8 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "1,027,456 parameters" in capsys.readouterr().out, "--model goes over the files"
     (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(SHAPES))
     shapes = ["plan", "--model", str(tmp_path / "shapes.yaml"), "--gpus", "2", "--reserve", "0", "adapter=null"]
+    assert cli.main([*recipe, *shapes[1:3], "adapter=null"]) == 0
+    assert "1,027,456 parameters" not in capsys.readouterr().out, "shapes go over the files too"
     more = ["model.dtype=float32", "--json", "--gpu-memory", "0.01", "--batch", "6", "--flops", "2"]
     assert cli.main([*shapes, *more]) == 1
     report = json.loads(capsys.readouterr().out)

@@ -15,6 +15,7 @@ import yaml
 from jobs import JobServer
 from processes import ROOT, needs_compiler, run
 
+from zoscale.cli import guarded
 from zoscale.tasks import Example
 
 PNG = b"\x89PNG"
@@ -33,7 +34,8 @@ def recipe(name: str) -> ModuleType:
 
 def main(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
-    module.main()
+    if status := guarded("recipe", module.main, arguments):
+        raise SystemExit(status)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,11 @@ def test_blackbox_keeps_what_is_finished(
         main(comparison, monkeypatch, *small, "--settings", second, "--seeds", "2")
     assert "expected --seeds 1 as in" in capsys.readouterr().err
     assert full == ((tmp_path / "comparison.json").read_text(), (tmp_path / "comparison.md").read_text())
+    for text in ("", "[]", '{"outcomes": [{}]}', '{"outcomes": [], "runs": {}}'):
+        (tmp_path / "comparison.json").write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            main(comparison, monkeypatch, *small)
+        assert f"results in {tmp_path}/comparison.json, got" in capsys.readouterr().err
 
 
 def test_the_optimum_of_the_comparison_is_one(comparison: ModuleType) -> None:
@@ -184,6 +191,11 @@ def test_repeated_learning_keeps_the_loops_of_a_folder(
         main(repeated, monkeypatch, "--out", str(tmp_path), "--loops", "1,0.5", *TINY, "--seed", "1")
     assert re.search(r"expected --seed 0 as in .*json, got 1: choose another --out", capsys.readouterr().err)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for text in ("", "[]", '{"settings": {}}'):
+        (tmp_path / "loop_1_0.5.json").write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            main(repeated, monkeypatch, "--out", str(tmp_path), "--loops", "1,0.5", *TINY)
+        assert "loop_1_0.5.json, got" in capsys.readouterr().err
 
 
 def test_repeated_learning_refuses(
@@ -191,12 +203,44 @@ def test_repeated_learning_refuses(
 ) -> None:
     for arguments, message in (
         (("--loops", "1.5,1"), "0 <= P <= 1"),
-        (("--loops", "1"), "not enough values"),
+        (("--loops", "1,0.5", "1,0.5000001"), "at most six digits in --loops, got 1.0,0.5000001"),
+        (("--loops", "1"), "two numbers P,S in --loops, got '1'"),
         (("--rounds", "0"), "rounds"),
+        (("--lr", "nan"), "all finite"),
+        (("--noise", "inf"), "all finite"),
+        (("--seed", "-1"), "seed >= 0"),
+        (("--out", "/dev/null/x"), "/dev/null"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(repeated, monkeypatch, "--out", str(tmp_path), *arguments)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("benchmark_noise", ["--repeats", "0"], "whole number of at least 1, got '0'"),
+        ("benchmark_noise", ["--directions", "0"], "whole number of at least 1, got '0'"),
+        ("benchmark_noise", ["--device", "tpu"], "'tpu'"),
+        ("benchmark_prefixes", ["--config", "/nowhere.yaml"], "a readable YAML file, got '/nowhere.yaml'"),
+        ("benchmark_prefixes", ["--prompt", "2040"], "prompt and options of up to 2048 tokens, got 2060"),
+        ("benchmark_muon", ["--config", "LIST"], "to hold a mapping"),
+        ("benchmark_muon", ["--capacity", "0"], "whole number of at least 1, got '0'"),
+        ("measure_memory", ["--rows", "16", "--micro-batches", "3"], "divide --rows, got 3 for 16 rows"),
+        ("measure_memory", ["--tokens", "1"], "whole number of at least 2, got '1'"),
+        ("measure_memory", ["--model", "/nowhere"], "there is no folder /nowhere"),
+        ("measure_memory", ["--json="], "no blank words"),
+    ],
+)
+def test_mistakes_of_a_measurement_are_told_in_a_line(
+    name: str, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "LIST").write_text("[1, 2]")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(recipe(name), monkeypatch, *arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_residuals_that_collapse_to_a_point(

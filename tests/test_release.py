@@ -82,7 +82,8 @@ def at_nine(server: JobServer, runs: dict[str, Path]) -> Path:
     """The run without checkpoints, its adapter that of the last step, rebuilt from the journal."""
     copy = Path(shutil.copytree(runs["lora"], server.folder / "at_nine"))
     shutil.rmtree(copy / "checkpoints")
-    assert cli.main(["replay", str(copy), "--until", "9", "--out", str(copy / "adapter")]) == 0
+    assert cli.main(["replay", str(copy), "--until", "9", "--out", str(server.folder / "nine")]) == 0
+    shutil.copy(server.folder / "nine/adapter_model.safetensors", copy / "adapter")
     return copy
 
 
@@ -163,9 +164,13 @@ def test_checkpoints_of_a_run(
         ([f"--model={MODEL}", "sst2", "--checkpoint=last"], "--run with --checkpoint"),
         (["--run=README.md"], "the folder of a run"),
         (["--run=RUN", "--checkpoint=nowhere"], "step_00000004, step_00000008"),
+        (["--run=RUN", "--checkpoint=/nowhere/at/all"], "step_00000004, step_00000008"),
         (["--run=RUN", "optimizer.lr=3"], "with --run only options of task, data"),
         (["--run=RUN", "--split=dev", "data.num_dev=0"], "examples in split dev"),
         ([f"--model={MODEL}", "sst2", "task.name=completion"], "task sst2, as named"),
+        ([f"--model={MODEL}", "sst2", "model.id=another"], "got model.id=another: leave it out"),
+        ([f"--model={MODEL}", "sst2", "adapter.r=4"], "got adapter.r=4: leave it out"),
+        ([f"--model={MODEL}", "sst2", "--split=dev", "seed=-1"], "seed to be at least 0"),
     ],
 )  # fmt: skip
 def test_mistakes_of_an_evaluation(
@@ -176,11 +181,37 @@ def test_mistakes_of_an_evaluation(
     )
 
 
+def test_what_would_fail_after_the_work_fails_before_it(
+    server: JobServer, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """A folder that is a file; a configuration that was edited, with which the journal gives other weights."""
+    (tmp_path / "file").write_text("")
+    text = server.run(1, "evaluate", f"--run={runs['lora']}", f"--out={tmp_path / 'file'}", expect=2)
+    assert "File exists" in text and "accuracy" not in text
+    copy = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
+    config = (copy / "config.yaml").read_text()
+    assert "tau: 0.01" in config
+    (copy / "config.yaml").write_text(config.replace("tau: 0.01", "tau: 0.02"))
+    text = server.run(1, "evaluate", f"--run={copy}", expect=2)
+    assert f"estimator.tau=0.01 in {copy}/config.yaml, as trained, got 0.02: restore the file" in text
+
+
 def test_ranks_that_evaluate_something_else_are_refused(server: JobServer, tmp_path: Path) -> None:
     command = ["evaluate", f"--model={MODEL}", *TASK]
     text = server.run_differing([*command, f"--out={tmp_path / 'out'}"], [*command, "data.num_validation=12"])
     assert "expected the same data.num_validation on all ranks, got 11 on rank 0 and 12 on rank 1" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_model_that_is_elsewhere_is_to_be_named(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run has it as a relative path, and the command is given in another folder."""
+    run_dir = str(runs["lora"])
+    monkeypatch.chdir(tmp_path)
+    for words in (["evaluate", "--run", run_dir], ["export", run_dir, "--merge"], ["replay", run_dir]):
+        text = refused(*words, capsys=capsys)
+        assert f"no folder {tmp_path}/launch/tiny_opt/model: name it where it is now with --base" in text
 
 
 def test_a_run_of_pickles_loads_only_the_model_that_the_user_names(
@@ -390,6 +421,7 @@ def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: py
         ([lora, "--adapter", "--push", "me/tiny"], "a base model on the hub"),
         ([lora, "--adapter", "--push", "me/tiny/x"], "me/tiny/x"),
         ([lora, "--merge", "--push", "me/tiny"], "offline mode"),
+        ([lora, "--merge", "--private"], "--push ID with --private"),
     ):
         assert message in refused("export", *options, capsys=capsys)
     assert (tmp_path / "file").read_text() == "mine"
@@ -407,6 +439,30 @@ def test_mistakes_of_an_export(runs: dict[str, Path], tmp_path: Path, capsys: py
     assert "that PEFT can merge, got NaNs detected" in text and "export it with --adapter" in text
     (copy / "summary.json").unlink()
     assert "zoscale replay" in refused("export", str(copy), "--merge", capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("adapter/adapter_model.safetensors", b""),
+        ("adapter/adapter_model.safetensors", None),
+        ("adapter/adapter_config.json", None),
+        ("adapter/adapter_config.json", b"[1]"),
+        ("adapter/adapter_config.json", b'{"r": 8}'),
+        ("summary.json", b'{"steps": 9}'),
+    ],
+)
+def test_what_is_damaged_is_not_exported(
+    name: str, damage: bytes | None, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Empty, cut short (None) or something else: both kinds of export name the file and write nothing."""
+    copy = Path(shutil.copytree(runs["lora"], tmp_path / "run"))
+    file = copy / name
+    file.write_bytes(file.read_bytes()[:-9] if damage is None else damage)
+    for kind in ("--adapter", "--merge"):
+        text = refused("export", str(copy), kind, capsys=capsys)
+        assert f"{name}, got" in text and ("zoscale replay" in text or "finished anew" in text)
+    assert not (copy / "export").exists()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")

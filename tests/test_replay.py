@@ -113,7 +113,14 @@ def test_another_base_model_is_refused(runs: dict[str, Path], tmp_path: Path) ->
 def test_mistakes(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "--until from 0 to 15" in replay(str(runs["sign"]), "--until", "16", expect=2)
     assert "expected a journal at" in replay(str(tmp_path), expect=2)
+    (tmp_path / "file").write_text("")
+    text = replay(str(runs["sign"]), "--out", str(tmp_path / "file"), expect=2)
+    assert "File exists" in text and "replayed" not in text, "told before the work"
     copy = Path(shutil.copytree(runs["sign"], tmp_path / "run"))
+    result = (copy / "adapter/adapter_model.safetensors").read_bytes()
+    text = replay(str(copy), "--until", "5", "--out", str(copy / "adapter/../adapter"), expect=2)
+    assert "another folder for the weights of step 5" in text
+    assert (copy / "adapter/adapter_model.safetensors").read_bytes() == result
     (copy / "adapter/zoscale.json").write_text(json.dumps({"step": "5"}))
     assert "expected a step in" in replay(str(copy), expect=2)
 
@@ -126,5 +133,5 @@ def test_a_run_that_was_killed_can_be_replayed(runs: dict[str, Path], tmp_path: 
     journal = copy / "journal.bin"
     journal.write_bytes(journal.read_bytes()[:-60])
     text = replay(str(copy), "--out", str(tmp_path / "out"))
-    assert "replayed 13 steps of 13" in text
+    assert "replayed 13 steps of 13" in text and "nothing to compare with" in text
     assert (tmp_path / "out/adapter_model.safetensors").exists()

@@ -22,13 +22,13 @@ from reproduction.convergence import Paid, forwards_text
 from reproduction.markdown import percent
 from reproduction.results import Choice, Results, choose
 from reproduction.runner import Runner, summary_of
-from reproduction.study import HERE, PRESETS, Study, cost_of_step, merge, read_yaml
+from reproduction.study import HERE, PRESETS, Study, cost_of_step, merge
 
 from zoscale.assembly import check_methods
 from zoscale.comparison.numbers import Spread
 from zoscale.comparison.runs import REPORT_TAG, Run
 from zoscale.comparison.verdict import Goal
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, read_yaml
 from zoscale.methods import TABLES
 
 ACCURACY, LOSS = Goal("dev/accuracy"), Goal("dev/lm_loss")
@@ -289,6 +289,39 @@ def test_a_killed_study_goes_on_and_reports(server: JobServer, tmp_path: Path, m
     times = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
     assert reproduce.main(command) == 0
     assert times == {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}, "finished: kept"
+
+
+def test_a_method_has_one_list_of_learning_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main(["accuracy", "--report", "--lr", "zo_sgd=1", "--lr", "zo_sgd=2"])
+    assert "each method once in --lr" in capsys.readouterr().err
+
+
+def test_runs_that_fail_are_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["accuracy", *SMALL, "--out", str(tmp_path)]
+    assert reproduce.main([*command, "--launch", "false"]) == 1
+    assert f"4 runs have failed; what they printed is in {tmp_path}/logs" in capsys.readouterr().err
+    assert (tmp_path / "accuracy.md").exists(), "the report says which"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("jobs: 2", "jobs: x", "a preset like small.yaml in"),
+        ("{title: all weights,", "{titel: all weights,", "KeyError: 'title'"),
+        ("evaluations: 8", "evaluations: 0", "evaluations of at least 1"),
+        ("    zo_sgd: [", "    zo_sdg: [", "lrs in the preset"),
+        ("lrs:\n", "lrs: [\n", "valid YAML"),
+    ],
+)
+def test_mistakes_in_a_preset_are_told(
+    old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (PRESETS / "small.yaml").read_text()
+    assert old in text
+    (tmp_path / "own.yaml").write_text(text.replace(old, new, 1))
+    assert reproduce.main(["accuracy", "--preset", f"{tmp_path}/own.yaml", "--out", f"{tmp_path}/o", "--report"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_failure_is_reported_and_an_interrupt_ends_the_commands(

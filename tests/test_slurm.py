@@ -384,7 +384,9 @@ class TestBatchScript:
         assert not again and "submit it again to continue" in text
 
 
-def test_dry_run_shows_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_shows_and_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     own, passed = ["--nodes=2", "--gpus-per-node=8", "--time=1:00:00", "--no-requeue"], ["--partition=gpu", "--mem=0"]
     given = [*own, *(f"--sbatch={option}" for option in passed), "--warn-seconds=300"]
@@ -395,9 +397,12 @@ def test_dry_run_shows_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     assert "num_processes: 16\n" in text
     assert not out.exists()
     assert "--array" not in text
-    resumed = [*RUN, "resume=somewhere/checkpoints/step_00000005", "--dry-run"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path / "run")
+    resumed = [*RUN, "resume=../run/checkpoints/step_00000005", "--dry-run"]
     assert submit_command(resumed) == 0
-    assert f"runs:\n{Path.cwd()}/somewhere\n" in capsys.readouterr().out, "the folder that the job will write"
+    assert f"runs:\n{tmp_path}/run\n" in capsys.readouterr().out, "the folder that the job will write"
 
 
 def test_an_installed_package_has_its_templates(installed: Path, tmp_path: Path) -> None:
@@ -412,6 +417,8 @@ def test_an_installed_package_has_its_templates(installed: Path, tmp_path: Path)
     [
         (["overwrite=true"], "a run that SLURM may start again, got overwrite=true"),
         (["resume=never"], "a run that SLURM may start again, got resume=never"),
+        (["resume=/nowhere"], "the folder of a run or of a checkpoint, got /nowhere"),
+        (["--nodes=2", "mesh.shard_size=3"], "mesh.shard_size to divide the number of ranks (2), got 3"),
         (["--setup=/nowhere"], "a readable file for --setup, got /nowhere"),
         (["--gpus-per-node=2", "--processes-per-node=3"], "--processes-per-node of at most 2, the GPUs of a node"),
         (["--sweep=seed"], "--sweep key=value,value,..., got seed"),

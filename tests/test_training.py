@@ -296,6 +296,23 @@ def test_help_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert "got 'trian': did you mean train? see zoscale --help" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["evaluate", "--run", "runs/a", "--out", ""], "got --out ''"),
+        (["compare", "runs/a", "--out="], "got runs/a '--out='"),
+        (["export", " ", "--merge"], "got ' '"),
+        (["doctor", "--tracking-uri", ""], "got --tracking-uri ''"),
+        (["submit", "--config", "launch/recipes/quickstart.yaml", "--dry-run", "--time="], "got --dry-run '--time='"),
+    ],
+)
+def test_a_variable_that_is_not_set_is_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not taken for an option that was left out, or for the working directory."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2 and f"no blank words, {told}" in capsys.readouterr().err
+
+
 def test_a_rank_whose_work_is_done_is_not_aborted() -> None:
     """By a thread within torch that wants Python's lock while Python goes down; what was to be done at exit is."""
     code = """if True:

@@ -31,7 +31,7 @@ from zoscale.config import ConfigError, ModelConfig, RunConfig, load_yaml, parse
 from zoscale.config.merging import Given, Schema
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.recovery.journal import Journal, JournalWriter
-from zoscale.release.run_record import check_trusted, with_base
+from zoscale.release.run_record import check_base, with_base
 from zoscale.runtime import ZERO3, fill_deepspeed_config, read_deepspeed_config
 from zoscale.tasks.sources import Source
 
@@ -514,7 +514,7 @@ def test_a_run_does_not_choose_what_of_a_trusted_model_is_loaded(tmp_path: Path)
 
     def model_of(base: str, **options: object) -> ModelConfig:
         config = with_base(RunConfig.from_dict({"model": {"id": "a/b", **options}}, TABLES, DEFAULTS), base)
-        check_trusted(config, base)
+        check_base(config, base)
         return config.model
 
     version, elsewhere = {"revision": "refs/pr/1"}, {"tokenizer": "evil/c"}

@@ -15,6 +15,7 @@ from zoscale.config import ConfigError, exit_with, parse_or_exit
 EX_IOERR = 74
 _DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # which the `deepspeed` launcher adds to every command
+_BLANK = re.compile(r"(--[\w-]+=)?\s*")
 _USAGE = """usage: zoscale COMMAND ...          zoscale COMMAND --help: every option of a command
        zoscale --version
 
@@ -187,15 +188,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f"{near}see zoscale --help"
         print(f"zoscale: error: expected one of {', '.join(COMMANDS)}, {got}: {remedy}", file=sys.stderr)
         return 2
+    return guarded(f"zoscale {name}", lambda: COMMANDS[name](rest), rest if name != "train" else ())
+
+
+def guarded(command: str, work: Callable[[], int | None], words: Sequence[str]) -> int:
+    """The exit status of a command, which tells mistakes of the user and errors of files in one line.
+
+    Args:
+        command: its name in that line.
+        work: the command; None is 0.
+        words: of its command line, none of which may be blank: a variable of a shell may not be set.
+    """
     try:
-        return COMMANDS[name](rest)
+        for place, word in enumerate(words):
+            if _BLANK.fullmatch(word):
+                got = " ".join([*words[max(0, place - 1) : place], repr(word)])
+                raise ConfigError("no blank words", got, "give the value, or leave the option out")
+        return work() or 0
     except ConfigError as error:
-        exit_with(error, f"zoscale {name}")
+        exit_with(error, command)
     except OSError as error:
         remedy, status = _remedy(error)
-        return _end(f"zoscale {name}: error", f"{error}{remedy}", status)
+        return _end(f"{command}: error", f"{error}{remedy}", status)
     except ValueError as error:
-        return _end(f"zoscale {name}: error", error, 2)
+        return _end(f"{command}: error", error, 2)
 
 
 def _is_of_disk(error: Exception) -> bool:

@@ -24,7 +24,7 @@ from zoscale.local_job import cause_of, command_of, run_here
 from zoscale.noise.generator import Key, Noise, Range
 from zoscale.noise.kernels import kernels_on
 from zoscale.plan.fit import memory_of_a_rank
-from zoscale.tracking.mlflow_store import short_waits, shown, store_uri
+from zoscale.tracking.mlflow_store import check_database, short_waits, shown, store_uri
 
 _MIN_FREE = 2**30  # bytes for checkpoints and logs
 _PATIENCE = 180.0  # seconds for the smoke step
@@ -157,6 +157,7 @@ def check_tracking(setup: Setup) -> Finding:
 
 def _write_sqlite(path: Path) -> None:
     """Take the write lock of a database, new or old, and leave it as it was."""
+    check_database(path)
     is_new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     database = sqlite3.connect(path, timeout=5)

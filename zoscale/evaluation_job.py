@@ -9,7 +9,7 @@ from typing import Any
 from zoscale import provenance, runtime
 from zoscale.agreement import check_agreement
 from zoscale.assembly import build_engine, encoder_of
-from zoscale.config import ConfigError, RunConfig, build, parse
+from zoscale.config import ConfigError, RunConfig, build, flatten, parse
 from zoscale.data.batch import MicroBatch
 from zoscale.data.splits import Encoder, Splits, numbered_batches, part
 from zoscale.engine import ZeroOrderEngine
@@ -21,10 +21,11 @@ from zoscale.models.sizes import ModelSize, count_parameters
 from zoscale.plan.fit import shard_size_of_run
 from zoscale.recovery import checkpoint
 from zoscale.recovery.journal import Journal
+from zoscale.recovery.journal_format import Header
 from zoscale.recovery.manifest import complete
 from zoscale.recovery.resume import check_replay, check_start, go_to, restore
 from zoscale.release.export import read_origin
-from zoscale.release.run_record import RunRecord, check_trusted
+from zoscale.release.run_record import RunRecord, check_base, with_base
 from zoscale.run_directory import write_json
 from zoscale.run_report import say, shortened, skipped
 from zoscale.scoring import RecordingGenerator, score, write_predictions
@@ -54,7 +55,7 @@ def evaluate_command(argv: Sequence[str]) -> int:
         ConfigError: for a mistake of the user.
         OSError: if the results cannot be written.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     record = _record(arguments)
     which = _checkpoint(arguments.checkpoint or "best", record)
     configs = _configurations(arguments, record)
@@ -64,10 +65,12 @@ def evaluate_command(argv: Sequence[str]) -> int:
     jobs = [_job(name, own, architecture, size, arguments.split) for name, own in configs.items()]
     engine = _start(config, architecture, size)
     log = say(engine.mesh)
+    out = Path(arguments.out) if arguments.out and engine.mesh.is_main else None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     step = _restore(engine, record, which) if record is not None else None
     if step is not None:
         log(f"weights of step {step}")
-    out = Path(arguments.out) if arguments.out and engine.mesh.is_main else None
     results: dict[str, Any] = {}
     for job in jobs:
         for told in (*skipped(job.task), *shortened(job.encoder, configs[job.name].data)):
@@ -91,7 +94,6 @@ def _evaluate(job: Job, engine: ZeroOrderEngine, out: Path | None) -> Evaluation
         engine.answers, job.examples, job.batches, engine.mesh, job.task.metrics, generator=generator
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         write_predictions(out / f"{job.name}.jsonl", predictions)
     return result
 
@@ -100,7 +102,7 @@ def _record(arguments: argparse.Namespace) -> RunRecord | None:
     """The run to evaluate, whose base model may be loaded; None for a model without a run."""
     if arguments.run:
         record = RunRecord.read(arguments.run, arguments.base)
-        check_trusted(record.config, arguments.base)
+        check_base(record.config, arguments.base)
         return record
     if arguments.checkpoint or arguments.base:
         raise ConfigError("--run with --checkpoint and --base", f"--model {arguments.model}", "leave them out")
@@ -112,7 +114,7 @@ def _configurations(arguments: argparse.Namespace, record: RunRecord | None) -> 
     files = [word for file in arguments.config for word in ("--config", file)]
     overrides = [word for word in arguments.words if "=" in word]
     if record is None:
-        overrides += [f"model.id={arguments.model}", "adapter=null", "master=none"]
+        overrides = _of_a_model(arguments.model, overrides)
     tree = record.config.to_dict() if record is not None else {}
     names = [word for word in arguments.words if "=" not in word]
     configs = {}
@@ -125,6 +127,15 @@ def _configurations(arguments: argparse.Namespace, record: RunRecord | None) -> 
             _check_same_run(own, record.config)
         configs[own.task.name] = own
     return configs
+
+
+def _of_a_model(model: str, words: Sequence[str]) -> list[str]:
+    """The options for a Hugging Face model as it is, which none of the words sets otherwise."""
+    own = [f"model.id={model}", "adapter=null", "master=none"]
+    for word in words:
+        if word.startswith(("model.id=", "adapter=", "adapter.", "master=")) and word not in own:
+            raise ConfigError(f"no other model than --model {model}", word, "leave it out")
+    return [*words, *own]
 
 
 def _check_same_run(config: RunConfig, trained: RunConfig) -> None:
@@ -185,7 +196,7 @@ def _checkpoint(which: str, record: RunRecord | None) -> str | Path:
     named = record.directory.checkpoints / which
     folder = named if named.is_dir() else Path(which)
     if not folder.is_dir():
-        found = ", ".join(path.name for path in sorted(named.parent.glob("*_*"))) or "none"
+        found = ", ".join(path.name for path in sorted(record.directory.checkpoints.glob("*_*"))) or "none"
         raise ConfigError(
             f"best, last or a checkpoint of {record.directory.path} ({found})", which, "choose one of them"
         )
@@ -196,6 +207,7 @@ def _restore(engine: ZeroOrderEngine, record: RunRecord, which: str | Path) -> i
     """Bring an engine at step 0 to a checkpoint of a run; returns its step. A collective."""
     directory, mesh, log = record.directory, engine.mesh, say(engine.mesh)
     journal = mesh.on_main(lambda: Journal.read(directory.journal))
+    _check_as_trained(record, journal.header)
     check_start(engine, journal.header)
     records, config_hash = journal.records, journal.header.config_hash
     best = mesh.on_main(lambda: _best_step(record)) if which == "best" else None
@@ -208,6 +220,17 @@ def _restore(engine: ZeroOrderEngine, record: RunRecord, which: str | Path) -> i
         if engine.num_steps < len(records):
             check_replay(type(engine.optimizer), f"the newest of step {engine.num_steps} of {len(records)}")
     return engine.num_steps
+
+
+def _check_as_trained(record: RunRecord, header: Header) -> None:
+    """Refuse a config.yaml that was cut short or edited: other methods would take other steps from the journal."""
+    trained = with_base(RunConfig.from_dict(header.config, TABLES, DEFAULTS), record.base)
+    if trained.hash == record.config.hash:
+        return
+    old, new = flatten(trained.identity()), flatten(record.config.identity())
+    key = next((key for key in {**old, **new} if old.get(key) != new.get(key)), "the configuration")
+    remedy = "restore the file; options of an evaluation go on the command line"
+    raise ConfigError(f"{key}={old.get(key)} in {record.directory.config}, as trained", str(new.get(key)), remedy)
 
 
 def _best_step(record: RunRecord) -> int | None:

@@ -1,7 +1,6 @@
 """What a launcher says through the environment: what contradicts the run is refused, the rest is left out."""
 
 import os
-import socket
 
 import torch
 
@@ -83,9 +82,7 @@ def _stand_alone() -> None:
     if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys():
         remedy = "use --config_file launch/accelerate/cpu.yaml or --use_deepspeed; or, for one, unset MASTER_PORT"
         raise ConfigError("the processes that `accelerate launch` was asked for", "only one", remedy)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": port}.items():
-        os.environ[name] = str(value)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):  # port 0: one that is free when the group is made
+        os.environ[name] = "0"
+    os.environ["WORLD_SIZE"] = "1"
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

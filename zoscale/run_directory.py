@@ -79,6 +79,11 @@ class RunDirectory:
         given = Path(config.resume)
         return given if given.parent == self.checkpoints else None
 
+    def check_resume(self, config: RunConfig) -> None:
+        """Raise `ConfigError` if `resume` names a folder in which no run is."""
+        if config.resume not in ("auto", "never") and not self.config.exists():
+            raise ConfigError("the folder of a run or of a checkpoint", config.resume, "set resume")
+
     def open(self, config: RunConfig) -> int:
         """Make the folder, or enter that of a run to continue, and lock it for the life of this process.
 
@@ -89,9 +94,8 @@ class RunDirectory:
             ConfigError: if the configuration does not allow to go on here, or another process is writing.
             OSError: if the folder cannot be written.
         """
+        self.check_resume(config)
         exists = self.config.exists()
-        if config.resume not in ("auto", "never") and not exists:
-            raise ConfigError("the folder of a run or of a checkpoint", config.resume, "set resume")
         if exists and config.resume == "never" and not config.overwrite:
             remedy = "resume=auto to continue it, overwrite=true to start again"
             raise ConfigError("a configuration that has not run yet", f"a run in {self.path}", remedy)

@@ -3,13 +3,13 @@
 import argparse
 import itertools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from zoscale import provenance, slurm
-from zoscale.config import ConfigError, RunConfig, parse
+from zoscale.config import ConfigError, RunConfig, at_least, parse
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.run_directory import RunDirectory, write_json, write_text
 
@@ -25,12 +25,17 @@ def submit_command(argv: Sequence[str]) -> int:
     """
     options, rest = _parser().parse_known_args(argv)
     runs = [_frozen(parse(line, TABLES, DEFAULTS)) for line in _lines(rest, options.sweep)]
-    from zoscale.assembly import check  # here: --help need not wait for it
+    from zoscale.assembly import check  # here: --help need not wait for them
+    from zoscale.runtime import whole_groups
 
     check(runs)
     if options.setup is not None and not options.setup.is_file():
         raise ConfigError("a readable file for --setup", str(options.setup), "correct the path")
     request, folder = _request(options, runs), _next_folder(runs)
+    for run in runs:
+        RunDirectory.of(run).check_resume(run)
+        if isinstance(run.mesh.shard_size, int):
+            whole_groups(run.mesh.shard_size, request.nodes * request.processes_per_node)
     scripts = request.scripts(folder)
     print("\n".join(f"==> {folder / name} <==\n{text}" for name, text in scripts.items()))
     print("\n".join(["runs:", *(str(RunDirectory.of(run).path) for run in runs)]))
@@ -81,33 +86,24 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--nodes", type=_at_least(1), default=1, metavar="N", help="nodes of a run (default: 1)")
-    add("--gpus-per-node", type=_at_least(0), default=0, metavar="G", help="GPUs of a node (default: 0, CPUs only)")
-    add("--processes-per-node", type=_at_least(1), metavar="P", help="ranks on a node (default: G, or 1)")
+    add("--nodes", type=at_least(1), default=1, metavar="N", help="nodes of a run (default: 1)")
+    add("--gpus-per-node", type=at_least(0), default=0, metavar="G", help="GPUs of a node (default: 0, CPUs only)")
+    add("--processes-per-node", type=at_least(1), metavar="P", help="ranks on a node (default: G, or 1)")
     add("--time", metavar="LIMIT", help="time limit as SLURM writes it, such as 12:00:00 (default: the partition's)")
     add("--sweep", action="append", default=[], metavar="KEY=V1,V2,...",
         help="train with each of the values, as a job array; given more than once: all combinations")  # fmt: skip
-    add("--max-parallel", type=_at_least(1), metavar="N", help="runs of a sweep at the same time (default: no limit)")
+    add("--max-parallel", type=at_least(1), metavar="N", help="runs of a sweep at the same time (default: no limit)")
     add("--setup", type=Path, metavar="FILE",
         help="bash file that each node sources first: modules, environment variables; it may set python=... and, to "
         "run in a container, container=(apptainer exec --nv image.sif)")  # fmt: skip
     add("--sbatch", action="append", default=[], metavar="OPTION",
         help="any option of sbatch, such as --sbatch=--partition=gpu, or --sbatch=--cpus-per-task=64 for the CPUs of a "
         "node; may be given more than once")  # fmt: skip
-    add("--warn-seconds", type=_at_least(1), default=120, metavar="S",
+    add("--warn-seconds", type=at_least(1), default=120, metavar="S",
         help="seconds before the time limit at which the job is told to stop (default: 120)")  # fmt: skip
     add("--no-requeue", action="store_true", help="a job that is told to stop stays out of the queue")
     add("--dry-run", action="store_true", help="print what would be submitted, and do nothing")
     return parser
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
-        return int(text)
-
-    return read
 
 
 def _lines(line: Sequence[str], sweep: Sequence[str]) -> list[list[str]]:

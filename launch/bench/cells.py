@@ -108,7 +108,13 @@ def select(options: argparse.Namespace) -> list[Cell]:
     Raises:
         ConfigError: for numbers that cannot be.
     """
-    numbers = (*options.ranks, *options.q, options.batch, options.repetitions, options.threads or 1)
+    numbers = (
+        *options.ranks,
+        *options.q,
+        options.batch,
+        options.repetitions,
+        1 if options.threads is None else options.threads,
+    )
     if min(numbers) < 1 or options.tokens < 2:
         expected = "ranks, q, batch, repetitions and threads of at least 1, tokens of at least 2"
         raise ConfigError(expected, str(min(*numbers, options.tokens)), "correct the number")

@@ -10,8 +10,8 @@ from reproduction.markdown import number, percent, table
 from reproduction.pictures import draw_accuracy
 from reproduction.results import Choice, Results
 from reproduction.runner import Runner
-from reproduction.study import HERE, Study, read_yaml
-from zoscale.config import Method
+from reproduction.study import HERE, Study
+from zoscale.config import Method, read_yaml
 from zoscale.passes import BACKWARD
 from zoscale.run_directory import write_text
 

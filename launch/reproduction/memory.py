@@ -17,9 +17,9 @@ from reproduction.facts import heading, missing
 from reproduction.markdown import gigabytes, megabytes, number, table
 from reproduction.pictures import Pairs, draw_pairs
 from reproduction.runner import Runner, summary_of
-from reproduction.study import HERE, Cell, Study, merge, read_yaml
+from reproduction.study import HERE, Cell, Study, merge
 from zoscale.comparison.palette import colour
-from zoscale.config import ConfigError, ModelConfig, RunConfig, build
+from zoscale.config import ConfigError, ModelConfig, RunConfig, build, read_yaml
 from zoscale.devices import DEVICES
 from zoscale.estimators import Estimator
 from zoscale.methods import DEFAULTS, TABLES

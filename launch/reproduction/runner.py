@@ -25,12 +25,14 @@ class Runner:
         jobs: commands at a time, which share the cores.
         logs: folder of what they print.
         environment: variables of the commands, over this process's.
+        failed: cells whose commands have ended without a result, so far.
     """
 
     launch: tuple[str, ...]
     jobs: int
     logs: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    failed: list[Cell] = field(default_factory=list)
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run those that are not finished; a cell that fails is reported and left.
@@ -50,6 +52,8 @@ class Runner:
                 for process in [process for process in running if process.poll() is not None]:
                     cell, started = running.pop(process)
                     number += 1
+                    if summary_of(cell) is None:
+                        self.failed.append(cell)
                     seconds = time.monotonic() - started
                     print(f"[{number}/{len(unfinished)}] {cell}: {self._outcome(cell)}, {seconds:.0f} s", flush=True)
         finally:

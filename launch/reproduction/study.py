@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from reproduction.protocol import check_options, check_scheme, varied_lr
-from zoscale.config import ConfigError, Method, RunConfig, build, load_yaml, parse
+from zoscale.config import ConfigError, Method, RunConfig, build, parse, read_yaml
 from zoscale.config.schema import fields_of
 from zoscale.estimators import Estimator
 from zoscale.methods import DEFAULTS, TABLES
@@ -96,7 +96,14 @@ class Study:
             ConfigError: for a mistake of the user.
         """
         check_options(given.options)
-        tree = read_yaml(preset_file(given.preset))
+        try:
+            return cls._of(given, read_yaml(preset_file(given.preset)))
+        except (KeyError, TypeError, AttributeError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"a preset like small.yaml in {given.preset}", got, "correct it") from error
+
+    @classmethod
+    def _of(cls, given: argparse.Namespace, tree: Tree) -> Self:
         needed = {"launch", "jobs", "forwards", "evaluations", "seeds", "base", "schemes", "lrs"}
         needed |= {given.command} - {"accuracy"}
         if lacking := sorted(needed - set(tree)):
@@ -110,13 +117,16 @@ class Study:
         chosen(list(changed), list(known), f"methods in the preset {given.preset}")
         known = merge(known, changed)
         chosen(list(given.lrs), list(known), "--lr")
+        chosen([name for own in lrs.values() for name in own], list(known), f"lrs in the preset {given.preset}")
         with_lr = [name for name in known if any(name in own for own in lrs.values())]
         seeds = tuple(given.seeds if given.seeds is not None else tree["seeds"])
         forwards = given.forwards if given.forwards is not None else tree["forwards"]
         jobs = given.jobs if given.jobs is not None else tree["jobs"]
-        if min(forwards, jobs) < 1 or len(set(seeds)) < len(seeds) or not seeds:
+        if min(forwards, jobs, tree["evaluations"]) < 1 or len(set(seeds)) < len(seeds) or not seeds:
             got = f"forwards {forwards}, jobs {jobs}, seeds {list(seeds)}"
-            raise ConfigError("--forwards and --jobs of at least 1 and different --seeds", got, "correct them")
+            raise ConfigError(
+                "--forwards, --jobs and evaluations of at least 1 and different --seeds", got, "correct them"
+            )
         aside = set(tree.get("only_named", ())) - set(given.lrs)
         methods = chosen(given.methods or [name for name in with_lr if name not in aside], with_lr, "--methods")
         own_schemes = chosen(given.schemes, list(schemes), "--schemes")
@@ -187,18 +197,6 @@ def preset_file(name: str) -> Path:
             return path
     names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     raise ConfigError(f"--preset {names}, or a YAML file", name, "correct it")
-
-
-def read_yaml(path: Path) -> Tree:
-    """A mapping from a file.
-
-    Raises:
-        ConfigError: if there is none in it.
-    """
-    tree = load_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(tree, dict):
-        raise ConfigError(f"a mapping in {path}", type(tree).__name__, "see launch/reproduction/presets")
-    return tree
 
 
 def scheme(name: str, part: Tree) -> Scheme:

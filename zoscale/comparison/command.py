@@ -36,7 +36,7 @@ def compare_command(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--no-log", action="store_true", help="do not put the report into MLflow")
     parser.add_argument("--no-report", action="store_true", help="only print")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     if not given.no_report:
         _check_libraries()
     runs, store = read_runs(given.names, store_uri(Path("runs/any"), given.uri))

@@ -109,6 +109,8 @@ def _full_name(runs: Sequence[Run], metric: str) -> str:
         if any(evaluations(run, name) for run in runs):
             return name
     names = sorted({name for run in runs for name in _evaluated(run)})
+    if not names:
+        raise ConfigError("a run that has been evaluated", "none", "wait for its first evaluation")
     raise ConfigError("a metric that a run has logged", metric, f"choose with --metric, of: {', '.join(names)}")
 
 

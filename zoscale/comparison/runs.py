@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zoscale.config import ConfigError
-from zoscale.tracking.mlflow_store import Card, short_waits, shown
+from zoscale.tracking.mlflow_store import Card, check_database, short_waits, shown
 from zoscale.tracking.tracker import read_metrics
 
 Series = Mapping[int, float]
@@ -32,7 +33,7 @@ class Run:
     Args:
         id: MLflow's run id, or the path of the run directory.
         name: what the user knows it by.
-        status: MLflow's: FINISHED, FAILED, KILLED, RUNNING.
+        status: MLflow's: FINISHED, FAILED, KILLED, RUNNING; of a run directory UNFINISHED, unless it says more.
         params: the configuration, dotted names.
         tags: of the run.
         metrics: by name.
@@ -70,8 +71,8 @@ def read_runs(names: Sequence[str], uri: str) -> tuple[list[Run], Store | None]:
     """All runs that the names mean, and the store they are from; None if all are run directories.
 
     Args:
-        names: run directories, MLflow run ids, or names of experiments. Beside run directories, other paths are left
-            out with a warning.
+        names: run directories, MLflow run ids, or names of experiments. A run that several names mean is read once.
+            Beside run directories, other paths are left out with a warning.
         uri: of the MLflow store.
 
     Raises:
@@ -82,13 +83,18 @@ def read_runs(names: Sequence[str], uri: str) -> tuple[list[Run], Store | None]:
     if others:
         _log.warning("left out, no run directories: %s", ", ".join(others))
     tracked = [name for name in names if name not in folders and name not in others]
-    runs = [_from_directory(Path(name)) for name in folders]
+    unique: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        unique.setdefault(folder.resolve(), folder)
+    runs = [_from_directory(folder) for folder in unique.values()]
     if not tracked:
         return runs, None
-    with short_waits():
+    with _reading(uri):
         client = _open(uri)
         found = [item for name in tracked for item in _find(client, name, uri)]
-        runs += [_from_store(client, item) for item in {item.info.run_id: item for item in found}.values()]
+        known = {_id_in_store(folder) for folder in unique}
+        new = {item.info.run_id: item for item in found if item.info.run_id not in known}
+        runs += [_from_store(client, item) for item in new.values()]
     experiments = {item.info.experiment_id for item in found}
     return runs, Store(client, uri, experiments.pop() if len(experiments) == 1 else None)
 
@@ -99,15 +105,22 @@ def open_experiment(name: str, uri: str) -> Store | None:
     Raises:
         ConfigError: for a store that cannot be read.
     """
-    from mlflow.exceptions import MlflowException
+    with _reading(uri):
+        client = _open(uri)
+        found = client.get_experiment_by_name(name)
+    return None if found is None else Store(client, uri, found.experiment_id)
 
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Tell every error of a store, which may be of any type, as one of its address."""
     try:
         with short_waits():
-            client = _open(uri)
-            found = client.get_experiment_by_name(name)
-    except MlflowException as error:
-        raise ConfigError(f"an MLflow store {shown(uri)}", _first_line(error), "check its address") from error
-    return None if found is None else Store(client, uri, found.experiment_id)
+            yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"an MLflow store at {shown(uri)}", _first_line(error), "check --uri") from error
 
 
 def _is_path(name: str) -> bool:
@@ -124,16 +137,27 @@ def _from_directory(path: Path) -> Run:
     for record in read_metrics(path):
         for name, value in record.metrics.items():
             metrics.setdefault(name, {})[record.step] = value
-    status = "FINISHED" if (path / "summary.json").exists() else "UNFINISHED"
+    marks = {"summary.json": "FINISHED", "told_to_stop": "KILLED"}  # as a store has it
+    status = next((status for name, status in marks.items() if (path / name).exists()), "UNFINISHED")
     ordered = {name: dict(sorted(series.items())) for name, series in metrics.items()}
     return Run(str(path), card.run_name, status, card.params, card.tags, ordered)
 
 
+def _id_in_store(folder: Path) -> str:
+    """The MLflow run of a run directory; empty if it has none."""
+    try:
+        return (folder / "mlflow_run_id").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return ""
+
+
 def _open(uri: str) -> Any:
     path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not path.is_file():  # MLflow would make an empty one
-        remedy = "name the store with --uri, or give run directories"
-        raise ConfigError("an MLflow store", f"no file {path}", remedy)
+    if uri.startswith("sqlite:///"):
+        check_database(path)
+        if not path.exists():  # MLflow would make an empty one
+            remedy = "name the store with --uri, or give run directories"
+            raise ConfigError("an MLflow store", f"no file {path}", remedy)
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
@@ -142,19 +166,14 @@ def _open(uri: str) -> Any:
 
 def _find(client: Any, name: str, uri: str) -> list[Any]:
     """The active runs that a name means, oldest first, without reports."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        if re.fullmatch(r"[0-9a-f]{32}", name):
-            return [client.get_run(name)]
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            known = ", ".join(sorted(item.name for item in client.search_experiments()))
-            remedy = f"the experiments of {shown(uri)} are: {known}"
-            raise ConfigError("an experiment, a run id or a run directory", name, remedy)
-        found = list(_pages(client, experiment.experiment_id))
-    except MlflowException as error:
-        raise ConfigError(f"{name} in the MLflow store {shown(uri)}", _first_line(error), "check --uri") from error
+    if re.fullmatch(r"[0-9a-f]{32}", name):
+        return [client.get_run(name)]
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        known = ", ".join(sorted(item.name for item in client.search_experiments()))
+        remedy = f"the experiments of {shown(uri)} are: {known}"
+        raise ConfigError("an experiment, a run id or a run directory", name, remedy)
+    found = list(_pages(client, experiment.experiment_id))
     runs = [item for item in reversed(found) if REPORT_TAG not in item.data.tags]
     if not runs:
         raise ConfigError(f"at least one run in the experiment {name}", "none", "train first")
@@ -172,7 +191,7 @@ def _pages(client: Any, experiment_id: str) -> Iterator[Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return shown(str(error).splitlines()[0])[:300]
+    return shown((str(error).strip() or repr(error)).splitlines()[0])[:300]
 
 
 def _from_store(client: Any, item: Any) -> Run:

@@ -1,5 +1,6 @@
 """The configuration of a run and its command line."""
 
+from zoscale.config.command_line import at_least, read_yaml
 from zoscale.config.run_config import (
     RunConfig,
     build,
@@ -37,6 +38,7 @@ __all__ = [
     "ScheduleConfig",
     "TrackingConfig",
     "TrainConfig",
+    "at_least",
     "build",
     "check_adapter",
     "exit_with",
@@ -46,6 +48,7 @@ __all__ = [
     "one_line",
     "parse",
     "parse_or_exit",
+    "read_yaml",
     "show",
     "validate",
 ]

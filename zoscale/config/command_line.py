@@ -2,7 +2,7 @@
 
 import argparse
 import inspect
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +29,7 @@ class CommandLine:
         given = Given(whole=whole)
         given.add(plain(dict(base), "the configuration"), "the configuration")
         for name in self.files:
-            given.add(_read_file(name), name)
+            given.add(read_yaml(name), name)
         for key, text in self.overrides:
             tree: Any = plain(Text(text), key)
             for part in reversed(key.split(".")):
@@ -58,13 +58,30 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
     return line
 
 
-def _read_file(name: str) -> dict[str, Any]:
+def at_least(minimum: int) -> Callable[[str], int]:
+    """For `argparse`: reads a whole number that is not too small."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def read_yaml(name: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; empty if it holds nothing.
+
+    Raises:
+        ConfigError: if it cannot be read, or holds something else.
+    """
+    name = str(name)
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "one that is not UTF-8 text"
         got = f"{show(name)} ({reason})"
-        raise ConfigError("a readable YAML file", got, "check the path given to --config") from error
+        raise ConfigError("a readable YAML file", got, "check the path") from error
     tree = load_yaml(text, name)
     if tree is not None and not isinstance(tree, dict):
         got = f"a {type(tree).__name__}"

@@ -40,7 +40,7 @@ def read_model_config(config: ModelConfig) -> Any:
             )
     except Exception as error:  # the library raises any type at all for a value of a wrong type
         wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
-        remedy = _missing_folder(str(config.id)) or one_line(error)
+        remedy = missing_folder(str(config.id)) or one_line(error)
         raise ConfigError("a Hugging Face id, a local folder or a known model_type", wanted, remedy) from error
     if config.untie_head:
         _untie(found, config)
@@ -238,7 +238,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         revision = config.revision if place == config.id else None  # which says nothing of another repository
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        reason = _missing_folder(place) or first_line(error)
+        reason = missing_folder(place) or first_line(error)
         raise ConfigError(f"a tokenizer at {place}", reason, "set model.tokenizer") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -315,7 +315,7 @@ def _adapter_remedy(layers: Sequence[str], error: BaseException) -> str:
     return f"correct adapter{targets}"
 
 
-def _missing_folder(place: str) -> str | None:
+def missing_folder(place: str) -> str | None:
     """What is wrong with a place that can only be a folder and is none; None for others."""
     is_folder = place.count("/") > 1 or place[:1] in ("/", ".", "~")
     return f"there is no folder {Path(place).absolute()}" if is_folder and not Path(place).is_dir() else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoscale.assembly import longest_row
-from zoscale.config import ConfigError, RunConfig, load_yaml, parse
+from zoscale.config import ConfigError, RunConfig, parse, read_yaml
 from zoscale.devices import DEVICES, GIB, Device
 from zoscale.estimators import ESTIMATORS
 from zoscale.methods import DEFAULTS, TABLES
@@ -179,9 +179,10 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
         shapes = Path(arguments.model)
         is_file = shapes.suffix in (".yaml", ".yml", ".json") and shapes.is_file()
         if is_file:
-            base = {"model": {"config": load_yaml(shapes.read_text(encoding="utf-8"), str(shapes))}}
+            base = {"model": {"config": read_yaml(shapes) or None}}
+            own.append("model.id=null")
         else:
-            own.append(f"model.id={arguments.model}")
+            own += [f"model.id={arguments.model}", "model.config=null"]
     if arguments.batch is not None:
         own.append(f"data.batch_size={arguments.batch}")
         micro = min(arguments.batch, 4)

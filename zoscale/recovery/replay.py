@@ -21,7 +21,7 @@ from zoscale.recovery.journal import Journal
 from zoscale.recovery.journal_format import Header
 from zoscale.recovery.resume import check_replay, check_start, replay
 from zoscale.release.export import read_origin, save_trained
-from zoscale.release.run_record import check_trusted, with_base
+from zoscale.release.run_record import check_base, with_base
 from zoscale.run_directory import RunDirectory
 
 _ROUNDING = 1e-5  # methods that multiply matrices (Muon) depend on the machine's matrix product
@@ -35,6 +35,7 @@ def replay_command(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         ConfigError: for a journal or a base model that does not fit.
+        OSError: if the folder of the weights cannot be written.
     """
     arguments = _parser().parse_args(argv)
     given = Path(arguments.run)
@@ -43,6 +44,8 @@ def replay_command(argv: Sequence[str] | None = None) -> int:
     saved = path.parent / "adapter"
     saved_step = read_origin(saved)
     step = _wanted(arguments.until, saved_step, len(journal.records))
+    if arguments.out:
+        _prepare(Path(arguments.out), step, saved, saved_step)
     engine = rebuild(journal.header, arguments.base)
     started = time.monotonic()
     replay(engine, journal.records[:step])
@@ -53,7 +56,11 @@ def replay_command(argv: Sequence[str] | None = None) -> int:
     if arguments.out:
         save_trained(engine, arguments.out)
         print(f"weights: {arguments.out}")
-    return _verify(engine, saved, _was_on_a_gpu(path.parent)) if step == saved_step else 0
+    if step == saved_step:
+        return _verify(engine, saved, _was_on_a_gpu(path.parent))
+    there = "no weights of a known step" if saved_step is None else f"those of step {saved_step}"
+    print(f"nothing to compare with: {saved} has {there}")
+    return 0
 
 
 def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
@@ -68,7 +75,7 @@ def rebuild(header: Header, base: str | None = None) -> ZeroOrderEngine:
             trained.
     """
     config = with_base(RunConfig.from_dict(header.config, TABLES, DEFAULTS), base)
-    check_trusted(config, base)
+    check_base(config, base)
     if base is None and config.hash != header.config_hash:
         raise ConfigError(
             f"a header of configuration {header.config_hash}", config.hash, "use the version that wrote it"
@@ -107,6 +114,14 @@ def _wanted(until: int | None, saved: int | None, recorded: int) -> int:
     if not 0 <= until <= recorded:
         raise ConfigError(f"--until from 0 to {recorded}, the steps in the journal", str(until), "choose one of them")
     return until
+
+
+def _prepare(out: Path, step: int, saved: Path, saved_step: int | None) -> None:
+    """Make the folder before the work; a run's result is not to be replaced by the weights of another step."""
+    if saved_step not in (None, step) and out.resolve() == saved.resolve():
+        got = f"{out}, the run's result of step {saved_step}"
+        raise ConfigError(f"another folder for the weights of step {step}", got, "name one with --out")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _was_on_a_gpu(run: Path) -> bool:

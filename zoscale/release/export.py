@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -98,6 +98,33 @@ def read_origin(folder: Path) -> int | None:
     if type(step) is not int or step < 0:
         raise ConfigError(f"a step in {path}", repr(step), "restore the file from a copy")
     return step
+
+
+def check_saved(folder: Path, *, is_adapter: bool, remedy: str) -> None:
+    """Refuse saved weights that are missing or cut short; of the values nothing is read.
+
+    Args:
+        folder: of the weights.
+        is_adapter: whether they are an adapter's, or a whole model's.
+        remedy: what to do about them.
+
+    Raises:
+        ConfigError: if a file is missing or damaged.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"the run's weights in {folder}", "none", remedy)
+    name, key = ("adapter_config.json", "peft_type") if is_adapter else ("config.json", "model_type")
+    path = weights[0]
+    try:
+        for path in weights:
+            with safe_open(path, "pt"):  # compares what its header says with its length
+                pass
+        path = folder / name
+        if not isinstance(json.loads(path.read_text(encoding="utf-8"))[key], str):
+            raise ValueError(f"a {key} that is no name")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ConfigError(f"a whole {path}", repr(error)[:200], remedy) from error
 
 
 def _collect(model: nn.Module, *, trainable_only: bool, keep: bool) -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from zoscale.adapters.schemes import num_virtual_tokens
 from zoscale.config import ConfigError
 from zoscale.models.loading import load_model, load_tokenizer, read_model_config
-from zoscale.release.export import ORIGIN, read_origin
+from zoscale.release.export import ORIGIN, check_saved, read_origin
 from zoscale.release.merging import merge
 from zoscale.release.model_card import hub_id, model_card
-from zoscale.release.run_record import RunRecord, check_trusted
+from zoscale.release.run_record import RunRecord, check_base
 from zoscale.run_directory import write_json, write_text
 
 _BASE_KEY = "base_model_name_or_path"
@@ -36,10 +36,12 @@ def export_command(argv: Sequence[str]) -> int:
         OSError: if the folder cannot be written, or the hub does not take it.
     """
     arguments = _parser().parse_args(argv)
+    if arguments.private and not arguments.push:
+        raise ConfigError("--push ID with --private", "none", "name the repository, or leave --private out")
     record = RunRecord.read(arguments.run, arguments.base)
     kind = "adapter" if arguments.adapter else "merged"
     if kind == "merged":  # an adapter is written without its base model
-        check_trusted(record.config, arguments.base)
+        check_base(record.config, arguments.base)
     _check(record, kind, arguments.push)
     summary = record.summary()
     out = Path(arguments.out) if arguments.out else record.directory.path / "export" / kind
@@ -47,7 +49,11 @@ def export_command(argv: Sequence[str]) -> int:
     upload = _repository(arguments.push, private=arguments.private) if arguments.push else None
     name = arguments.push or out.resolve().name
     dtype = arguments.dtype or record.config.model.dtype
-    card = model_card(record, summary, kind=kind, name=name, dtype=dtype)
+    try:
+        card = model_card(record, summary, kind=kind, name=name, dtype=dtype)
+    except (KeyError, TypeError) as error:  # of another version, or written by hand
+        remedy = "remove it, and the run is finished anew"
+        raise ConfigError(f"a whole summary in {record.directory.summary}", repr(error), remedy) from error
     write_export(record, out, kind=kind, dtype=dtype, card=card)
     print(f"{kind}: {out}")
     if upload is not None:
@@ -130,9 +136,8 @@ def _check(record: RunRecord, kind: str, repo_id: str | None) -> None:
     if config.adapter is not None and config.model.id is None:
         got = "random weights (model.config)"
         raise ConfigError("a base model that others can load", got, "name it with --base")
-    if not list(adapter.glob("*.safetensors")):
-        remedy = f"rebuild them: zoscale replay {record.directory.path} --out {adapter}"
-        raise ConfigError(f"the run's weights in {adapter}", "none", remedy)
+    remedy = f"rebuild them: zoscale replay {record.directory.path} --out {adapter}"
+    check_saved(adapter, is_adapter=config.adapter is not None, remedy=remedy)
     if repo_id is None:
         return
     validate_repo_id(repo_id)

@@ -8,6 +8,7 @@ from typing import Any
 
 from zoscale.config import ConfigError, RunConfig, load_yaml
 from zoscale.methods import DEFAULTS, TABLES
+from zoscale.models.loading import missing_folder
 from zoscale.run_directory import RunDirectory
 
 
@@ -18,14 +19,16 @@ class RunRecord:
     Args:
         directory: of the run.
         config: as the run was started, with the base model where it is now.
+        base: id or folder of the base model, if the user has named it.
     """
 
     directory: RunDirectory
     config: RunConfig
+    base: str | None = None
 
     @classmethod
     def read(cls, path: Path | str, base: str | None = None) -> "RunRecord":
-        """The record in a folder; whoever loads its base model calls `check_trusted` first.
+        """The record in a folder; whoever loads its base model calls `check_base` first.
 
         Args:
             base: id or folder of the base model, if it has moved.
@@ -40,7 +43,7 @@ class RunRecord:
             raise ConfigError("the folder of a run, with config.yaml", str(path), "check the path") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"a configuration in {directory.config}", repr(tree)[:80], "restore it from a copy")
-        return cls(directory, with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), base))
+        return cls(directory, with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), base), base)
 
     def summary(self) -> dict[str, Any]:
         """The summary of the finished run.
@@ -85,18 +88,20 @@ def with_base(config: RunConfig, base: str | None) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def check_trusted(config: RunConfig, base: str | None) -> None:
-    """Refuse to load the model of a configuration that came with a run, if that could run code.
+def check_base(config: RunConfig, base: str | None) -> None:
+    """Refuse to load the model of a configuration that came with a run, if it is nowhere or could run code.
 
     Args:
         config: from `with_base`.
         base: id or folder of the base model, if the user has named it: then it is trusted.
 
     Raises:
-        ConfigError: if the configuration asks to run code that comes with the model, and the user has not named one, or
-            the run says which version of it, or whose tokenizer, is loaded.
+        ConfigError: if the model is a folder that is not there, or the configuration asks to run code that comes with
+            it, and the user has not named one, or the run says which version of it, or whose tokenizer, is loaded.
     """
     model = config.model
+    if base is None and model.id is not None and (missing := missing_folder(model.id)):
+        raise ConfigError(f"the run's base model, {model.id}", missing, "name it where it is now with --base")
     if not (model.trust_remote_code or model.allow_pickle):
         return
     if base is None:

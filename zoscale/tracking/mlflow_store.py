@@ -17,6 +17,7 @@ _MARK = "zoscale.mark"
 _TRIES = 6
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # MLflow's limits per request
 _MAX_NAME, _MAX_PARAM, _MAX_TAG = 250, 6000, 8000  # ... and in characters
+_DATABASE = b"SQLite format 3\0"  # how every such file begins that is not empty
 _OPENING = {  # shorter waits while the run is being opened; what the user has set stays
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
@@ -46,6 +47,22 @@ class Card:
 def store_uri(run_dir: Path, uri: str | None) -> str:
     beside = run_dir.resolve().parent / "mlflow.db"
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside}"
+
+
+def check_database(path: Path) -> None:
+    """Refuse to take something else for a SQLite database: SQLite itself takes a file of a few bytes for a new one.
+
+    Raises:
+        ValueError: if there is something at the path, and it is no database.
+        OSError: if it cannot be read.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    with path.open("rb") as file:
+        if file.read(len(_DATABASE)) not in (b"", _DATABASE):
+            raise ValueError(f"{path} is not a database of SQLite")
 
 
 def shown(text: str) -> str:
@@ -126,6 +143,7 @@ def _open_experiment(uri: str, name: str) -> tuple[Any, str]:
     artifacts = None
     if uri.startswith("sqlite:///"):
         database = Path(uri.removeprefix("sqlite:///")).resolve()
+        check_database(database)
         artifacts = (database.parent / "mlartifacts").as_uri()
         if not database.exists():
             _create_database(database, artifacts)

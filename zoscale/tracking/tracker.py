@@ -40,7 +40,7 @@ def read_metrics(run_dir: Path) -> Iterator[Record]:
                 row = json.loads(line)
                 record = Record(int(row["step"]), float(row["time"]), {k: float(v) for k, v in row["metrics"].items()})
             except (ValueError, KeyError, TypeError, AttributeError):
-                _log.warning("a damaged line of %s is left out: %s", run_dir / "metrics.jsonl", line[:60].strip())
+                _log.warning("a damaged line of %s is left out: %r", run_dir / "metrics.jsonl", line[:60].strip())
                 continue
             yield record
 
