@@ -303,6 +303,11 @@ def test_a_model_without_a_position_for_a_token_is_refused() -> None:
         ({"init_lora_weights": "pissa_niter_2"}, None, "that can be made again, got pissa_niter_2: set it to pissa"),
         ({"peft_type": "weight_lora", "init_lora_weights": "olora"}, None, "leaves the base weights, with weight_lora"),
         ({"peft_type": "weight_lora", "init_lora_weights": "PiSSA"}, None, "adapter.init_lora_weights that leaves"),
+        (
+            {"peft_type": "prefix_tuning", "num_virtual_tokens": 2, "modules_to_save": ["lm_head"]},
+            None,
+            "all that is trained with prefix_tuning, got adapter.modules_to_save=['lm_head']: remove it",
+        ),
         (None, "(", "a regular expression"),
     ],
 )
@@ -408,6 +413,19 @@ def test_values_that_peft_fails_on_are_told_in_a_line(field: dict[str, Any], mes
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
     with pytest.raises(ConfigError, match=f"expected adapter options that fit OPTForCausalLM, got .*{message}"):
         add_adapter(model, {"r": 2, "target_modules": ["q_proj"], **field})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lm_haed", r"names of modules of OPTForCausalLM, got 'lm_haed': did you mean lm_head\?"),
+        ("attn", r"layers\.\*\.self_attn\.q_proj, in a module .*exclude_modules=\[self_attn\.q_proj\]"),
+    ],
+)
+def test_modules_that_would_not_be_trained_or_loaded_as_a_whole_are_refused(name: str, message: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
+    with pytest.raises(ConfigError, match=message):
+        add_adapter(model, {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", name]})
 
 
 def test_layers_that_peft_refuses_are_not_named() -> None:
