@@ -407,6 +407,8 @@ def test_an_adapter_that_does_not_fit_is_told_what_the_model_has() -> None:
         ({"rank_pattern": [1]}, "'list' object has no attribute 'keys'"),
         ({"r": "8"}, "'<=' not supported between instances of 'str' and 'int'"),
         ({"trainable_token_indices": [10**6]}, "index 1000000 is out of bounds"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "'loftq_iter'"),
+        ({"megatron_config": {"hidden_size": 32}}, "No module named 'megatron'"),
     ],
 )
 def test_values_that_peft_fails_on_are_told_in_a_line(field: dict[str, Any], message: str) -> None:
