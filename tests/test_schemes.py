@@ -422,12 +422,13 @@ def test_values_that_peft_fails_on_are_told_in_a_line(field: dict[str, Any], mes
     [
         ("lm_haed", r"names of modules of OPTForCausalLM, got 'lm_haed': did you mean lm_head\?"),
         ("attn", r"layers\.\*\.self_attn\.q_proj, in a module .*exclude_modules=\[self_attn\.q_proj\]"),
+        ("layers.0", r"apart from each other, got model\.decoder\.layers\.\*\.fc1 in another one"),
     ],
 )
 def test_modules_that_would_not_be_trained_or_loaded_as_a_whole_are_refused(name: str, message: str) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
     with pytest.raises(ConfigError, match=message):
-        add_adapter(model, {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", name]})
+        add_adapter(model, {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["fc1", name]})
 
 
 def test_layers_that_peft_refuses_are_not_named() -> None:

@@ -21,7 +21,7 @@ def check_adapted(adapted: nn.Module) -> None:
 
     Raises:
         ConfigError: with the names of the layers, or for virtual tokens that PEFT would embed beside others; for
-            `modules_to_save` that the model does not have, or that hold layers with adapters.
+            `modules_to_save` that the model does not have, or that hold layers with adapters or each other.
     """
     _check_embedding(adapted)
     _check_saved(adapted)
@@ -62,6 +62,9 @@ def _check_saved(adapted: Any) -> None:
         names = dict.fromkeys(full.rpartition(".")[2] for full in modules)
         expected = f"adapter.modules_to_save with names of modules of {type(adapted.get_base_model()).__name__}"
         raise ConfigError(expected, show(unknown[0]), did_you_mean(unknown[0], names, "correct or remove it"))
+    if nested := [name for name in saved if any(name.startswith(f"{full}.") for full in saved)]:
+        remedy = "correct it: a name stands for all modules whose names end so"
+        raise ConfigError("adapter.modules_to_save apart from each other", f"{_shown(nested)} in another one", remedy)
     held = [name for name in adapted_layers(adapted) if any(name.startswith(f"{full}.original_") for full in saved)]
     if held := [name.replace(".original_module", "") for name in held]:
         got = f"{_shown(held)}, in a module that is trained as a whole"
