@@ -194,7 +194,14 @@ def test_layers_are_what_they_were_also_after_an_error() -> None:
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("lora", [{"lora_bias": True}, {"modules_to_save": ["embed_tokens"]}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"lora_bias": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
 def test_adapters_with_other_trainables_go_through_the_weights(lora: dict[str, Any]) -> None:
     model = model_of("opt", torch.float32, **lora)
     assert find_lora_pairs(model, ZeroOrderEngine(model).specs) is None

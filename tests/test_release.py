@@ -326,6 +326,20 @@ def test_layers_that_share_their_weights_are_parted_to_merge_adapters(targets: s
     assert (merged(TOKENS).logits - base(TOKENS).logits).abs().max() > 1e-2, "the adapter does something"
 
 
+@torch.no_grad()
+def test_routers_that_are_trained_as_a_whole_are_saved_with_their_buffers(tmp_path: Path) -> None:
+    """Which PEFT asks for: the bias of DeepSeek's routers is no parameter."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    others = {"n_shared_experts": 1, "n_group": 1, "topk_group": 1, "initializer_range": 0.2}
+    model = saved_model(tmp_path / "base", "dots1", **heads, **experts, **others)
+    options = ["adapter.target_modules=[q_proj]", "adapter.modules_to_save=[gate]"]
+    merged, trained = merged_and_trained(tmp_path, *model, *options)
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in saved if ".gate." in name} == {"weight", "e_score_correction_bias"}
+    torch.testing.assert_close(merged(TOKENS).logits, trained(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_merged_model_is_where_a_longer_run_begins(
     server: JobServer, at_nine: Path, last: Path, tmp_path: Path
 ) -> None:

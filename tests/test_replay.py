@@ -11,7 +11,7 @@ from jobs import FULL, SHORT, SIGN, JobServer, run_dir_of
 from peft import PeftModel
 from processes import ROOT, run
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 MODEL = ROOT / "launch/tiny_opt/model"
 KINDS = {
@@ -99,6 +99,19 @@ def test_weights_that_are_not_numbers_are_found(runs: dict[str, Path], tmp_path:
     assert "differs from what the journal gives: by inf" in replay(str(copy), expect=1)
     (copy / "adapter/zoscale.json").write_text(json.dumps({"step": 99}))
     assert "a journal of at least 99 steps" in replay(str(copy), expect=2)
+
+
+def test_a_model_with_single_numbers_is_verified(server: JobServer, tmp_path: Path) -> None:
+    """Apertus keeps two in its activation."""
+    sizes = {"vocab_size": 1700, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 8}
+    config = AutoConfig.for_model("apertus", num_attention_heads=2, num_key_value_heads=2, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    model = [f"model.id={tmp_path / 'model'}", f"model.tokenizer={MODEL}"]
+    server.run(1, *SHORT, *FULL, *model, "train.steps=2", f"output_dir={tmp_path / 'runs'}")
+    run_dir = run_dir_of(tmp_path / "runs")
+    assert run_dir is not None
+    assert any(value.dim() == 0 for value in load_file(run_dir / "adapter/model.safetensors").values())
+    assert "adapter: the same bits" in replay(str(run_dir))
 
 
 def test_another_base_model_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -303,6 +303,11 @@ def test_a_model_without_a_position_for_a_token_is_refused() -> None:
         ({"init_lora_weights": "pissa_niter_2"}, None, "that can be made again, got pissa_niter_2: set it to pissa"),
         ({"peft_type": "weight_lora", "init_lora_weights": "olora"}, None, "leaves the base weights, with weight_lora"),
         ({"peft_type": "weight_lora", "init_lora_weights": "PiSSA"}, None, "adapter.init_lora_weights that leaves"),
+        (
+            {"peft_type": "prefix_tuning", "num_virtual_tokens": 2, "modules_to_save": ["lm_head"]},
+            None,
+            "all that is trained with prefix_tuning, got adapter.modules_to_save=['lm_head']: remove it",
+        ),
         (None, "(", "a regular expression"),
     ],
 )
@@ -402,12 +407,28 @@ def test_an_adapter_that_does_not_fit_is_told_what_the_model_has() -> None:
         ({"rank_pattern": [1]}, "'list' object has no attribute 'keys'"),
         ({"r": "8"}, "'<=' not supported between instances of 'str' and 'int'"),
         ({"trainable_token_indices": [10**6]}, "index 1000000 is out of bounds"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "'loftq_iter'"),
+        ({"megatron_config": {"hidden_size": 32}}, "No module named 'megatron'"),
     ],
 )
 def test_values_that_peft_fails_on_are_told_in_a_line(field: dict[str, Any], message: str) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
     with pytest.raises(ConfigError, match=f"expected adapter options that fit OPTForCausalLM, got .*{message}"):
         add_adapter(model, {"r": 2, "target_modules": ["q_proj"], **field})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lm_haed", r"names of modules of OPTForCausalLM, got 'lm_haed': did you mean lm_head\?"),
+        ("attn", r"layers\.\*\.self_attn\.q_proj, in a module .*exclude_modules=\[self_attn\.q_proj\]"),
+        ("layers.0", r"apart from each other, got model\.decoder\.layers\.\*\.fc1 in another one"),
+    ],
+)
+def test_modules_that_would_not_be_trained_or_loaded_as_a_whole_are_refused(name: str, message: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL)
+    with pytest.raises(ConfigError, match=message):
+        add_adapter(model, {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["fc1", name]})
 
 
 def test_layers_that_peft_refuses_are_not_named() -> None:

@@ -236,7 +236,7 @@ def test_impossible_selections_are_refused(changes: dict[str, Any], message: str
         ({"keep": 4}, "adapter.keep to be fewer than the model's adapters, got 4 of 4"),
         ({"r": 20}, "a rank of at most 36 at model.decoder.layers.0.self_attn.v_proj, got 40 after 1 expansions"),
         ({"use_dora": True}, "only plain LoRA of linear layers"),
-        ({"bias": "all"}, "only plain LoRA of linear layers"),
+        ({"bias": "all"}, "adapter.target_modules: all-linear takes experts too"),
         ({"lora_bias": True}, "only plain LoRA of linear layers"),
     ],
 )

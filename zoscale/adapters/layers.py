@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, show
+from zoscale.config.strict_yaml import did_you_mean
 
 _NOT_LINEAR = ("DeepseekV4GroupedLinear", "Llama4Router", "PhimoeTopKRouter")
 """Subclasses of `nn.Linear` in transformers that do more than multiply: an adapter's output does not fit theirs."""
@@ -19,9 +20,11 @@ def check_adapted(adapted: nn.Module) -> None:
     """Refuse an adapter of layers that cannot have one, or that would be lost between saving and loading it.
 
     Raises:
-        ConfigError: with the names of the layers, or for virtual tokens that PEFT would embed beside others.
+        ConfigError: with the names of the layers, or for virtual tokens that PEFT would embed beside others; for
+            `modules_to_save` that the model does not have, or that hold layers with adapters or each other.
     """
     _check_embedding(adapted)
+    _check_saved(adapted)
     _check_kinds(adapted)
     _check_loads(adapted)
 
@@ -46,6 +49,26 @@ def _check_embedding(adapted: Any) -> None:
             got = f"{type(base).__name__}, for which it takes {'none' if found is None else type(found).__name__}"
             remedy = "set adapter.peft_type=lora"
             raise ConfigError("a model whose embedding of tokens PEFT finds, for prompt_tuning", got, remedy)
+
+
+def _check_saved(adapted: Any) -> None:
+    """PEFT says nothing of names in `modules_to_save` that it misses, and cannot load adapters within modules."""
+    from peft.utils import ModulesToSaveWrapper
+
+    modules = dict(adapted.named_modules(remove_duplicate=False))
+    saved = [name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)]
+    wanted = adapted.active_peft_config.modules_to_save or ()
+    if unknown := [name for name in wanted if not any(full.endswith(name) for full in saved)]:
+        names = dict.fromkeys(full.rpartition(".")[2] for full in modules)
+        expected = f"adapter.modules_to_save with names of modules of {type(adapted.get_base_model()).__name__}"
+        raise ConfigError(expected, show(unknown[0]), did_you_mean(unknown[0], names, "correct or remove it"))
+    if nested := [name for name in saved if any(name.startswith(f"{full}.") for full in saved)]:
+        remedy = "correct it: a name stands for all modules whose names end so"
+        raise ConfigError("adapter.modules_to_save apart from each other", f"{_shown(nested)} in another one", remedy)
+    held = [name for name in adapted_layers(adapted) if any(name.startswith(f"{full}.original_") for full in saved)]
+    if held := [name.replace(".original_module", "") for name in held]:
+        got = f"{_shown(held)}, in a module that is trained as a whole"
+        raise ConfigError("adapters of layers outside of adapter.modules_to_save", got, _leave_out(held))
 
 
 def _check_kinds(adapted: nn.Module) -> None:

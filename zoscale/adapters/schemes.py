@@ -69,6 +69,9 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
             raise ConfigError(expected, first_line(error), "correct adapter") from error
         if chosen.is_prompt_learning and not (isinstance(count := chosen.num_virtual_tokens, int) and count >= 1):
             raise ConfigError("adapter.num_virtual_tokens of at least 1", repr(count), "raise it")
+        if chosen.is_prompt_learning and chosen.modules_to_save:
+            got = f"adapter.modules_to_save={show(chosen.modules_to_save)}"
+            raise ConfigError(f"virtual tokens as all that is trained with {name}", got, "remove it, or use lora")
     selection = selection_of(adapter)
     if selection is not None and num_steps and selection.last_step >= num_steps:
         got = f"step {selection.last_step} (adapter.warmup_steps, expansions x expand_every)"

@@ -124,7 +124,8 @@ def weigh_adapters(model: nn.Module, selection: Selection) -> None:
     others = [name for name, param in model.named_parameters() if param.requires_grad and name not in known]
     if others or any(slot.layer.lora_variant for slot in slots):
         got = others[0] if others else "a variant of LoRA"
-        raise ConfigError("only plain LoRA of linear layers with peft_type weight_lora", got, "change adapter")
+        remedy = "train nothing else, and name the layers in adapter.target_modules: all-linear takes experts too"
+        raise ConfigError("only plain LoRA of linear layers with peft_type weight_lora", got, remedy)
     if selection.keep >= len(slots):
         got = f"{selection.keep} of {len(slots)}"
         raise ConfigError("adapter.keep to be fewer than the model's adapters", got, "lower it, or use lora")

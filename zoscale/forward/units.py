@@ -79,7 +79,8 @@ class LinearUnit(Unit):
     def __init__(self, module: nn.Linear, weights: Weights) -> None:
         self.linear = module
         self._weight = cast(nn.Parameter, module.weight)  # asked for within another's forward, ZeRO-3 would gather it
-        widest = max(spec.numel // module.out_features for spec in weights.values())
+        self._outputs = next(iter(weights.values())).shape[0]  # PEFT's tied heads say otherwise in `out_features`
+        widest = max(spec.numel // self._outputs for spec in weights.values())
         rows = max(1, chunk(module.weight.device) // widest)
         self._height = rows - rows % _ROWS if rows > _ROWS else rows
         super().__init__(module, weights)
@@ -100,17 +101,16 @@ class LinearUnit(Unit):
         ]
 
     def _spans(self) -> Iterator[tuple[int, int]]:
-        height = self.linear.out_features
-        return ((first, min(first + self._height, height)) for first in range(0, height, self._height))
+        return ((first, min(first + self._height, self._outputs)) for first in range(0, self._outputs, self._height))
 
     def _elements(self, spec: TensorSpec, first: int, last: int) -> tuple[int, int]:
-        width = spec.numel // self.linear.out_features
+        width = spec.numel // self._outputs
         return first * width, last * width
 
     def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
         (x,) = args
         parts = rows.by_candidate(x)
-        result = x.new_empty(*parts.shape[:2], self.linear.out_features)
+        result = x.new_empty(*parts.shape[:2], self._outputs)
         outlines = iter(self.outlines)
         for first, last in self._spans():
             slabs = {param: (param.data[first:last].reshape(-1), next(outlines)) for param in self.weights}

@@ -58,7 +58,7 @@ def _untie(architecture: Any, config: ModelConfig) -> None:
 
 
 _PEFT_REFUSES = (
-    ValueError, TypeError, AttributeError, IndexError, NotImplementedError, AssertionError, StopIteration,
+    ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError, StopIteration, ImportError,
 )  # fmt: skip
 """What PEFT raises for options that do not fit a model."""
 

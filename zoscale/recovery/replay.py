@@ -153,7 +153,7 @@ def _gap(ours: Tensor, theirs: Tensor) -> float:
     if ours.dtype != theirs.dtype:
         return math.inf
     gap = float((ours.double() - theirs.double()).abs().max()) if ours.numel() else 0.0
-    same = gap > 0 or torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    same = gap > 0 or torch.equal(ours.view(-1).view(torch.uint8), theirs.view(-1).view(torch.uint8))
     return gap if same and not math.isnan(gap) else math.inf
 
 

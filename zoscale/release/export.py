@@ -128,7 +128,10 @@ def check_saved(folder: Path, *, is_adapter: bool, remedy: str) -> None:
 
 
 def _collect(model: nn.Module, *, trainable_only: bool, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, gathered one at a time; empty where `keep` is false. Tied weights are one tensor."""
+    """Whole tensors on the CPU, gathered one at a time; empty where `keep` is false. Tied weights are one tensor.
+
+    Buffers are those of the model, or of modules that PEFT trains as a whole, which it saves too.
+    """
     names: dict[nn.Parameter, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if param.requires_grad or not trainable_only:
@@ -138,8 +141,8 @@ def _collect(model: nn.Module, *, trainable_only: bool, keep: bool) -> dict[str,
         with gathered(param):
             if keep:
                 state |= dict.fromkeys(own, param.detach().to("cpu", copy=True))
-    if keep and not trainable_only:
-        kept = _persistent(model)
+    if keep:
+        kept = {name for name in _persistent(model) if not trainable_only or ".modules_to_save." in name}
         state |= {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
     return state
 
