@@ -1,11 +1,9 @@
 """JAGUAR's probes: signs on a random support: one coordinate, an entry, a row, a block, whole tensors."""
 
 from abc import abstractmethod
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,89 +15,13 @@ from zoscale.noise.kernels import stream_of
 from zoscale.noise.segments import Segment
 from zoscale.noise.streams import Mask, Stream
 from zoscale.probes.base import Direction, DrawnDirection, Patch, Piece, Probe
+from zoscale.probes.supports import FUSED_ABOVE, Support, marks_of
 from zoscale.shards import TensorSpec
 
 Signs = Literal["rademacher", "ones"]
 
 _DENSE_ABOVE = 1 / 16  # a support with a larger share is cheaper as a dense segment than as an index
-_FUSED_ABOVE = 1 / 256  # and where z is made in the pass that uses it (of bits, or by kernels), as one over the tensor
 _ROWS = 512  # of a patch that are made at a time
-
-
-@dataclass(frozen=True)
-class _Support:
-    """Rows x columns of one tensor, sorted int64 on the CPU; None = all of them."""
-
-    rows: Tensor | None
-    columns: Tensor | None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is every element."""
-        return self.rows is None and self.columns is None
-
-    def share(self, spec: TensorSpec) -> float:
-        """Of the elements of the tensor."""
-        rows = 1.0 if self.rows is None else len(self.rows) / spec.rows
-        return rows if self.columns is None else rows * len(self.columns) / spec.columns
-
-    def positions(self, spec: TensorSpec, first: int, last: int, device: torch.device) -> Tensor | None:
-        """Flat positions of the support in [first, last) of the tensor, relative to first; None = all of them.
-
-        Made on the device, of the few rows and columns, and counted on the CPU: nobody waits.
-        """
-        if self.is_whole:
-            return None
-        width = spec.columns
-        rows = self.rows_of(spec, first, last)
-        columns = range(width) if self.columns is None else self._column_numbers
-        begin, end = (_count_before(position, rows, columns, width) for position in (first, last))
-        of_rows = on_device(torch.tensor(rows, dtype=torch.int64), device)
-        of_columns = torch.arange(width, device=device) if self.columns is None else on_device(self.columns, device)
-        return (of_rows[:, None] * width + of_columns).view(-1)[begin:end] - first
-
-    def rows_of(self, spec: TensorSpec, first: int, last: int) -> Sequence[int]:
-        """Its rows that have elements of [first, last), ascending."""
-        low, high = first // spec.columns, -(-last // spec.columns)
-        if self.rows is None:
-            return range(low, high)
-        return self._row_numbers[bisect_left(self._row_numbers, low) : bisect_left(self._row_numbers, high)]
-
-    def has_words(self, spec: TensorSpec) -> bool:
-        """Whether its marks are words of bits, and so many that a pass over the tensor is faster than an index."""
-        return self.is_whole or (spec.columns % philox.BITS == 0 and self.share(spec) > _FUSED_ABOVE)
-
-    @cached_property
-    def _row_numbers(self) -> list[int]:
-        numbers: list[int] = cast(Tensor, self.rows).tolist()
-        return numbers
-
-    @cached_property
-    def _column_numbers(self) -> list[int]:
-        numbers: list[int] = cast(Tensor, self.columns).tolist()
-        return numbers
-
-
-def _count_before(position: int, rows: Sequence[int], columns: Sequence[int], width: int) -> int:
-    """How many of rows x columns lie before a flat position."""
-    row, column = divmod(position, width)
-    above = bisect_left(rows, row)
-    is_within = above < len(rows) and rows[above] == row
-    return above * len(columns) + (bisect_left(columns, column) if is_within else 0)
-
-
-def _marks(supports: Sequence[tuple[TensorSpec, _Support]]) -> Tensor:
-    """The marks of `Mask` of tensors, one after the other: uint8 on the CPU."""
-    chosen, starts, start = list[Tensor](), list[int](), 0
-    for spec, support in supports:
-        chosen.append(torch.arange(spec.rows) if support.rows is None else support.rows)
-        chosen.append(torch.arange(spec.columns) if support.columns is None else support.columns)
-        starts += (start, start + spec.rows)
-        start += spec.rows + spec.columns
-    marks = torch.zeros(start, dtype=torch.uint8)
-    if chosen:
-        marks[torch.cat(chosen) + torch.tensor(starts).repeat_interleave(torch.tensor([*map(len, chosen)]))] = 1
-    return marks
 
 
 class JaguarDirection(DrawnDirection):
@@ -117,7 +39,7 @@ class JaguarDirection(DrawnDirection):
         step: int,
         k: int,
         specs: Sequence[TensorSpec],
-        supports: dict[int, _Support],
+        supports: dict[int, Support],
         signs: Signs,
     ) -> None:
         super().__init__(noise, step, k)
@@ -148,7 +70,7 @@ class JaguarDirection(DrawnDirection):
         if self.signs != "rademacher":
             return set()
         some = ((own.id, self.supports.get(own.id), own) for own in self._specs)
-        return {number for number, found, own in some if found is not None and found.share(own) >= _FUSED_ABOVE}
+        return {number for number, found, own in some if found is not None and found.share(own) >= FUSED_ABOVE}
 
     def is_bits(self, piece: Piece) -> bool:
         support = self.supports.get(piece.shard.spec.id)
@@ -179,7 +101,7 @@ class JaguarDirection(DrawnDirection):
         """The support of a tensor on its device; those of all tensors are sent there together."""
         if device not in self._masks:
             some = [(own, s) for own in self._specs if (s := self.supports.get(own.id)) is not None and not s.is_whole]
-            parts = torch.split(on_device(_marks(some), device), [own.rows + own.columns for own, _ in some])
+            parts = torch.split(on_device(marks_of(some), device), [own.rows + own.columns for own, _ in some])
             self._masks[device] = {
                 own.id: Mask(part, own.rows, own.columns) for (own, _), part in zip(some, parts, strict=True)
             }
@@ -234,13 +156,13 @@ class JaguarProbe(Probe):
         return JaguarDirection(noise, step, k, specs, self.supports(noise, specs, step, k), self.signs)
 
     @abstractmethod
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
         """The support of each perturbed tensor, by id."""
 
 
-def _one_entry(spec: TensorSpec, position: int) -> _Support:
+def _one_entry(spec: TensorSpec, position: int) -> Support:
     row, column = divmod(position, spec.columns)
-    return _Support(torch.tensor([row]), torch.tensor([column]))
+    return Support(torch.tensor([row]), torch.tensor([column]))
 
 
 class Coordinate(JaguarProbe):
@@ -250,7 +172,7 @@ class Coordinate(JaguarProbe):
         signs: `rademacher` or `ones`.
     """
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
         (position,) = noise.integers(Key(step, k, Domain.SUPPORT), [(0, sum(spec.numel for spec in specs))])
         for spec in specs:
             if position < spec.numel:
@@ -266,7 +188,7 @@ class Entry(JaguarProbe):
         signs: `rademacher` or `ones`.
     """
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
         positions = noise.integers(Key(step, k, Domain.SUPPORT), [(spec.id, spec.numel) for spec in specs])
         return {spec.id: _one_entry(spec, position) for spec, position in zip(specs, positions, strict=True)}
 
@@ -278,11 +200,11 @@ class Row(JaguarProbe):
         signs: `rademacher` or `ones`.
     """
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
         wanted = [(spec.id, spec.rows if spec.is_matrix else spec.columns, 1) for spec in specs]
         drawn = noise.choices(Key(step, k, Domain.SUPPORT), wanted)
         return {
-            spec.id: _Support(chosen, None) if spec.is_matrix else _Support(None, chosen)
+            spec.id: Support(chosen, None) if spec.is_matrix else Support(None, chosen)
             for spec, chosen in zip(specs, drawn, strict=True)
         }
 
@@ -303,7 +225,7 @@ class Block(JaguarProbe):
         self.rows = check_share("rows", rows)
         self.columns = check_share("columns", columns)
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
         matrices = [spec for spec in specs if spec.is_matrix]
         rows = [(spec.id, spec.rows, portion(self.rows, spec.rows)) for spec in matrices]
         columns = [(spec.id, spec.columns, portion(self.columns, spec.columns)) for spec in specs]
@@ -311,7 +233,7 @@ class Block(JaguarProbe):
         chosen_rows = dict(zip((spec.id for spec in matrices), drawn_rows, strict=True))
         drawn_columns = noise.choices(Key(step, k, Domain.SUPPORT_COLUMNS), columns)
         return {
-            spec.id: _Support(chosen_rows.get(spec.id), chosen)
+            spec.id: Support(chosen_rows.get(spec.id), chosen)
             for spec, chosen in zip(specs, drawn_columns, strict=True)
         }
 
@@ -328,10 +250,10 @@ class Tensors(JaguarProbe):
         super().__init__(signs=signs)
         self.share = check_share("share", share)
 
-    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, _Support]:
+    def supports(self, noise: Noise, specs: Sequence[TensorSpec], step: int, k: int) -> dict[int, Support]:
         count = portion(self.share, len(specs))
         (chosen,) = noise.choices(Key(step, k, Domain.SUPPORT), [(0, len(specs), count)])
-        return {specs[index].id: _Support(None, None) for index in chosen.tolist()}
+        return {specs[index].id: Support(None, None) for index in chosen.tolist()}
 
 
 def check_share(name: str, value: float) -> float:
