@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "zoscale"
 
 LAYERS = [
+    {"grouping"},
     {
         "config", "devices", "lanes", "local_job", "mesh", "meters", "noise", "passes", "phases", "stillness",
         "tracking",

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zoscale.grouping import alike
 from zoscale.noise.segments import Segment, SignTerms
-from zoscale.noise.streams import alike
 from zoscale.noise.sums import Sum
 from zoscale.probes import Direction, Piece
 from zoscale.shards import TensorSpec

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zoscale.estimators import Candidate
+from zoscale.grouping import alike, filled
 from zoscale.noise.kernels import kernels_on
 from zoscale.noise.segments import Segment, Write, values, write_all
 from zoscale.noise.streams import ALIGNED
@@ -76,18 +77,12 @@ class Draws:
     def _batched(self, outlines: Sequence[ShardedParam]) -> Iterator["_Batch"]:
         """Slabs that follow one another, a chunk of their device for all candidates together."""
         count = max(1, sum(map(len, self._numbers.values())))
-        group, kind, size = list[ShardedParam](), None, 0
-        for outline in outlines:
-            device, own, length = outline.truth.device, outline.param.dtype, len(outline)
+        for numbers in alike((outline.truth.device, outline.param.dtype) for outline in outlines):
+            device = outlines[numbers[0]].truth.device
             limit = chunk(device) // count
-            if length > limit or not outline.is_whole or kernels_on(device) is None:
-                continue
-            if size + length > limit or kind != (device, own):
-                yield _Batch(group)
-                group, kind, size = [], (device, own), 0
-            group.append(outline)
-            size += length
-        yield _Batch(group)
+            some = [outlines[number] for number in numbers if kernels_on(device) is not None]
+            fitting = (outline for outline in some if len(outline) <= limit and outline.is_whole)
+            yield from map(_Batch, filled(fitting, len, limit))
 
     def written(self, outlines: Sequence[ShardedParam]) -> list[dict[int, Tensor]]:
         """Of each slab, by number the values of every candidate but the point itself: in a launch per candidate."""
@@ -234,14 +229,8 @@ def _is_dense(segments: Sequence[tuple[int, Segment | None]]) -> bool:
 
 def _neighbours(specs: Sequence[TensorSpec], limit: int) -> dict[TensorSpec, list[TensorSpec]]:
     """Of each tensor, those that follow one another and have at most `limit` elements, or itself."""
-    found: dict[TensorSpec, list[TensorSpec]] = {}
-    group: list[TensorSpec] = []
-    for spec in specs:
-        if sum(own.numel for own in group) + spec.numel > limit:
-            group = []
-        group.append(spec)
-        found[spec] = group
-    return found
+    groups = filled(specs, lambda spec: spec.numel, limit)
+    return {spec: group for group in groups for spec in group}
 
 
 def _by_direction(candidates: Sequence[Candidate]) -> tuple[list[Direction], dict[int | None, list[tuple[int, float]]]]:

@@ -6,7 +6,7 @@ generator costs, not the memory traffic.
 """
 
 import functools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import floordiv, sub
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from zoscale.grouping import alike
 from zoscale.noise import philox
 from zoscale.noise.fused import on_device
 from zoscale.noise.generator import Key, Noise, Range
@@ -112,14 +113,6 @@ def perturb_all(streams: Sequence[Stream], slices: Sequence[Slices], radius: flo
         some = [streams[number] for number in numbers]
         rest = (counter_word(some[0].key), radius)
         launch("perturb", [[stream] for stream in some], [slices[number] for number in numbers], rest)
-
-
-def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
-    """The numbers of those that are equal, together."""
-    found: dict[Hashable, list[int]] = {}
-    for number, kind in enumerate(kinds):
-        found.setdefault(kind, []).append(number)
-    return list(found.values())
 
 
 def launch(name: str, streams: Sequence[Sequence[Stream]], slices: Sequence[Slices], rest: Sequence[Any]) -> None:

@@ -6,7 +6,7 @@ bits of eager mode. Importing this needs Triton.
 
 A slice has `n` elements, and its first one is element `skip` of the tensor's unit `unit`: the 128 elements whose signs
 are one Philox block. `ALIGNED` says that all addresses, `skip` and `n` are multiples of 16, so that a thread takes its
-values at once. Kernels are specialised on nothing else: two variants per combination of types, whatever the sizes.
+values at once. Kernels are specialised on nothing else but whether there are masks and a `table`, whatever the sizes.
 `low` and `high` are the seed, `lasts` (int32 [q]) and `rhos` (float32 [q]) the last counter words and factors of q
 directions. `marks` (uint8 [q, stride], or None) are the rows and columns outside of which z is zero, from `mark` on, in
 a matrix whose element (`row`, `column`) is the first one of the slice.

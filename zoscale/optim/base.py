@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from zoscale.estimators import ESTIMATORS, Backpropagation, Estimator, GradientEstimate
+from zoscale.grouping import alike, filled
 from zoscale.noise.fused import chosen, descend, descend_sign, scalars
 from zoscale.noise.segments import SignTerms, Term
-from zoscale.noise.streams import alike
 from zoscale.noise.sums import Sum
 from zoscale.optim.sharded import Company, ShardedOptimizer
 from zoscale.probes import PROBES, Layers, Piece, Probe
@@ -137,21 +137,12 @@ def moved(
 
 def _together(batch: Sequence[Piece]) -> Iterator[list[int]]:
     """The numbers of all pieces; of small ones that are alike, those that fill a chunk of their device together."""
+    sizes = [piece.stop - piece.start for piece in batch]
     for numbers in alike(_kind(piece) for piece in batch):
-        group: list[int] = []
-        size, limit = 0, chunk(batch[numbers[0]].shard.truth.device)
-        for number in numbers:
-            own = batch[number].stop - batch[number].start
-            if own * _SMALL > limit:
-                yield [number]
-                continue
-            if size + own > limit:
-                yield group
-                group, size = [], 0
-            group.append(number)
-            size += own
-        if group:
-            yield group
+        limit = chunk(batch[numbers[0]].shard.truth.device)
+        small = [number for number in numbers if sizes[number] * _SMALL <= limit]
+        yield from filled(small, sizes.__getitem__, limit)
+        yield from ([number] for number in numbers if sizes[number] * _SMALL > limit)
 
 
 def _kind(piece: Piece) -> tuple[Any, ...]:

@@ -1,0 +1,29 @@
+"""Things that are handled together: those that are alike, and as many as fit."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """The numbers of those that are equal, together."""
+    found: dict[Hashable, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(number)
+    return list(found.values())
+
+
+def filled(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Items that follow one another, as many as have room; a larger one is alone."""
+    group: list[T] = []
+    total = 0
+    for item in items:
+        own = size(item)
+        if group and total + own > limit:
+            yield group
+            group, total = [], 0
+        group.append(item)
+        total += own
+    if group:
+        yield group
