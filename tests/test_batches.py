@@ -354,6 +354,25 @@ def test_options_that_the_tokenizer_does_not_tell_apart_are_refused(words: PreTr
     assert Encoder(words, 64).micro_batch([Example("the film", (*options, " great"))], gold_only=False)
 
 
+def test_tokens_that_the_model_does_not_have_are_refused_and_padding_with_one_is_not(
+    words: PreTrainedTokenizerFast,
+) -> None:
+    """On a GPU a lookup beyond the embedding ends the process with an error that names nothing."""
+    examples = [Example("it was", (" great", " terrible"), 0), Example("a film it was", (" great", " terrible"), 1)]
+    highest = max(
+        id for example in examples for text in example.options for id in words(example.prompt + text)["input_ids"]
+    )
+    with pytest.raises(ConfigError, match=f"token ids below {highest}.*got {highest}"):
+        for example in examples:
+            Encoder(words, 64, vocabulary=highest).encode(example, gold_only=False)
+    padded = copy.deepcopy(words)
+    padded.add_special_tokens({"pad_token": "<added>"})
+    known = len(words)
+    assert padded.pad_token_id >= known
+    batch = Encoder(padded, 64, vocabulary=known).micro_batch(examples, gold_only=True)
+    assert not batch.attention_mask.bool().all() and int(batch.input_ids.max()) < known
+
+
 def test_truncation_keeps_the_answer_and_counts(words: PreTrainedTokenizerFast) -> None:
     """Pitfall 18: the prompt loses its earliest words but the first token; what is cut is counted."""
     encoder = Encoder(words, 6)

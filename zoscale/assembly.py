@@ -113,7 +113,7 @@ def encoder_of(config: RunConfig, architecture: Any, size: ModelSize) -> Encoder
     """
     length, wanted = longest_row(config, size), config.data.share_prefixes and not num_virtual_tokens(config.adapter)
     branching = wanted and can_share_prefixes(architecture, config.model, length)
-    return Encoder(load_tokenizer(config.model), length, branching=branching)
+    return Encoder(load_tokenizer(config.model), length, branching=branching, vocabulary=size.vocabulary)
 
 
 def longest_row(config: RunConfig, size: ModelSize) -> int:

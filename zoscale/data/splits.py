@@ -101,15 +101,25 @@ class Encoder:
         max_length: longest row in tokens; longer prompts lose as many of their first demonstrations as need be, and
             what is longer still loses its middle start (the first token stays).
         branching: whether the model can run options that part in one row.
+        vocabulary: tokens that the model has; None = any.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, *, branching: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        branching: bool = False,
+        vocabulary: int | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.branching = branching
+        self.vocabulary = vocabulary
         self._truncated: set[tuple[int, ...]] = set()
         self._left_out: dict[Example, int] = {}
-        self._pad = int(tokenizer.pad_token_id or 0)  # masked, whatever it is
+        pad = int(tokenizer.pad_token_id or 0)
+        self._pad = pad if vocabulary is None or pad < vocabulary else 0  # masked, whatever it is
         special: list[int] = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
         self._num_appended = special[::-1].index(0) if 0 in special else 0
 
@@ -155,7 +165,8 @@ class Encoder:
         """Token ids of an example, with all its options or only the right one.
 
         Raises:
-            ConfigError: for an answer that is empty or does not fit, and for options that are all the same tokens.
+            ConfigError: for an answer that is empty or does not fit, for options that are all the same tokens, and for
+                a token that the model does not have.
         """
         example = self._with_fitting_shots(example)
         numbers = [example.gold] if gold_only else list(range(len(example.options)))
@@ -169,6 +180,7 @@ class Encoder:
                 raise _no_tokens(example.prompt, example.options[number])
             tokens, answer_start = self._cut(full, answer_start)
             spelled.add(tuple(full))
+            self._check_known(full)
             targets = [(place - 1, tokens[place], option) for place in range(answer_start, len(tokens))]
             answers.setdefault(tuple(tokens[:-1]), []).extend(targets)
         if len(spelled) < min(2, len(numbers)):
@@ -178,6 +190,13 @@ class Encoder:
         merged = share_prefixes(rows, self.max_length, branching=self.branching)
         gold = tuple(number == example.gold for number in numbers)
         return Encoded(tuple(merged), gold, self._question(example, numbers))
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        """A lookup beyond the embedding would end a run on a GPU with an error that names nothing."""
+        if self.vocabulary is not None and max(ids) >= self.vocabulary:
+            got = f"{max(ids)} ({show(self.tokenizer.convert_ids_to_tokens(max(ids)))})"
+            remedy = "choose the model's own tokenizer (model.tokenizer), or a model with all of its tokens"
+            raise ConfigError(f"token ids below {self.vocabulary}, of which the model has an embedding", got, remedy)
 
     def _ids(self, text: str) -> list[int]:
         """Token ids of a text that goes on: without the end that some tokenizers (BART's) put behind every text."""

@@ -35,6 +35,7 @@ class ModelSize:
         matrices_in_block: number of matrices of the block that has most.
         matrices_outside: number of matrices outside of blocks.
         positions: see `num_positions`.
+        vocabulary: tokens that the input embedding has; None = it is no table.
     """
 
     total: int
@@ -44,6 +45,7 @@ class ModelSize:
     matrices_in_block: int = 0
     matrices_outside: int = 0
     positions: int | None = None
+    vocabulary: int | None = None
 
 
 def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> ModelSize:
@@ -78,7 +80,13 @@ def count_parameters(architecture: Any, *, trust_remote_code: bool = False) -> M
         max(matrices, default=sum(param.dim() > 1 for param in weights)),
         sum(param.dim() > 1 for param in outside),
         num_positions(model),
+        _vocabulary(model),
     )
+
+
+def _vocabulary(model: PreTrainedModel) -> int | None:
+    table = model.get_input_embeddings()
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
 def _is_causal(config: Any) -> bool:
