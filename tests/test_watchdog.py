@@ -1,5 +1,6 @@
 """`Watchdog`: real jobs that stall, are stopped, lose their launcher, or are only slow."""
 
+import json
 import os
 import re
 import signal
@@ -8,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -27,6 +29,7 @@ WORKER = f"""
 import ctypes, os, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from zoscale.watchdog import Watchdog
@@ -416,6 +419,23 @@ def timed(dog: Watchdog, number: int = 10_000) -> float:
 def test_limits_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 0 < stall_seconds <= slow_seconds, got 30 and 10"):
         Watchdog(rank=0, world_size=1, slow_seconds=10)
+
+
+def test_a_store_that_does_not_answer_is_blamed_though_its_host_posted_before_the_last_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So its host is silent for longer, by what was read last."""
+    ends, now, state = list[str](), [0.0], State(limit=STALL, beat=3, post=1, host="h", pid=7)
+    dog = Watchdog(rank=1, world_size=2, stall_seconds=STALL, slow_seconds=60)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Watchdog, "_end", lambda self, message, *_: ends.append(message))
+    monkeypatch.setattr(Watchdog, "_sibling", lambda self, state: SimpleNamespace(status=lambda: psutil.STATUS_STOPPED))
+    for look in range(5):
+        own = json.dumps(asdict(replace(state, post=look)))
+        dog._news = (min(look, 1) + 1, [json.dumps(asdict(state)), own])
+        dog._look()
+        now[0] += 1.01 * TICK
+    assert ends == ["the job's store has not answered for 3 s; its host is rank 0 (host h, pid 7)"]
 
 
 def test_the_first_answer_of_the_store_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:

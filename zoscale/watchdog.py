@@ -181,7 +181,7 @@ class Watchdog:
             host = sights[0].name(0) if in_rank_0 else "the launcher"
             how = f"is lost ({self._lost})" if self._lost else f"has not answered for {unanswered:.0f} s"
             self._end(f"the job's store {how}; its host is {host}", [0] if in_rank_0 else [], sights)
-        elif verdict := judge(sights, self.stall_seconds):
+        elif unanswered <= 2 * TICK and (verdict := judge(sights, self.stall_seconds)):  # not by posts of long ago
             self._end(*verdict, sights)
 
     def _sight(self, rank: int, state: State) -> Sight:
