@@ -90,12 +90,13 @@ class GradientEstimate:
     def mean(self, group: Sequence[Piece]) -> list[Tensor]:
         """g = (1/q) sum_k rho_k z_k on each piece: float32 of its size."""
         sums, rest = self.sums(group)
-        found = dict(zip(rest, self._drawn_mean(rest), strict=True)) if rest else {}
+        found = dict(zip(rest, self.drawn_mean(rest), strict=True))
         for pieces, own in sums:
             found |= zip(pieces, own.mean(), strict=True)
         return [found[piece] for piece in group]
 
-    def _drawn_mean(self, group: Sequence[Piece]) -> list[Tensor]:
+    def drawn_mean(self, group: Sequence[Piece]) -> list[Tensor]:
+        """`mean` on pieces where some z_k is drawn."""
         totals = _zeros(group)
         for number, segment, rho in self._terms(group):
             segment.add_to(totals[number], rho)
@@ -130,7 +131,7 @@ class GradientEstimate:
     def _terms(self, group: Sequence[Piece]) -> Iterator[tuple[int, Segment, float]]:
         """(number of the piece, z_k on it, rho_k), direction by direction, where z_k is not zero."""
         for direction, rho in zip(self.directions, self.projected_grads, strict=True):
-            for number, segment in enumerate(direction.segments(group)):
+            for number, segment in enumerate(direction.segments(group) if group else ()):
                 if segment is not None:
                     yield number, segment, rho
                 del segment

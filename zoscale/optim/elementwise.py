@@ -41,5 +41,5 @@ class GradientDescent(ElementwiseOptimizer):
             sums, rest = estimate.sums(batch)
             for together, gradient in sums:
                 self.descend_along(together, gradient, group)
-            for piece, drawn in zip(rest, estimate.mean(rest), strict=True):
+            for piece, drawn in zip(rest, estimate.drawn_mean(rest), strict=True):
                 self.descend(piece, drawn, group)
