@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,7 +184,7 @@ def test_from_labels_refuses(batch: dict[str, torch.Tensor], match: str) -> None
 def test_to_moves_every_tensor() -> None:
     moved = MicroBatch.from_rows([Row((1, 2), ((1, 3, 0),), 0)], [[True]], 0).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 9 and all(value.device.type == "meta" for value in tensors)
+    assert len(tensors) == 10 and all(value.device.type == "meta" for value in tensors)
     assert (moved.num_examples, moved.num_tokens) == (1, 2)
 
 
@@ -199,7 +200,7 @@ def test_what_goes_to_a_gpu_is_pinned_in_one_piece(monkeypatch: pytest.MonkeyPat
     (row,) = share_prefixes([Row((1, 2, n), ((2, n, n),), 0) for n in range(2)], 9, branching=True)
     batch = MicroBatch.from_rows([row, Row((1,), ((0, 3, 0),), 1)], [[True, False], [True]], 0)
     moved = batch.to(torch.device("cuda"))
-    assert len(pinned) == 11 and all(values.is_contiguous() for values in pinned)
+    assert len(pinned) == 12 and all(values.is_contiguous() for values in pinned)
     assert moved.ends is not None and moved.ends.device.type == "meta"
 
 
@@ -276,6 +277,42 @@ def test_merged_rows_hold_the_same_sequences(texts: list[str], room: int, branch
     assert list(map(sorted, scored(MicroBatch.from_rows(merged, gold, 0)))) == list(
         map(sorted, scored(MicroBatch.from_rows(rows, gold, 0)))
     )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3, unique=True), min_size=1, max_size=6
+    ),
+    st.booleans(),
+)
+def test_packed_rows_hold_the_same_sequences(texts: list[list[str]], branching: bool) -> None:
+    """Of any examples, also where the options of one share a row already."""
+    rows = []
+    for example, options in enumerate(texts):
+        sequences = [(1, *(2 + (letter == "b") for letter in text)) for text in options]
+        own = [Row(s, tuple((c, 10 * n + c, n) for c in range(len(s))), 0) for n, s in enumerate(sequences)]
+        rows += [replace(row, example=example) for row in share_prefixes(own, 30, branching=branching)]
+    gold = [[True] * len(options) for options in texts]
+    encoder = object.__new__(Encoder)
+    encoder.packing, encoder.max_length = True, 64
+    groups, width = encoder.layout([len(row.tokens) for row in rows])
+    packed, apart = MicroBatch.from_rows(rows, gold, 0, (), width, groups=groups), MicroBatch.from_rows(rows, gold, 0)
+    assert packed.input_ids.numel() <= apart.input_ids.numel() and packed.num_tokens == apart.num_tokens
+    assert list(map(sorted, scored(packed))) == list(map(sorted, scored(apart)))
+
+
+def test_how_sequences_are_packed(words: PreTrainedTokenizerFast) -> None:
+    """Into rows of nearly equal lengths and the fewest tokens; not where that saves little, or masks would be large."""
+    encoder = Encoder(words, 1000, packing=True)
+    alone = [[0], [1], [2], [3]]
+    assert encoder.layout([5, 20, 6, 10]) == ([[1, 3, 2, 0]], 41)
+    assert encoder.layout([60, 90, 50, 70]) == ([[1], [3], [0, 2]], 110)
+    assert encoder.layout([300, 100, 90, 80]) == ([[0], [1, 2, 3]], 300), "no wider than the longest or 128"
+    assert encoder.layout([100, 99, 98, 97]) == (alone, 100)
+    assert encoder.layout([513, 1, 1, 1]) == (alone, 513)
+    assert encoder.layout([5, 20, 6, 10], 32) == ([[1, 3, 2, 0]], 64)
+    assert Encoder(words, 1000).layout([5, 20, 6, 10], 8) == (alone, 24)
 
 
 def test_the_mask_of_merged_rows_by_hand() -> None:

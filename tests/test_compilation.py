@@ -150,6 +150,22 @@ def test_shapes_of_a_run_are_few_and_known_before() -> None:
             assert not wide.attention_mask[:, width:].any()
 
 
+@pytest.mark.parametrize("multiple", [1, 32])
+def test_shapes_of_packed_rows_are_known_before(multiple: int) -> None:
+    examples = [Example("x" * (3 + number), ("a", "b"), 0, ("a", "b")) for number in range(60)]
+    encoder: Any = Encoder(Letters(), 60, packing=True)  # type: ignore[arg-type]
+    config = DataConfig(batch_size=6, micro_batch_size=3)
+    batches = TrainBatches(examples, encoder, config, 0, gold_only=False, multiple=multiple)
+
+    def outline(batch: MicroBatch) -> tuple[int, ...]:
+        return (*batch.input_ids.shape, batch.ends is not None)
+
+    taken = [outline(batch) for step in range(40) for batch in batches.at(step)]
+    assert sorted({*taken}) == [outline(batch) for batch in batches.one_of_each_shape(40)]
+    assert {rows for rows, _, is_packed in taken if is_packed} == ({1, 2} if multiple == 1 else {1})
+    assert all(width % multiple == 0 or (width == 60 and not is_packed) for _, width, is_packed in taken)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -155,14 +155,14 @@ def test_candidates_are_cut_to_max_rows(max_rows: int) -> None:
 
 
 def test_rows_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """K x R rows together, or nearly equal passes of at most `max_rows`."""
+    """K x R rows together, or nearly equal passes of at most `max_rows`; before the first one, three on trial."""
     model = model_of("opt", torch.float32)
     rows = []
     model.register_forward_pre_hook(lambda m, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     for max_rows in (None, 6):
         engine = ZeroOrderEngine(model, estimator=TwoPoint(num_directions=2), forward="fan_out", max_rows=max_rows)
         engine.losses(micro_batches(tiny.batch(0, 1)), engine.directions(0))
-    assert rows == [8, 4, 4]
+    assert rows == [2, 2, 2, 8, 2, 2, 2, 4, 4]
 
 
 def test_the_bound_on_a_pass_follows_from_the_model_alone() -> None:

@@ -246,13 +246,14 @@ def test_blocks_before_the_first_perturbed_weight_are_run_once() -> None:
     engine = ZeroOrderEngine(model, estimator=estimator, probe=Gaussian(), forward="fan_out")
     batches = micro_batches(tiny.batch(0, 1))
     first = engine.losses(batches, engine.directions(0))
-    assert rows == [8, 8], "the first pass learns the order"
+    assert rows[-2:] == [2, 8] and {*rows[:-2]} == {2}, "a pass on trial learns the order"
+    rows.clear()
     assert engine.losses(batches, engine.directions(0)) == first
-    assert rows[2:] == [2, 8]
+    assert rows == [2, 8]
     engine.probe = Coordinate()
     direction = next(d for s in range(99) if "lm_head" in touched_by(engine, d := engine.directions(s)[0]))
     shared = engine.losses(batches, [direction] * 2)
-    assert rows[4:] == [2, 2]
+    assert rows[2:] == [2, 2]
     engine.forward = SequentialForward(engine.answers, engine.shards, engine.mesh)
     assert shared.values == pytest.approx(engine.losses(batches, [direction] * 2).values, abs=2e-6)
 

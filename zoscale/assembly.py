@@ -24,7 +24,7 @@ from zoscale.metrics import COMPARED, METRICS, TALLIED, score
 from zoscale.models.attention import check_attention
 from zoscale.models.loading import (
     add_adapter,
-    can_share_prefixes,
+    can_merge_rows,
     load_model,
     load_sharded,
     load_tokenizer,
@@ -106,14 +106,20 @@ def _plan(config: RunConfig) -> Plan:
 
 
 def encoder_of(config: RunConfig, architecture: Any, size: ModelSize) -> Encoder:
-    """From texts to token ids, with options in one row where the model can.
+    """From texts to token ids, with several options or examples in one row where the model can.
 
     Raises:
         ConfigError: if there is no tokenizer, or the model has no position for a token.
     """
-    length, wanted = longest_row(config, size), config.data.share_prefixes and not num_virtual_tokens(config.adapter)
-    branching = wanted and can_share_prefixes(architecture, config.model, length)
-    return Encoder(load_tokenizer(config.model), length, branching=branching, vocabulary=size.vocabulary)
+    length = longest_row(config, size)
+    can_merge = not num_virtual_tokens(config.adapter) and can_merge_rows(architecture, config.model, length)
+    return Encoder(
+        load_tokenizer(config.model),
+        length,
+        branching=can_merge and config.data.share_prefixes,
+        packing=can_merge and config.data.pack,
+        vocabulary=size.vocabulary,
+    )
 
 
 def longest_row(config: RunConfig, size: ModelSize) -> int:

@@ -1,6 +1,6 @@
 """Things that are handled together: those that are alike, and as many as fit."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,3 +27,14 @@ def filled(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator
         total += own
     if group:
         yield group
+
+
+def balanced(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """The numbers of items in so many groups of nearly equal sums: the largest first, each to the smallest group."""
+    groups: list[list[int]] = [[] for _ in range(count)]
+    sums = [0] * count
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        place = sums.index(min(sums))
+        groups[place].append(number)
+        sums[place] += sizes[number]
+    return groups

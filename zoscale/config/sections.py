@@ -57,7 +57,9 @@ class DataConfig:
         pad_to_multiple_of: Training rows are padded to a multiple of so many tokens (max_length at most), so that
             there are few shapes; null is 32 for a compiled forward, else 1.
         share_prefixes: Run a prompt once for all its options of several tokens, where the model is known to allow it
-            (gpt2, llama, mistral, opt, qwen2 without FlashAttention); false runs it with each of them.
+            (22 types, named in zoscale/models/loading.py, without FlashAttention); false runs it with each of them.
+        pack: Put short examples of a micro-batch side by side into one row, where the model is known to allow it (see
+            share_prefixes) and rows have at most 512 tokens; false gives each a row of its own.
     """
 
     batch_size: int = 16
@@ -70,6 +72,7 @@ class DataConfig:
     length_window: int = 1
     pad_to_multiple_of: int | None = None
     share_prefixes: bool = True
+    pack: bool = True
 
 
 @dataclass(frozen=True)

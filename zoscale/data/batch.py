@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoscale.data.prefixes import Row
+from zoscale.data.prefixes import Row, side_by_side
 from zoscale.noise.fused import on_device
 
+_TRIED = 32  # tokens of a row at most: no model has fewer positions, while packed rows may have more than it has
 IGNORED = -100
 """Label that Hugging Face gives to tokens without a loss."""
 
@@ -51,6 +52,8 @@ class MicroBatch:
         position_ids: [R, T], the place of each token in its sequence; None = its column, for rows of one sequence.
         ends: [R, T], the column from which on a token is not seen any more; None as before.
         is_right_padded: whether padding follows the real tokens of each row; else it may be anywhere but before them.
+        answer_columns: [R, p], the columns of P in each row, filled up with others to the same number; None = these
+            are more than three quarters of all.
     """
 
     input_ids: Tensor
@@ -68,6 +71,7 @@ class MicroBatch:
     position_ids: Tensor | None = None
     ends: Tensor | None = None
     is_right_padded: bool = True
+    answer_columns: Tensor | None = None
 
     @classmethod
     def from_rows(
@@ -77,6 +81,8 @@ class MicroBatch:
         pad_token: int,
         questions: Sequence[Question] = (),
         width: int = 0,
+        *,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> "MicroBatch":
         """Pad rows to the longest, or further.
 
@@ -86,17 +92,21 @@ class MicroBatch:
             pad_token: token id for padding (masked).
             questions: of each example.
             width: fewest columns.
+            groups: rows by their numbers, which are put side by side into one; None = each is one.
         """
-        longest = max(width, *(len(row.tokens) for row in rows))
         first_option = [0]
         for options in gold:
             first_option.append(first_option[-1] + len(options))
+        rows = [_numbered(row, first_option[row.example]) for row in rows]
+        if groups is not None:
+            rows = [side_by_side([rows[number] for number in group]) for group in groups]
+        longest = max(width, *(len(row.tokens) for row in rows))
         positions: dict[tuple[int, int], int] = {}
         answers = []
         for number, row in enumerate(rows):
             for column, token, option in row.answers:
                 place = positions.setdefault((number, column), len(positions))
-                answers.append((place, token, first_option[row.example] + option))
+                answers.append((place, token, option))
         padded = [list(row.tokens) + [pad_token] * (longest - len(row.tokens)) for row in rows]
         mask = [[1] * len(row.tokens) + [0] * (longest - len(row.tokens)) for row in rows]
         position_ids, ends = _trees(rows, longest) if any(row.tree for row in rows) else (None, None)
@@ -117,6 +127,7 @@ class MicroBatch:
             tuple(questions),
             position_ids,
             ends,
+            answer_columns=_answer_columns(position_table[:, 0], position_table[:, 1], len(rows), longest),
         )
 
     @classmethod
@@ -157,7 +168,18 @@ class MicroBatch:
             rows,
             int(mask.sum()),
             is_right_padded=bool((mask[:, :-1] >= mask[:, 1:]).all()),
+            answer_columns=_answer_columns(row, column, *input_ids.shape),
         )
+
+    def trial(self) -> "MicroBatch":
+        """Two short rows of these tokens, each a sequence without padding, with answers in the middle of each."""
+        ids = self.input_ids[:2, :_TRIED].tolist()
+        rows = []
+        for number, tokens in enumerate((ids * 2)[:2]):
+            last = len(tokens) - 1
+            columns = {min(max(1, len(tokens) // 3), last), min(len(tokens) // 2 + number, last)}
+            rows.append(Row(tuple(tokens), tuple((column, tokens[0], 0) for column in columns), number))
+        return self.from_rows(rows, [[True]] * 2, pad_token=0)
 
     def repeat(self, times: int) -> "MicroBatch":
         """The same rows and answers several times over, one copy after the other; for `answer_logprobs` only."""
@@ -173,6 +195,7 @@ class MicroBatch:
             answer_token=self.answer_token.repeat(times),
             position_ids=None if self.position_ids is None else self.position_ids.repeat(times, 1),
             ends=None if self.ends is None else self.ends.repeat(times, 1),
+            answer_columns=None if self.answer_columns is None else self.answer_columns.repeat(times, 1),
         )
 
     def model_inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -190,11 +213,26 @@ class MicroBatch:
         return replace(self, **moved)
 
 
+def _numbered(row: Row, first: int) -> Row:
+    """The row with options that are numbered throughout the micro-batch."""
+    return replace(
+        row, example=0, answers=tuple((column, token, first + option) for column, token, option in row.answers)
+    )
+
+
 def _moved_left(mask: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
     """Tables [R, T], each row rotated so that its first real token stands first."""
     column = torch.arange(mask.shape[1], device=mask.device)
     order = (column + mask.to(torch.uint8).argmax(dim=1, keepdim=True)) % len(column)
     return tuple(table.gather(1, order) for table in rows)
+
+
+def _answer_columns(row: Tensor, column: Tensor, num_rows: int, width: int) -> Tensor | None:
+    """See `MicroBatch.answer_columns`."""
+    table = torch.zeros(num_rows, width, dtype=torch.uint8, device=row.device)
+    table[row, column] = 1
+    most = int(table.sum(dim=1).max())
+    return table.argsort(dim=1, descending=True, stable=True)[:, :most] if 4 * most <= 3 * width else None
 
 
 def _trees(rows: Sequence[Row], width: int) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,17 @@
-"""`Row`: a sequence to run, and `share_prefixes`: several that begin alike as one row, their common tokens run once."""
+"""`Row`: a sequence to run; several that begin alike as one row (`share_prefixes`), or any (`side_by_side`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence to run, or several that share their beginnings, and the places in it whose next token matters.
+    """One sequence to run, or several, which may share their beginnings, and the places whose next token matters.
 
     Args:
         tokens: input token ids; of several sequences the tree of their prefixes, a token before what follows it.
         answers: (column, target token, option number within the example) triples.
-        example: number of the example within the micro-batch.
+        example: number of the example within the micro-batch; 0 where options are numbered throughout a micro-batch.
         tree: of several sequences, (position, end) of each token: its place in its sequences, and the column where
             what follows it ends; it is seen from there on no more. Empty for one sequence.
     """
@@ -72,6 +72,26 @@ class _Merging:
         length = len(self.tokens)
         tree = tuple((position, self._ends.get(c, length)) for c, position in enumerate(self._positions))
         return Row(tuple(self.tokens), tuple(self._answers), example, tree if self._ends else ())
+
+
+def side_by_side(rows: Sequence[Row]) -> Row:
+    """The same sequences in one row, each token attending to those of its own; that needs a mask of any form.
+
+    Args:
+        rows: with options that are numbered throughout.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    tokens: list[int] = []
+    answers: list[tuple[int, int, int]] = []
+    tree: list[tuple[int, int]] = []
+    for row in rows:
+        first = len(tokens)
+        tokens += row.tokens
+        answers += [(first + column, token, option) for column, token, option in row.answers]
+        own = row.tree or [(place, len(row.tokens)) for place in range(len(row.tokens))]
+        tree += [(position, first + end) for position, end in own]
+    return replace(rows[0], tokens=tuple(tokens), answers=tuple(answers), tree=tuple(tree))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -11,11 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from zoscale.config import ConfigError, DataConfig, show
 from zoscale.data.batch import MicroBatch, Question
 from zoscale.data.prefixes import Row, common_prefix, share_prefixes
+from zoscale.grouping import balanced
 from zoscale.noise.generator import Domain, Key, Noise
 from zoscale.tasks import Example, Task, demonstrate
 
 T = TypeVar("T")
 
+_ROOM = 128  # columns up to which rows may become wider than the longest sequence, so that more fit in
+_WIDEST = 512  # of packed rows: beyond, their masks are no small part of a pass's memory
+_WORTH = 0.95  # of the tokens that are run without, above which rows are not packed
 _LONGER = "raise it, or take a model with more positions"
 
 SPLIT, ORDER, STRATA = 0, 1, 2  # second words of the draws in Domain.DATA; strata take all from theirs on
@@ -94,13 +98,14 @@ class Encoder:
 
     The last token of an option is never fed: its log-probability is read one position earlier. Options that share all
     fed tokens (one-token candidates) share one row; so do options that another one continues, and with `branching`
-    all options of a prompt, as far as `max_length` tokens go.
+    all options of a prompt, as far as `max_length` tokens go. With `packing`, so do short rows of any examples.
 
     Args:
         tokenizer: of the model.
         max_length: longest row in tokens; longer prompts lose as many of their first demonstrations as need be, and
             what is longer still loses its middle start (the first token stays).
         branching: whether the model can run options that part in one row.
+        packing: whether it can run any sequences in one row, as those of short examples are then.
         vocabulary: tokens that the model has; None = any.
     """
 
@@ -110,11 +115,13 @@ class Encoder:
         max_length: int,
         *,
         branching: bool = False,
+        packing: bool = False,
         vocabulary: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.branching = branching
+        self.packing = packing
         self.vocabulary = vocabulary
         self._truncated: set[tuple[int, ...]] = set()
         self._left_out: dict[Example, int] = {}
@@ -150,16 +157,33 @@ class Encoder:
         """One micro-batch of examples, with all their options or only the right one."""
         return self.collate([self.encode(example, gold_only=gold_only) for example in examples])
 
-    def width(self, length: int, multiple: int) -> int:
-        """Columns for rows of at most `length` tokens: a multiple of so many, as far as `max_length` goes."""
-        return max(length, min(-(-length // multiple) * multiple, self.max_length))
+    def layout(self, lengths: Sequence[int], multiple: int = 1) -> tuple[list[list[int]], int]:
+        """How sequences of these lengths lie in rows: their numbers by row, and the columns.
+
+        Args:
+            lengths: tokens of each.
+            multiple: of columns; where each has a row, as far as `max_length` goes.
+        """
+        plain = [[number] for number in range(len(lengths))]
+        longest = max(*lengths, min(_rounded(max(lengths), multiple), self.max_length))
+        if not self.packing or longest > _WIDEST:
+            return plain, longest
+        layouts = []
+        for count in range(1, len(lengths)):
+            groups = balanced(lengths, count)
+            width = _rounded(max(sum(lengths[number] for number in group) for group in groups), multiple)
+            if width <= max(longest, _ROOM):
+                layouts.append((groups, width))
+        best = min(layouts, key=lambda layout: len(layout[0]) * layout[1], default=(plain, longest))
+        saves = len(best[0]) * best[1] < _WORTH * len(lengths) * longest
+        return best if saves else (plain, longest)
 
     def collate(self, encoded: Sequence[Encoded], multiple: int = 1) -> MicroBatch:
         """One micro-batch of encoded examples, padded to a multiple of so many tokens."""
-        width = self.width(max(example.length for example in encoded), multiple)
         rows = [replace(row, example=number) for number, example in enumerate(encoded) for row in example.rows]
+        groups, width = self.layout([len(row.tokens) for row in rows], multiple)
         gold, questions = [example.gold for example in encoded], [example.question for example in encoded]
-        return MicroBatch.from_rows(rows, gold, self._pad, questions, width)
+        return MicroBatch.from_rows(rows, gold, self._pad, questions, width, groups=groups)
 
     def encode(self, example: Example, *, gold_only: bool) -> Encoded:
         """Token ids of an example, with all its options or only the right one.
@@ -247,6 +271,10 @@ class Encoder:
             raise ConfigError(expected, f"{len(tokens)} tokens", _LONGER)
         self._truncated.add(tuple(tokens[:-1]))
         return tokens[:1] + tokens[1 + surplus :], answer_start - surplus
+
+
+def _rounded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _no_tokens(prompt: str, answer: str) -> ConfigError:

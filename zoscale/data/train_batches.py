@@ -14,11 +14,14 @@ _KEPT = 1024  # examples that are encoded once, not once per epoch: between two 
 
 
 class _Outline(NamedTuple):
-    """An encoded example's longest row, number of rows, and whether one holds several sequences."""
+    """Tokens of an encoded example's rows, and whether one holds several sequences."""
 
-    length: int
-    rows: int
+    lengths: tuple[int, ...]
     has_tree: bool
+
+    @property
+    def length(self) -> int:
+        return max(self.lengths)
 
 
 class TrainBatches:
@@ -77,8 +80,10 @@ class TrainBatches:
         for step in range(steps):
             for part in self._parts(step):
                 outlines = [self._outline(number) for number in part]
-                width = self.encoder.width(max(outline.length for outline in outlines), self.multiple)
-                shape = sum(o.rows for o in outlines), width, any(o.has_tree for o in outlines)
+                lengths = [length for outline in outlines for length in outline.lengths]
+                groups, width = self.encoder.layout(lengths, self.multiple)
+                has_tree = len(groups) < len(lengths) or any(outline.has_tree for outline in outlines)
+                shape = len(groups), width, has_tree
                 if shape not in found:
                     found[shape] = self._collated(part)
         return [found[shape] for shape in sorted(found)]
@@ -92,8 +97,8 @@ class TrainBatches:
     def _outline(self, number: int) -> _Outline:
         if number not in self._outlines:
             encoded = self._encoded(number)
-            has_tree = any(row.tree for row in encoded.rows)
-            self._outlines[number] = _Outline(encoded.length, len(encoded.rows), has_tree)
+            lengths = tuple(len(row.tokens) for row in encoded.rows)
+            self._outlines[number] = _Outline(lengths, any(row.tree for row in encoded.rows))
         return self._outlines[number]
 
     def _parts(self, step: int) -> list[list[int]]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from zoscale.config import ConfigError, first_line
 from zoscale.data.batch import MicroBatch
 from zoscale.estimators import Candidate
+from zoscale.forward.answer_rows import AnswerRows
+from zoscale.forward.compilation import CompiledAnswers
 from zoscale.forward.division import Division, Item, cut
 from zoscale.forward.fan import SEQUENTIAL, Fan, Rows
 from zoscale.forward.sequential import Losses, reduce_losses
@@ -50,8 +52,11 @@ class FanOutForward:
         self.max_rows = max_rows
         self.max_tokens = tokens_per_pass(model.model)
         self.num_parts = num_parts
+        blocks = blocks_of(model.model)
         self.shared = SharedRows(model.model)
-        self.lanes = Lanes(model.module, model.model, blocks_of(model.model), fan.closed)
+        self.answers = AnswerRows(() if isinstance(model, CompiledAnswers) else blocks)  # a graph holds a whole block
+        self.lanes = Lanes(model.module, model.model, blocks, fan.closed)
+        self._has_learned = False
 
     @torch.no_grad()
     def losses(self, batches: Sequence[MicroBatch], candidates: Sequence[Candidate], objective: Objective) -> Losses:
@@ -62,6 +67,8 @@ class FanOutForward:
         """
         division = Division(self.mesh, len(batches), len(candidates), self.num_parts, together=False)
         items = division.items()
+        if not self._has_learned:
+            self._learn(max(batches, key=lambda batch: batch.input_ids.shape[1]).trial())
         places = _places(items)
         passing = self.fan.prepare([candidates[number] for number in places])
         num_passes = max(self._num_passes(part, batch) for part in division.parts for batch in batches)
@@ -73,8 +80,9 @@ class FanOutForward:
             shared = self.shared.blocks(candidates[which])
             rows = _rows(batch, which.stop - which.start, shared, partial(tokens_of, item.batch))
             prepared = slice(places[which.start], places[which.start] + rows.copies)
-            with self.shared.once(shared, rows), passing(prepared, rows):
-                answers = self.model.answer_logprobs(batch.repeat(rows.copies)).chunk(rows.copies)
+            copies = batch.repeat(rows.copies)
+            with self.shared.once(shared, rows), passing(prepared, rows), self.answers.only(copies):
+                answers = self.model.answer_logprobs(copies).chunk(rows.copies)
             for row, logprobs in enumerate(answers, start=which.start - item.candidates.start):
                 table[row, turn], table[-1, turn] = objective(logprobs, batch)
 
@@ -111,6 +119,16 @@ class FanOutForward:
         if self.shared.may_share(candidates):
             together.add(1)
         return [count * self.num_parts for count in sorted(together)]
+
+    def _learn(self, trial: MicroBatch) -> None:
+        """See by passes of the model as it is which rows of a step need not be run; a collective.
+
+        Before the first step, so that a run that is taken up again takes its steps like one that was not stopped.
+        """
+        self._has_learned = True
+        rows = trial.to(self.mesh.device)
+        answer = partial(AnswerModel.answer_logprobs, self.model)  # without a graph
+        self.answers.learn(rows, answer, self.shared.learning(len(rows.input_ids)))
 
     def _num_passes(self, part: slice, batch: MicroBatch) -> int:
         """Passes that a part of the candidates takes on a micro-batch; all ranks do as many as the longest takes."""

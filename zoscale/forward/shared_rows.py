@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from zoscale.estimators import Candidate
 from zoscale.forward.fan import Rows, replaced_forward
-from zoscale.lanes import lane
 from zoscale.models.sizes import blocks_of
 from zoscale.shards import trainable_specs
 
@@ -19,9 +18,9 @@ from zoscale.shards import trainable_specs
 class SharedRows:
     """Knows which blocks come before the first perturbed module.
 
-    Which modules come first is seen in the first pass, which shares nothing. A block that a pass runs again (HRM) gets
-    other rows then, and is not shared. Nothing is where blocks take more than hidden states and what goes with their
-    rows: a bias of each head (BLOOM, MPT), several streams (Gemma 3n), keys of other blocks in a dict (Gemma 4).
+    Which modules come first is seen in one pass; until then, none. A block that a pass runs again (HRM) gets other rows
+    then, and is not shared. Nothing is where blocks take more than hidden states and what goes with their rows: a bias
+    of each head (BLOOM, MPT), several streams (Gemma 3n), keys of other blocks in a dict (Gemma 4).
 
     Args:
         model: with transformer blocks; without any, nothing is shared.
@@ -62,23 +61,20 @@ class SharedRows:
             for block in blocks:
                 repeat = rows.copies if block is blocks[-1] else 1
                 stack.enter_context(replaced_forward(block, partial(_run_once, rows, repeat)))
-            if self._order is None:
-                stack.enter_context(self._observed(rows))
             yield
 
     @contextmanager
-    def _observed(self, rows: Rows) -> Iterator[None]:
-        own, order, again = lane(), dict[nn.Module, None](), set[nn.Module]()
+    def learning(self, num_rows: int) -> Iterator[None]:
+        """Within, a pass of so many rows shows which modules come first."""
+        order, again = dict[nn.Module, None](), set[nn.Module]()
         are_rows = True
 
-        def note(module: nn.Module, args: Any, kwargs: Any = None) -> None:  # in another lane it may be removed by then
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal are_rows
-            if lane() != own:
-                return
             if module in order:
                 again.add(module)
             order.setdefault(module)
-            are_rows &= module not in self._blocks or _are_rows((args, kwargs), rows.copies * rows.rows)
+            are_rows &= module not in self._blocks or _are_rows((args, kwargs), num_rows)
 
         handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self._watched]
         try:

@@ -62,21 +62,26 @@ _PEFT_REFUSES = (
 )  # fmt: skip
 """What PEFT raises for options that do not fit a model."""
 
-_PREFIX_SHARING = frozenset({"gpt2", "llama", "mistral", "opt", "qwen2"})
+MERGING = frozenset(
+    {
+        "cohere", "gemma", "glm4", "gpt2", "gpt_neox", "gptj", "granite", "llama", "mistral", "mixtral", "olmo2",
+        "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    }
+)  # fmt: skip
 """Model types whose losses with merged rows are tested to be those of separate rows."""
 
 
-def can_share_prefixes(architecture: Any, config: ModelConfig, longest: int) -> bool:
+def can_merge_rows(architecture: Any, config: ModelConfig, longest: int) -> bool:
     """Whether the model's attention takes a mask of any form, with positions given.
 
     FlashAttention does not, and a sliding window would not be applied; a model's own code is not relied upon.
     """
     window = getattr(architecture, "sliding_window", None)
     return (
-        architecture.model_type in _PREFIX_SHARING
+        architecture.model_type in MERGING
         and config.attention in (None, "sdpa", "eager")
         and not config.trust_remote_code
-        and (window is None or longest <= window)
+        and (not window or longest <= window)
     )
 
 
