@@ -33,29 +33,30 @@ _TOGETHER = 16 * MANY  # of them, of which a probe may take a few
 def rehearse_forward(
     forward: Forward,
     batches: Sequence[MicroBatch],
-    candidates: Sequence[Candidate],
+    candidates: Callable[[], Sequence[Candidate]],
     num_trials: int,
     objective: Objective,
 ) -> None:
-    """Take losses of every shape that passes on these micro-batches have; a no-op unless blocks are compiled.
+    """Let the forward see what it need not run, and if blocks are compiled, take losses of every shape of passes.
 
     Args:
         forward: of the run.
         batches: one of each shape.
-        candidates: of a step.
+        candidates: gives those of a step.
         num_trials: candidates of a step's second round.
         objective: of the run.
     """
+    if isinstance(forward, FanOutForward):
+        forward.learn(batches)
     answers = getattr(forward, "model", None)
     if not isinstance(answers, CompiledAnswers):
         return
+    points = candidates()
     with answers.compiling():
         for batch in batches:
-            counts = (
-                forward.counts(batch, batches, candidates, num_trials) if isinstance(forward, FanOutForward) else [1]
-            )
+            counts = forward.counts(batch, batches, points, num_trials) if isinstance(forward, FanOutForward) else [1]
             for count in counts:
-                chosen = [candidates[number % len(candidates)] for number in range(count)]
+                chosen = [points[number % len(points)] for number in range(count)]
                 for _ in range(answers.runs_until_recorded):
                     forward.losses([batch], chosen, objective)
 

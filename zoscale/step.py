@@ -15,7 +15,7 @@ from zoscale.adapters.choice import AdapterChoice, Shapes
 from zoscale.adapters.layers import uncalled_told
 from zoscale.adapters.selection import Selection
 from zoscale.data.batch import MicroBatch
-from zoscale.estimators import Estimator, GradientEstimate
+from zoscale.estimators import Candidate, Estimator, GradientEstimate
 from zoscale.forward.compilation import CompiledAnswers
 from zoscale.forward.sequential import Forward, Losses
 from zoscale.mesh import Mesh
@@ -164,12 +164,16 @@ class Engine(ABC):
         return result
 
     def rehearse(self, batches: Sequence[MicroBatch]) -> None:
-        """Compile the forward for steps on micro-batches of these shapes; later steps compile no more of it.
+        """What the first step would do before it: some passes, to see which rows need not be run.
 
-        A collective; a no-op without a compiled forward.
+        And compile the forward, if that is asked for, for steps on micro-batches of these shapes; later steps compile
+        no more of it. A collective.
         """
-        points = self.estimator.candidates(self.directions(0))
-        rehearse_forward(self.forward, batches, points, self.optimizer.num_trials, self.objective)
+
+        def candidates() -> Sequence[Candidate]:
+            return self.estimator.candidates(self.directions(0))
+
+        rehearse_forward(self.forward, batches, candidates, self.optimizer.num_trials, self.objective)
 
     def end_step(self) -> None:
         """Count a step, and choose among the adapters where that is due. A collective then."""

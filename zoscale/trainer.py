@@ -93,9 +93,9 @@ class Trainer:
         started, first = time.monotonic(), self.engine.num_steps
         before = self._evaluate("validation/before", self.validation, 0)
         self._catch_up()
-        if self.config.forward.compile != "off":
-            with self.watchdog.slow("compiling the forward"):
-                self.engine.rehearse(self.batches.one_of_each_shape(self.config.train.steps))
+        if first < self.config.train.steps:
+            with self.watchdog.slow("the rehearsal of the forward"):
+                self.engine.rehearse(self._rehearsed(first))
         bar = tqdm(
             initial=first,
             total=self.config.train.steps,
@@ -114,6 +114,12 @@ class Trainer:
         final = self._evaluate("validation/final", self.validation, steps) if steps else before
         best = self._restore_best(final)
         return self._summary(before, final, best, first, time.monotonic() - started)
+
+    def _rehearsed(self, first: int) -> list[MicroBatch]:
+        """Micro-batches for which the forward gets ready."""
+        if self.config.forward.compile == "off":
+            return self.batches.at(first)
+        return self.batches.one_of_each_shape(self.config.train.steps)
 
     def _step(self, step: int) -> StepResult:
         with self.meters.phases.phase("data"):

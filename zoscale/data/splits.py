@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _ROOM = 128  # columns up to which rows may become wider than the longest sequence, so that more fit in
 _WIDEST = 512  # of packed rows: beyond, their masks are no small part of a pass's memory
+_TRIED = 8  # numbers of rows: the fewest that hold all tokens, and more
 _WORTH = 0.95  # of the tokens that are run without, above which rows are not packed
 _LONGER = "raise it, or take a model with more positions"
 
@@ -168,11 +169,13 @@ class Encoder:
         longest = max(*lengths, min(_rounded(max(lengths), multiple), self.max_length))
         if not self.packing or longest > _WIDEST:
             return plain, longest
+        room = max(longest, _ROOM)
+        fewest = -(-sum(lengths) // room)
         layouts = []
-        for count in range(1, len(lengths)):
+        for count in range(fewest, min(fewest + _TRIED, len(lengths))):
             groups = balanced(lengths, count)
             width = _rounded(max(sum(lengths[number] for number in group) for group in groups), multiple)
-            if width <= max(longest, _ROOM):
+            if width <= room:
                 layouts.append((groups, width))
         best = min(layouts, key=lambda layout: len(layout[0]) * layout[1], default=(plain, longest))
         saves = len(best[0]) * best[1] < _WORTH * len(lengths) * longest

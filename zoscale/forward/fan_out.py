@@ -67,8 +67,7 @@ class FanOutForward:
         """
         division = Division(self.mesh, len(batches), len(candidates), self.num_parts, together=False)
         items = division.items()
-        if not self._has_learned:
-            self._learn(max(batches, key=lambda batch: batch.input_ids.shape[1]).trial())
+        self.learn(batches)
         places = _places(items)
         passing = self.fan.prepare([candidates[number] for number in places])
         num_passes = max(self._num_passes(part, batch) for part in division.parts for batch in batches)
@@ -120,13 +119,16 @@ class FanOutForward:
             together.add(1)
         return [count * self.num_parts for count in sorted(together)]
 
-    def _learn(self, trial: MicroBatch) -> None:
-        """See by passes of the model as it is which rows of a step need not be run; a collective.
+    @torch.no_grad()
+    def learn(self, batches: Sequence[MicroBatch]) -> None:
+        """See by passes of the model as it is, once, which rows of a step need not be run; a collective.
 
         Before the first step, so that a run that is taken up again takes its steps like one that was not stopped.
         """
+        if self._has_learned:
+            return
         self._has_learned = True
-        rows = trial.to(self.mesh.device)
+        rows = max(batches, key=lambda batch: batch.input_ids.shape[1]).trial().to(self.mesh.device)
         answer = partial(AnswerModel.answer_logprobs, self.model)  # without a graph
         self.answers.learn(rows, answer, self.shared.learning(len(rows.input_ids)))
 
