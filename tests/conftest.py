@@ -5,8 +5,11 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from jobs import JobServer
+
+from zoscale.data import batch
 
 JOBS = (
     "test_recovery", "test_training", "test_zero3", "test_slurm", "test_launchers", "test_mesh", "test_plan",
@@ -53,6 +56,12 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if os.environ.get("ZOSCALE_TEST_ALL") == "1" and report.skipped and "apt-get install" in str(report.longrepr):
         report.outcome, report.longrepr = "failed", str(report.longrepr)
     return report
+
+
+@pytest.fixture
+def short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in rows of few tokens those behind the last attention are left out, if no answer is read from them."""
+    monkeypatch.setattr(batch, "FEW", tiny.FEW)
 
 
 def stage(path: Path) -> str:

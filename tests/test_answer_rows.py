@@ -1,7 +1,7 @@
 """Tokens that no answer is read from are left out behind the last attention, where nothing can tell; else nowhere.
 
 That losses are those of `SequentialForward`, which leaves out none, is in test_fan_out.py, test_weight_fan.py and
-test_zero3.py: their batches have answers at up to three quarters of the tokens.
+test_zero3.py, where short rows count as long ones.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from zoscale.forward.sequential import SequentialForward
 from zoscale.probes import Gaussian
 from zoscale.step import micro_batches
 
+pytestmark = pytest.mark.usefixtures("short_rows")
 FOUND = {
     "opt": ["self_attn.out_proj", "fc1", "fc2"],
     "gpt2": ["attn.c_proj", "mlp"],
@@ -69,8 +70,9 @@ def test_the_modules_see_the_tokens_of_answers() -> None:
     assert seen == {"v_proj": (4, 5), "down_proj": (4, 2)}
 
 
-def test_columns_by_hand() -> None:
-    """Columns without an answer fill up short rows; none are given where few tokens would be left out."""
+def test_columns_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns without an answer fill up rows with fewer; none are given where answers are many."""
+    monkeypatch.setattr("zoscale.data.batch.FEW", 8)
 
     def columns(width: int, *answers: tuple[int, ...]) -> list[list[int]] | None:
         rows = [
@@ -79,9 +81,9 @@ def test_columns_by_hand() -> None:
         found = MicroBatch.from_rows(rows, [[True]] * len(rows), 0).answer_columns
         return None if found is None else found.tolist()
 
-    assert columns(5, (1, 3), (4,), (0,)) == [[1, 3], [4, 0], [0, 1]]
-    assert columns(4, (0, 1, 2), (3,)) == [[0, 1, 2], [3, 0, 1]]
-    assert columns(5, (0, 1, 2, 3), (4,)) is None
+    assert columns(16, (1, 3), (4,), (0,)) == [[1, 3], [4, 0], [0, 1]]
+    assert columns(24, (0, 1, 2), (23,)) == [[0, 1, 2], [23, 0, 1]]
+    assert columns(23, (0, 1, 2), (22,)) is None
 
 
 class Mixing(nn.Module):

@@ -181,6 +181,7 @@ def test_from_labels_refuses(batch: dict[str, torch.Tensor], match: str) -> None
         MicroBatch.from_labels(batch)
 
 
+@pytest.mark.usefixtures("short_rows")
 def test_to_moves_every_tensor() -> None:
     moved = MicroBatch.from_rows([Row((1, 2), ((1, 3, 0),), 0)], [[True]], 0).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
@@ -188,6 +189,7 @@ def test_to_moves_every_tensor() -> None:
     assert (moved.num_examples, moved.num_tokens) == (1, 2)
 
 
+@pytest.mark.usefixtures("short_rows")
 def test_what_goes_to_a_gpu_is_pinned_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA copies columns of a table to memory that is not pinned before it sends them, and the host waits for that."""
     pinned: list[torch.Tensor] = []

@@ -23,6 +23,7 @@ from zoscale.probes import Block, Gaussian, Probe
 from zoscale.shards import trainable_specs
 from zoscale.step import micro_batches
 
+pytestmark = pytest.mark.usefixtures("short_rows")
 ARCHITECTURES: dict[str, tuple[dict[str, Any], Any]] = {
     name: (options, tiny.TARGETS[name]) for name, options in tiny.FAMILIES.items()
 }

@@ -27,6 +27,8 @@ from zoscale.probes import Block, Coordinate, Gaussian, JaguarDirection, Piece, 
 from zoscale.shards import CHUNK, ShardedParam, TensorSpec, trainable_specs
 from zoscale.step import micro_batches
 
+pytestmark = pytest.mark.usefixtures("short_rows")
+
 
 def model_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     architecture = dict(ARCHITECTURES[name][0]) | options

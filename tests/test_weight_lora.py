@@ -148,6 +148,7 @@ def test_what_is_disconnected_costs_nothing(base: Path) -> None:
     numel = engine.num_trainable
     engine.step(tiny.batch(0))
     engine.step(tiny.batch(1))
+    calls = dict.fromkeys(calls, 0)  # a pass on trial is one of the model
     logits(engine.model)
     kept = {slot.own_name for slot in engine.adapters.connected}  # type: ignore[union-attr]
     assert len(kept) == 2 and all(calls[name] == (2 if name in kept else 0) for name in calls)

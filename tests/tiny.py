@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zoscale.data.batch import MicroBatch
 from zoscale.data.prefixes import Row, share_prefixes
 
+FEW = 4 / 3
+"""Tokens per answer, for `zoscale.data.batch.FEW`: rows here are short."""
 LORA = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from zoscale.adapters.schemes import selection_of
 from zoscale.assembly import build_model
 from zoscale.config import ModelConfig
+from zoscale.data import batch
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ESTIMATORS
 from zoscale.fingerprint import of_model
@@ -428,4 +429,5 @@ def main(scenarios: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    batch.FEW = tiny.FEW  # type: ignore[assignment]
     main(sys.argv[1], sys.argv[2])

@@ -11,6 +11,8 @@ from zoscale.data.prefixes import Row, side_by_side
 from zoscale.noise.fused import on_device
 
 _TRIED = 32  # tokens of a row at most: no model has fewer positions, while packed rows may have more than it has
+FEW = 8
+"""Tokens per answer of a row from which on answers are run alone: what they give lies beside what all tokens take."""
 IGNORED = -100
 """Label that Hugging Face gives to tokens without a loss."""
 
@@ -53,7 +55,7 @@ class MicroBatch:
         ends: [R, T], the column from which on a token is not seen any more; None as before.
         is_right_padded: whether padding follows the real tokens of each row; else it may be anywhere but before them.
         answer_columns: [R, p], the columns of P in each row, filled up with others to the same number; None = these
-            are more than three quarters of all.
+            are more than one in `FEW`.
     """
 
     input_ids: Tensor
@@ -179,7 +181,7 @@ class MicroBatch:
             last = len(tokens) - 1
             columns = {min(max(1, len(tokens) // 3), last), min(len(tokens) // 2 + number, last)}
             rows.append(Row(tuple(tokens), tuple((column, tokens[0], 0) for column in columns), number))
-        return self.from_rows(rows, [[True]] * 2, pad_token=0)
+        return MicroBatch.from_rows(rows, [[True]] * 2, pad_token=0)
 
     def repeat(self, times: int) -> "MicroBatch":
         """The same rows and answers several times over, one copy after the other; for `answer_logprobs` only."""
@@ -232,7 +234,7 @@ def _answer_columns(row: Tensor, column: Tensor, num_rows: int, width: int) -> T
     table = torch.zeros(num_rows, width, dtype=torch.uint8, device=row.device)
     table[row, column] = 1
     most = int(table.sum(dim=1).max())
-    return table.argsort(dim=1, descending=True, stable=True)[:, :most] if 4 * most <= 3 * width else None
+    return table.argsort(dim=1, descending=True, stable=True)[:, :most] if FEW * most <= width else None
 
 
 def _trees(rows: Sequence[Row], width: int) -> tuple[Tensor, Tensor]:

@@ -97,15 +97,16 @@ class AnswerRows:
         """Find the modules, by three passes; by one if there are none. A collective.
 
         Args:
-            trial: at least two rows with answers in their middle.
+            trial: at least two rows with answers in their middle, as many in each.
             answer: makes a pass of them, which gives log-probabilities.
             first: entered for the first pass, which is one of the model as it is.
         """
-        if self._block is None or trial.answer_columns is None or trial.input_ids.shape[1] < _SHORTEST:
+        rows, width = trial.input_ids.shape
+        if self._block is None or width < _SHORTEST:
             with first:
                 answer(trial)
             return
-        columns = _Columns(trial.answer_columns, trial.input_ids.shape[1])
+        columns = _Columns(trial.position_column.view(rows, -1), width)
         found: list[nn.Module] = []
         with first, replaced_forward(self._block, partial(_searched, self._block, columns, found)):
             plain = answer(trial)
