@@ -7,7 +7,7 @@ only. Of OPT's blocks that is three quarters of the weights.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -54,27 +54,29 @@ class _Columns:
         """These columns of hidden states; any other value as it is."""
         if not self.are_of(value):
             return value
-        hidden = self._by_row(value)
-        kept = hidden.gather(1, self._places(hidden))
-        return kept if value.dim() == 3 else kept.flatten(0, 1)
+        features = value.shape[-1]
+        kept = value.reshape(-1, features).index_select(0, self._places(value))
+        return kept if value.dim() == 2 else kept.view(len(self.index), -1, features)
 
     def put(self, kept: Tensor, like: Tensor, fill: float) -> Tensor:
         """Hidden states with as many columns as `like`, with `kept` in these."""
-        own = self._by_row(kept)
-        whole = own.new_full((len(own), self._by_row(like).shape[1], own.shape[-1]), fill)
-        whole.scatter_(1, self._places(whole), own)
-        return whole if kept.dim() == 3 else whole.flatten(0, 1)
+        features = kept.shape[-1]
+        whole = kept.new_full((like[..., 0].numel(), features), fill)
+        whole.index_copy_(0, self._places(like), kept.reshape(-1, features))  # scatter_ would take thrice the memory
+        return whole if kept.dim() == 2 else whole.view(len(self.index), -1, features)
 
     def spoilt(self, value: Any) -> Any:
         """Hidden states that are NaN in all other columns; any other value as it is."""
         return self.put(self.taken(value), value, torch.nan) if self.are_of(value) else value
 
-    def _by_row(self, value: Tensor) -> Tensor:
-        return value.reshape(len(self.index), -1, value.shape[-1])
-
     def _places(self, hidden: Tensor) -> Tensor:
-        places = self.index + (hidden.shape[1] - self.width)
-        return places[..., None].expand(-1, -1, hidden.shape[-1])
+        """int64 [R p], the numbers of these columns' tokens among all of hidden states."""
+        width = hidden[..., 0].numel() // len(self.index)
+        return (self._firsts * width + (self.index + (width - self.width))).view(-1)
+
+    @cached_property
+    def _firsts(self) -> Tensor:
+        return torch.arange(len(self.index), device=self.index.device)[:, None]
 
 
 class AnswerRows:
