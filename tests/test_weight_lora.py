@@ -160,6 +160,7 @@ def test_what_is_disconnected_costs_nothing(base: Path) -> None:
     assert {spec.id for spec in engine.specs} == set(range(6))
     assert isinstance(engine.forward, FanOutForward)
     engine.step(tiny.batch(2))
+    assert not any(calls[name] for name in calls if name not in kept), "also on trial"
     first = next(iter(engine.model.get_submodule("base_model.model.model.decoder.layers")))  # type: ignore[arg-type]
     candidates = engine.estimator.candidates(engine.directions(3))
     assert engine.forward.shared.blocks(candidates) == [first]

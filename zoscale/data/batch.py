@@ -10,7 +10,7 @@ from torch import Tensor
 from zoscale.data.prefixes import Row, side_by_side
 from zoscale.noise.fused import on_device
 
-_TRIED = 32  # tokens of a row at most: no model has fewer positions, while packed rows may have more than it has
+_TRIED = 32  # tokens of a row at most: no model in use has fewer positions; packed rows may have more than it has
 FEW = 8
 """Tokens per answer of a row from which on answers are run alone: what they give lies beside what all tokens take."""
 IGNORED = -100

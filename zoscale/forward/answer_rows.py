@@ -6,8 +6,8 @@ only. Of OPT's blocks that is three quarters of the weights.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class _Columns:
 
     index: Tensor
     width: int
+    _known: dict[int, Tensor] = field(default_factory=dict)
 
     def are_of(self, value: Any) -> bool:
         """Whether a value is hidden states of these rows."""
@@ -72,11 +73,10 @@ class _Columns:
     def _places(self, hidden: Tensor) -> Tensor:
         """int64 [R p], the numbers of these columns' tokens among all of hidden states."""
         width = hidden[..., 0].numel() // len(self.index)
-        return (self._firsts * width + (self.index + (width - self.width))).view(-1)
-
-    @cached_property
-    def _firsts(self) -> Tensor:
-        return torch.arange(len(self.index), device=self.index.device)[:, None]
+        if width not in self._known:
+            firsts = torch.arange(len(self.index), device=self.index.device)[:, None] * width
+            self._known[width] = (firsts + self.index + (width - self.width)).view(-1)
+        return self._known[width]
 
 
 class AnswerRows:
