@@ -15,7 +15,7 @@ JOBS = (
     "test_recovery", "test_training", "test_zero3", "test_slurm", "test_launchers", "test_mesh", "test_plan",
     "test_replay", "test_release", "test_compare_command", "test_methods", "test_schemes", "test_recipes",
     "test_task_runs", "test_doctor", "test_untrusted", "test_reproduction", "test_weight_lora", "test_benchmark",
-    "test_shipped_files",
+    "test_shipped_files", "test_played_gpu",
 )  # fmt: skip
 """Files that start several processes and mostly wait for them, the longest first: three files run side by side."""
 
@@ -28,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-rounds", type=int, default=25, help="how often test_recovery.py kills a job")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """All tests but those that are marked so run on CPUs, also where there are GPUs."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Files of another stage than the one that is asked for are not imported: with all of them it takes 20 seconds."""
     wanted = config.getoption("markexpr")
@@ -37,7 +43,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     reasons = {
-        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device; run with -m gpu",
         "hour": None if config.getoption("--hour") else "takes an hour or more; run with --hour",
     }
     items.sort(key=order)

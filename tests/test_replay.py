@@ -90,6 +90,20 @@ def test_weights_that_were_touched_are_found(runs: dict[str, Path], tmp_path: Pa
     assert "adapter: the same to 1.0e-06" in replay(str(copy)), "what a GPU and a CPU may differ by"
 
 
+def test_rounding_to_16_bits_is_told_from_a_change(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Muon on GPUs; that such a run itself passes, test_played_gpu.py shows."""
+    copy = Path(shutil.copytree(runs["muon_q2"], tmp_path / "run"))
+    path = copy / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[3]
+    weights[name].view(-1)[2] += 2e-2
+    save_file(weights, path)
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["hardware"]["gpus"] = ["NVIDIA H200"]
+    (copy / "summary.json").write_text(json.dumps(summary))
+    assert f"differs from what the journal gives: by 2.0e-02 in {name}" in replay(str(copy), expect=1)
+
+
 def test_weights_that_are_not_numbers_are_found(runs: dict[str, Path], tmp_path: Path) -> None:
     copy = Path(shutil.copytree(runs["sign"], tmp_path / "run"))
     path = copy / "adapter/adapter_model.safetensors"

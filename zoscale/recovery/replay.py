@@ -4,7 +4,7 @@ import argparse
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from zoscale.release.run_record import check_base, with_base
 from zoscale.run_directory import RunDirectory
 
 _ROUNDING = 1e-5  # methods that multiply matrices (Muon) depend on the machine's matrix product
+_TIMES = 4.0  # between two machines in bfloat16, of what bfloat16 and float32 differ by on this one
 
 
 def replay_command(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,9 @@ def replay_command(argv: Sequence[str] | None = None) -> int:
     step = _wanted(arguments.until, saved_step, len(journal.records))
     if arguments.out:
         _prepare(Path(arguments.out), step, saved, saved_step)
+    was_on_gpus = _was_on_gpus(path.parent)
     engine = rebuild(journal.header, arguments.base)
+    in_16_bits = _set_precision(engine, "bfloat16" if was_on_gpus else "float32")
     started = time.monotonic()
     replay(engine, journal.records[:step])
     seconds = time.monotonic() - started
@@ -57,7 +60,15 @@ def replay_command(argv: Sequence[str] | None = None) -> int:
         save_trained(engine, arguments.out)
         print(f"weights: {arguments.out}")
     if step == saved_step:
-        return _verify(engine, saved, _was_on_a_gpu(path.parent))
+        ours = _trained(engine)
+        is_exact = engine.optimizer.is_elementwise and engine.probe.is_elementwise and not was_on_gpus
+        allowed = 0.0 if is_exact else _ROUNDING
+        if in_16_bits:
+            engine = rebuild(journal.header, arguments.base)
+            _set_precision(engine, "float32", of=("auto", "bfloat16"))
+            replay(engine, journal.records[:step])
+            allowed = max(allowed, _TIMES * max(_gaps(ours, _trained(engine)).values()))
+        return _verify(ours, _tensors(saved), saved, allowed)
     there = "no weights of a known step" if saved_step is None else f"those of step {saved_step}"
     print(f"nothing to compare with: {saved} has {there}")
     return 0
@@ -124,28 +135,42 @@ def _prepare(out: Path, step: int, saved: Path, saved_step: int | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _was_on_a_gpu(run: Path) -> bool:
+def _was_on_gpus(run: Path) -> bool:
     """Whether a finished run computed on GPUs: their normals and quotients are those of a CPU to rounding only."""
     hardware = (RunDirectory(run).read_summary() or {}).get("hardware")
     return isinstance(hardware, dict) and bool(hardware.get("gpus"))
 
 
-def _verify(engine: ZeroOrderEngine, saved: Path, was_on_a_gpu: bool) -> int:
+def _set_precision(engine: ZeroOrderEngine, precision: str, of: Sequence[str] = ("auto",)) -> bool:
+    """Orthogonalise as where the run was; whether that is in bfloat16."""
+    groups = [group for group in engine.optimizer.param_groups if "precision" in group]
+    for group in groups:
+        if group["precision"] in of:
+            group["precision"] = precision
+    return any(group["precision"] == "bfloat16" for group in groups)
+
+
+def _trained(engine: ZeroOrderEngine) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         save_trained(engine, folder)
-        ours, theirs = _tensors(Path(folder)), _tensors(saved)
+        return _tensors(Path(folder))
+
+
+def _verify(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], saved: Path, allowed: float) -> int:
     if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
         print(f"{saved} holds other tensors than the journal gives")
         return 1
-    gaps = {name: _gap(ours[name], theirs[name]) for name in ours}
+    gaps = _gaps(ours, theirs)
     worst = max(gaps, key=lambda name: gaps[name])
-    is_exact = engine.optimizer.is_elementwise and engine.probe.is_elementwise and not was_on_a_gpu
-    allowed = 0.0 if is_exact else _ROUNDING
     if gaps[worst] <= allowed:
         print(f"{saved}: {'the same bits' if gaps[worst] == 0 else f'the same to {gaps[worst]:.1e}'}")
         return 0
     print(f"{saved} differs from what the journal gives: by {gaps[worst]:.1e} in {worst}")
     return 1
+
+
+def _gaps(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: _gap(ours[name], theirs[name]) for name in ours}
 
 
 def _gap(ours: Tensor, theirs: Tensor) -> float:

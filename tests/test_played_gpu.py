@@ -1,0 +1,81 @@
+"""What can be told of GPUs where there is none: where tensors are, and where the host waits (see `played_gpu.py`)."""
+
+import json
+import sys
+from pathlib import Path
+
+import played_gpu
+import pytest
+import torch
+from processes import needs_compiler, run, torchrun
+
+REFUSED = """
+import torch
+there, here = torch.ones(4, device="cuda"), torch.ones(4)
+def refused(what):
+    try:
+        what()
+    except RuntimeError:
+        return True
+print(refused(lambda: there + here), refused(lambda: there + here[0]))
+torch.cuda.set_sync_debug_mode("error")
+waits = there.sum().item, there.cpu, lambda: there[there > 0], lambda: there[torch.tensor([1])], here.cuda
+print(*map(refused, waits), refused(lambda: here.pin_memory().to("cuda", non_blocking=True)))
+"""
+ASKED = (
+    "test_no_step_waits_on_a_gpu or test_a_batch_may_be_on_the_gpu_already or test_memory_on_a_gpu_is_the_allocator_s"
+)
+JOB = [
+    "launch/train.py", "--config", "launch/recipes/quickstart.yaml", "train.steps=4", "train.eval_every=2",
+    "train.log_every=1", "data.num_dev=16", "data.num_validation=16", "tracking.mlflow=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of processes that see two GPUs."""
+    needs_compiler()
+    if torch.cuda.is_available():
+        pytest.skip("there are GPUs: python -m pytest -m gpu")
+    return played_gpu.build(tmp_path_factory.mktemp("played"))
+
+
+def losses(out: Path) -> list[float]:
+    (path,) = out.glob("*/metrics.jsonl")
+    rows = [json.loads(line)["metrics"] for line in path.read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def test_what_a_gpu_refuses_is_refused(two: dict[str, str]) -> None:
+    found = run([sys.executable, "-c", REFUSED], **two).stdout.splitlines()[-2:]
+    assert found == ["True None", "True True True True True None"]
+
+
+def test_what_is_asked_of_a_gpu_holds(two: dict[str, str]) -> None:
+    files = ["tests/test_synchronisation.py", "tests/test_weight_fan.py", "tests/test_meters.py"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-k", ASKED, *files]
+    assert " 4 passed" in run(command, **two).stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (["optimizer.name=jaguar_sign_sgd", "optimizer.lr=1e-3"], 1e-6),
+        (["adapter=null", "optimizer.name=jaguar_sign_sgd", "optimizer.lr=1e-3"], 1e-6),
+        ([], 1e-4),
+    ],
+    ids=["lora", "full", "muon"],
+)
+def test_a_job_on_two_is_that_of_two_cpus(
+    options: list[str], tolerance: float, two: dict[str, str], tmp_path: Path
+) -> None:
+    """Sharded, with evaluations, checkpoints and the export at the end; verified on a CPU, Muon's 16 bits too."""
+    command = [*JOB, *options]
+    torchrun(2, *command, f"output_dir={tmp_path / 'cpu'}")
+    assert "ranks: 2, 2 per copy" in torchrun(2, *command, f"output_dir={tmp_path / 'gpu'}", **two).stdout
+    on_gpus = losses(tmp_path / "gpu")
+    assert on_gpus == pytest.approx(losses(tmp_path / "cpu"), rel=tolerance)
+    assert len(on_gpus) == 4
+    (run_dir,) = [path.parent for path in (tmp_path / "gpu").glob("*/journal.bin")]
+    replay = [sys.executable, "-m", "zoscale", "replay", str(run_dir)]
+    assert "adapter: the same" in run(replay).stdout
