@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from jobs import FULL, SHORT, SIGN, JobServer, run_dir_of
 from peft import PeftModel
-from processes import ROOT, run
+from processes import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -45,11 +45,10 @@ def runs(server: JobServer) -> dict[str, Path]:
 
 
 def replay(*arguments: str, expect: int = 0) -> str:
-    code = "import sys; from zoscale.cli import main; sys.exit(main())"
-    result = run([sys.executable, "-c", code, "replay", *arguments], check=False, timeout=200)
-    assert result.returncode == expect, result.stdout
-    assert "Traceback" not in result.stdout
-    return result.stdout
+    with TemporaryDirectory() as folder:
+        text = JobServer(Path(folder)).run(1, "replay", *arguments, expect=expect)
+    assert "Traceback" not in text
+    return text
 
 
 @pytest.mark.parametrize("kind", KINDS)

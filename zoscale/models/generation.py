@@ -84,7 +84,7 @@ class Generator:
         rows: list[list[int]] = []
         with direct_calls(self.answers.module, self._base), _greedy_by_default(self._base):
             for questions in self._together(batch.questions):
-                ids, mask = self._prompts([question.prompt for question in questions], batch.input_ids.device)
+                ids, mask = self._prompts([question.prompt for question in questions])
                 rows += self._generate(ids, mask, generation_config=config, synced_gpus=synced).tolist()
         own = zip(rows[: len(batch.questions)], batch.questions, strict=True)  # those of further turns are repeated
         return [self._text(row[: question.max_new_tokens]) for row, question in own]
@@ -109,13 +109,13 @@ class Generator:
         with _begins_with_embeddings(self._base):
             return cast(Tensor, self._base.generate(inputs_embeds=torch.stack(rows), attention_mask=longer, **options))
 
-    def _prompts(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, int64 [E, T], padded on the left so that all end together."""
         longest = max(map(len, prompts))
         pad = int(self.tokenizer.pad_token_id or 0)
         ids = [[pad] * (longest - len(tokens)) + list(tokens) for tokens in prompts]
         mask = [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in prompts]
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        return torch.tensor(ids, device=self.mesh.device), torch.tensor(mask, device=self.mesh.device)
 
     def _text(self, tokens: Sequence[int]) -> str:
         length = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
