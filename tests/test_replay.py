@@ -1,6 +1,7 @@
 """`zoscale replay`: any step's weights from the base model and the journal alone."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,8 @@ from peft import PeftModel
 from processes import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from zoscale.recovery.replay import _rounding
 
 MODEL = ROOT / "launch/tiny_opt/model"
 KINDS = {
@@ -101,6 +104,13 @@ def test_rounding_to_16_bits_is_told_from_a_change(runs: dict[str, Path], tmp_pa
     summary["hardware"]["gpus"] = ["NVIDIA H200"]
     (copy / "summary.json").write_text(json.dumps(summary))
     assert f"differs from what the journal gives: by 2.0e-02 in {name}" in replay(str(copy), expect=1)
+
+
+def test_rounding_excuses_no_infinity() -> None:
+    ours = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([1.0]), "c": torch.tensor([2.0])}
+    theirs = {"a": torch.tensor([-0.0, 1.0]), "b": torch.tensor([math.nan]), "c": torch.tensor([2.5])}
+    assert _rounding(ours, theirs) == 0.5
+    assert _rounding({"b": ours["b"]}, theirs) == 0.0
 
 
 def test_weights_that_are_not_numbers_are_found(runs: dict[str, Path], tmp_path: Path) -> None:
