@@ -78,31 +78,34 @@ def test_a_past_step_is_an_adapter_like_any_other(runs: dict[str, Path], tmp_pat
     assert "replayed 15 steps" in replay(str(runs["sign"]), "--until", "15")
 
 
-def test_weights_that_were_touched_are_found(runs: dict[str, Path], tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(runs["sign"], tmp_path / "run"))
+def touched(run: Path, copy: Path, by: float) -> tuple[Path, str]:
+    """A copy of a run in which one weight was changed, and the name of its tensor."""
+    shutil.copytree(run, copy)
     path = copy / "adapter/adapter_model.safetensors"
     weights = load_file(path)
     name = sorted(weights)[3]
-    weights[name].view(-1)[2] += 1e-6
+    weights[name].view(-1)[2] += by
     save_file(weights, path)
-    assert f"differs from what the journal gives: by 1.0e-06 in {name}" in replay(str(copy), expect=1)
-    summary = json.loads((copy / "summary.json").read_text())
+    return copy, name
+
+
+def say_it_was_on_a_gpu(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
     summary["hardware"]["gpus"] = ["NVIDIA H200"]
-    (copy / "summary.json").write_text(json.dumps(summary))
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_weights_that_were_touched_are_found(runs: dict[str, Path], tmp_path: Path) -> None:
+    copy, name = touched(runs["sign"], tmp_path / "run", 1e-6)
+    assert f"differs from what the journal gives: by 1.0e-06 in {name}" in replay(str(copy), expect=1)
+    say_it_was_on_a_gpu(copy)
     assert "adapter: the same to 1.0e-06" in replay(str(copy)), "what a GPU and a CPU may differ by"
 
 
 def test_rounding_to_16_bits_is_told_from_a_change(runs: dict[str, Path], tmp_path: Path) -> None:
     """Muon on GPUs; that such a run itself passes, test_played_gpu.py shows."""
-    copy = Path(shutil.copytree(runs["muon_q2"], tmp_path / "run"))
-    path = copy / "adapter/adapter_model.safetensors"
-    weights = load_file(path)
-    name = sorted(weights)[3]
-    weights[name].view(-1)[2] += 2e-2
-    save_file(weights, path)
-    summary = json.loads((copy / "summary.json").read_text())
-    summary["hardware"]["gpus"] = ["NVIDIA H200"]
-    (copy / "summary.json").write_text(json.dumps(summary))
+    copy, name = touched(runs["muon_q2"], tmp_path / "run", 2e-2)
+    say_it_was_on_a_gpu(copy)
     assert f"differs from what the journal gives: by 2.0e-02 in {name}" in replay(str(copy), expect=1)
 
 
