@@ -13,9 +13,9 @@ from zoscale.data import batch
 
 JOBS = (
     "test_recovery", "test_training", "test_zero3", "test_slurm", "test_launchers", "test_mesh", "test_plan",
-    "test_replay", "test_release", "test_compare_command", "test_methods", "test_schemes", "test_recipes",
-    "test_task_runs", "test_doctor", "test_untrusted", "test_reproduction", "test_weight_lora", "test_benchmark",
-    "test_shipped_files", "test_played_gpu",
+    "test_played_gpu", "test_replay", "test_release", "test_compare_command", "test_methods", "test_schemes",
+    "test_recipes", "test_task_runs", "test_doctor", "test_untrusted", "test_reproduction", "test_weight_lora",
+    "test_benchmark", "test_shipped_files",
 )  # fmt: skip
 """Files that start several processes and mostly wait for them, the longest first: three files run side by side."""
 
