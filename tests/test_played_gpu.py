@@ -24,6 +24,7 @@ print(*map(refused, waits), refused(lambda: here.pin_memory().to("cuda", non_blo
 """
 ASKED = (
     "test_no_step_waits_on_a_gpu or test_a_batch_may_be_on_the_gpu_already or test_memory_on_a_gpu_is_the_allocator_s"
+    " or test_prompts_go_to_the_gpu_by_themselves"
 )
 JOB = [
     "launch/train.py", "--config", "launch/recipes/quickstart.yaml", "train.steps=4", "train.eval_every=0",
@@ -54,7 +55,7 @@ def test_what_a_gpu_refuses_is_refused(two: dict[str, str]) -> None:
 def test_what_is_asked_of_a_gpu_holds(two: dict[str, str]) -> None:
     files = ["tests/test_synchronisation.py", "tests/test_weight_fan.py", "tests/test_meters.py"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-k", ASKED, *files]
-    assert " 4 passed" in run(command, **two).stdout
+    assert " 5 passed" in run(command, **two).stdout
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,15 @@ class Letters:
         return " ".join(map(str, tokens))
 
 
+@pytest.mark.gpu
+def test_prompts_go_to_the_gpu_by_themselves() -> None:
+    engine = ZeroOrderEngine(model_of("opt").to("cuda"), tokenizer=Letters())
+    assert engine.generator is not None
+    (batch,) = tiny.options(merged=False, num_micro_batches=1)
+    asked = replace(batch, questions=(Question(("a", "b"), ("a",), (5, 6), 2),) * 2)
+    assert engine.generator.texts(asked) == engine.generator.texts(asked.to(engine.mesh.device))
+
+
 @pytest.mark.usefixtures("streams")
 def test_gathers_of_a_generation_wait_for_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, ordered = engine_on_streams(monkeypatch, tokenizer=Letters())
