@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from processes import ROOT, torchrun
 from test_weight_fan import model_of
 from torch import nn
@@ -224,7 +224,9 @@ class Letters:
 
 @pytest.mark.gpu
 def test_prompts_go_to_the_gpu_by_themselves() -> None:
-    engine = ZeroOrderEngine(model_of("opt").to("cuda"), tokenizer=Letters())
+    """Those behind virtual tokens are looked up here, not by transformers."""
+    model = get_peft_model(model_of("opt"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    engine = ZeroOrderEngine(model.to("cuda"), tokenizer=Letters())
     assert engine.generator is not None
     (batch,) = tiny.options(merged=False, num_micro_batches=1)
     asked = replace(batch, questions=(Question(("a", "b"), ("a",), (5, 6), 2),) * 2)
