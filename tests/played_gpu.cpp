@@ -147,16 +147,23 @@ const std::set<std::string> WAITS{"aten::_local_scalar_dense", "aten::equal",   
                                   "aten::unique_consecutive"};
 const std::set<std::string> INDEXED{"aten::index", "aten::index_put_", "aten::_index_put_impl_"};
 
-void check(const std::string& name, const Call& call, const c10::IValue& second) {
+void check(const std::string& name, const Call& call, const std::vector<c10::IValue>& arguments) {
   const bool indexed = INDEXED.count(name) > 0;
-  for (const Tensor& t : call.strangers)
-    TORCH_CHECK(indexed || t.dim() == 0, "Expected all tensors to be on the same device, but found at least two, cuda and cpu (",
+  const auto refuse = [&](const Tensor& t) {
+    TORCH_CHECK(!t.is_cpu() || t.dim() == 0, "Expected all tensors to be on the same device, but found at least two, cuda and cpu (",
                 name, ", a CPU tensor of sizes ", t.sizes(), ")");
-  if (WAITS.count(name) || (name == "aten::repeat_interleave" && second.isNone())) wait(name);
+  };
+  if (!indexed)
+    for (const Tensor& t : call.strangers) refuse(t);
+  if (WAITS.count(name) || (name == "aten::repeat_interleave" && arguments.size() > 1 && arguments[1].isNone())) wait(name);
   if (!indexed) return;
-  if (!call.strangers.empty()) wait(name + " by tensors of the CPU");
-  for (const std::optional<Tensor>& t : second.toOptionalTensorList().vec())
-    if (t && t->defined() && t->scalar_type() == at::kBool) wait(name + " by a mask");
+  TORCH_CHECK(arguments[0].toTensor().is_cuda(), name, ": indices of the GPU for a tensor of the CPU");
+  if (arguments.size() > 2) refuse(arguments[2].toTensor());  // the values
+  for (const std::optional<Tensor>& t : arguments[1].toOptionalTensorList().vec()) {
+    if (!t || !t->defined()) continue;
+    if (t->is_cpu()) wait(name + " by tensors of the CPU");
+    if (t->scalar_type() == at::kBool) wait(name + " by a mask");
+  }
 }
 
 void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -165,7 +172,7 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   Call call;
   for (size_t i = 0; i < arguments.size(); ++i)
     (*stack)[stack->size() - arguments.size() + i] = call.take(arguments[i]);
-  if (call.on_device) check(schema.name(), call, arguments.size() > 1 ? arguments[1] : c10::IValue());
+  if (call.on_device) check(schema.name(), call, arguments);
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   call.keep_resized();
   const size_t results = schema.returns().size();

@@ -63,7 +63,7 @@ def replay_command(argv: Sequence[str] | None = None) -> int:
         ours = _trained(engine)
         is_exact = engine.optimizer.is_elementwise and engine.probe.is_elementwise and not was_on_gpus
         allowed = 0.0 if is_exact else _ROUNDING
-        if in_16_bits:
+        if was_on_gpus and in_16_bits:
             engine = rebuild(journal.header, arguments.base)
             _set_precision(engine, "float32", of=("auto", "bfloat16"))
             replay(engine, journal.records[:step])
@@ -142,7 +142,7 @@ def _was_on_gpus(run: Path) -> bool:
 
 
 def _set_precision(engine: ZeroOrderEngine, precision: str, of: Sequence[str] = ("auto",)) -> bool:
-    """Orthogonalise as where the run was; whether that is in bfloat16."""
+    """Orthogonalise in a precision instead of others; whether that is in bfloat16."""
     groups = [group for group in engine.optimizer.param_groups if "precision" in group]
     for group in groups:
         if group["precision"] in of:
