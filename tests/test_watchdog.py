@@ -1,6 +1,7 @@
 """`Watchdog`: real jobs that stall, are stopped, lose their launcher, or are only slow."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -10,149 +11,56 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import watchdog_worker
 from processes import ROOT, environment, free_port
+from watchdog_worker import STALL
 
 from zoscale.stillness import TICK, Sight, State, Stillness, judge
 from zoscale.watchdog import EXIT_STALLED, GRACE, Watchdog
 
-STALL = 3.0
-"""Seconds, in the jobs of this file."""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["zoscale.watchdog"])
+
 SOON = STALL + 3 * TICK + GRACE + TICK + 3.0
 """Seconds within which a stalled job must have ended, and its launcher too."""
-
-WORKER = f"""
-import ctypes, os, sys, threading, time
-from datetime import timedelta
-from pathlib import Path
-from types import SimpleNamespace
-import torch
-import torch.distributed as dist
-from zoscale.watchdog import Watchdog
-
-rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-what, folder = sys.argv[1], Path(sys.argv[2])
-
-def steps(number, interval=0.1):
-    for _ in range(number):
-        if world_size > 1:
-            dist.all_reduce(torch.ones(1))
-        watchdog.beat()
-        time.sleep(interval)
-
-def keep_python_lock(seconds):
-    ctypes.PyDLL(None).sleep(seconds)
-
-def sleeps():
-    time.sleep(60)
-
-def waits():
-    if rank == 1:
-        threading.Event().wait(60)
-    watchdog.beat()
-
-def beats_and_sleeps():
-    steps(1)
-    if rank == 1:
-        time.sleep(60)
-
-def keeps_lock():
-    if rank == 1:
-        keep_python_lock(60)
-
-def fails():
-    if rank == 1:
-        raise OSError("No space left on device")
-
-def slow_then_keeps_lock():
-    with watchdog.slow("write"):
-        time.sleep(1.5)
-    keeps_lock()
-
-def takes_too_long():
-    with watchdog.slow("write"):
-        if rank == 1:
-            time.sleep(60)
-
-def slow():
-    if rank == 1:
-        with watchdog.slow("write"):
-            keep_python_lock({STALL:.0f} + 2)
-
-def irregular():
-    for interval in (0.2, {STALL / 2}, 0, {STALL / 2}, 0.1, {STALL * 1.5}):
-        time.sleep(interval * rank)
-        steps(1)
-
-def ends_later():
-    if rank == 1:
-        for _ in range(11):
-            time.sleep(1)
-            watchdog.beat()
-
-def goes_on():
-    resumed = torch.zeros(1)
-    while not resumed.item():
-        resumed.fill_((folder / "resumed").exists())
-        dist.all_reduce(resumed, dist.ReduceOp.MAX)
-        steps(1)
-
-def endless():
-    steps(600)
-
-if world_size > 1:
-    dist.init_process_group("gloo", timeout=timedelta(minutes=10))  # longer than any test
-stall_seconds = 3 * {STALL} if what == "goes_on" else {STALL}
-watchdog = Watchdog(rank=rank, world_size=world_size, stall_seconds=stall_seconds, slow_seconds={3 * STALL})
-try:
-    with watchdog:
-        steps(5)
-        (folder / f"pid{{rank}}.tmp").write_text(str(os.getpid()))
-        (folder / f"pid{{rank}}.tmp").rename(folder / f"pid{{rank}}")
-        globals()[what]()
-        if what != "ends_later":
-            steps(5)
-    print("finished", flush=True)
-    time.sleep(6 if what == "ends_later" else 2)  # rank 1 must see that rank 0 has finished, and then lose the store
-    os._exit(0)
-finally:
-    time.sleep(60)  # as a library that hangs when its process ends
-"""
 
 
 class Job:
     """Processes of the worker script.
 
     Args:
-        folder: for the script, the output and the process ids.
-        what: the function of the script to call.
+        folder: for the output and the process ids.
+        what: the method of the worker's `Rank` to call.
         ranks: how many processes.
-        launcher: start them by torchrun; else rank 0 hosts the store.
+        launcher: start them by torchrun; else they are forks, and rank 0 hosts the store.
     """
 
     def __init__(self, folder: Path, what: str, *, ranks: int = 2, launcher: bool = False) -> None:
         self.folder, self.ranks = folder, ranks
+        self.launcher: subprocess.Popen[str] | None = None
+        self.forks: list[ForkServerProcess] = []
         folder.mkdir(exist_ok=True)
-        script = folder / "worker.py"
-        script.write_text(WORKER)
-        port, command = str(free_port()), [str(script), what, str(folder)]
+        port = str(free_port())
         if launcher:
             torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]
-            self.processes = [self._start(0, [*torchrun, *command])]
-        else:
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-            self.processes = [self._start(rank, command, **shared, RANK=str(rank)) for rank in range(ranks)]
-
-    def _start(self, number: int, command: list[str], **extra: str) -> subprocess.Popen[str]:
-        with (self.folder / f"out{number}").open("w") as output:
-            return subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=environment(**extra, PYTHONPATH=str(ROOT)), text=True,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            command = [sys.executable, *torchrun, watchdog_worker.__file__, what, str(folder)]
+            with (folder / "out").open("w") as output:
+                self.launcher = subprocess.Popen(
+                    command, cwd=ROOT, env=environment(PYTHONPATH=str(ROOT)), text=True,
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+            return
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+        for rank in range(ranks):
+            arguments = what, folder, folder / f"out{rank}", {**shared, "RANK": str(rank)}
+            self.forks.append(FORKS.Process(target=watchdog_worker.forked, args=arguments))
+            self.forks[-1].start()
 
     def pids(self) -> list[int]:
         """The ranks' process ids, once they are in their steps."""
@@ -162,21 +70,27 @@ class Job:
 
     def wait(self, seconds: float) -> list[int]:
         """The exit statuses."""
-        wait_until(lambda: all(process.poll() is not None for process in self.processes), seconds, self.output)
-        return [process.returncode for process in self.processes]
+        wait_until(lambda: None not in self._statuses(), seconds, self.output)
+        return [status for status in self._statuses() if status is not None]
+
+    def _statuses(self) -> list[int | None]:
+        return [self.launcher.poll()] if self.launcher else [fork.exitcode for fork in self.forks]
 
     def output(self) -> str:
         return "".join(file.read_text() for file in sorted(self.folder.glob("out*")))
 
     def kill(self) -> None:
-        pids = [int(file.read_text()) for file in self.folder.glob("pid?")]
-        for pid in [*(process.pid for process in self.processes if process.poll() is None), *pids]:
-            with suppress(psutil.Error):
-                process = psutil.Process(pid)
-                if str(self.folder) in process.cmdline():
-                    process.kill()
-        for process in self.processes:
-            process.wait()
+        for fork in self.forks:
+            fork.kill()
+            fork.join()
+        if self.launcher:
+            self.launcher.kill()
+            self.launcher.wait()
+            for pid in (int(file.read_text()) for file in self.folder.glob("pid?")):
+                with suppress(psutil.Error):
+                    process = psutil.Process(pid)
+                    if str(self.folder) in process.cmdline():
+                        process.kill()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, output: Callable[[], str]) -> None:
@@ -275,9 +189,9 @@ def test_a_killed_launcher_ends_the_ranks(tmp_path: Path) -> None:
     job = Job(tmp_path, "endless", launcher=True)
     try:
         pids = job.pids()
-        job.processes[0].kill()
+        job.launcher.kill()
         wait_until(lambda: not any(is_alive(pid) for pid in pids), 2 * TICK + 2, job.output)
-        assert f"the launcher (pid {job.processes[0].pid}) is gone" in job.output()
+        assert f"the launcher (pid {job.launcher.pid}) is gone" in job.output()
     finally:
         job.kill()
 
@@ -421,14 +335,43 @@ def test_limits_that_make_no_sense_are_refused() -> None:
         Watchdog(rank=0, world_size=1, slow_seconds=10)
 
 
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Why watchdogs would have ended their jobs."""
+    found: list[str] = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, message, *_: found.append(message))
+    return found
+
+
+@pytest.mark.parametrize("status", [psutil.STATUS_RUNNING, psutil.STATUS_STOPPED])
+@pytest.mark.parametrize("beats", [0, 1])
+def test_a_store_that_does_not_answer(
+    beats: int, status: str, ends: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may take long before the first beat, where many processes start at once, but for a host seen stopped."""
+    dog = Watchdog(rank=1, world_size=2, stall_seconds=STALL, slow_seconds=60)
+    for _ in range(beats):
+        dog.beat()
+    monkeypatch.setattr(Watchdog, "_sibling", lambda self, state: SimpleNamespace(status=lambda: status))
+    monkeypatch.setattr(time, "monotonic", iter(range(6)).__next__)
+    for _ in range(6):
+        dog._news = (1, [json.dumps(asdict(State(STALL, host="h", pid=7)))] * 2)
+        dog._look()
+    impatient = beats or status == psutil.STATUS_STOPPED
+    assert bool(ends) == impatient
+    assert set(ends) <= {
+        f"the job's store has not answered for {s} s; its host is rank 0 (host h, pid 7)" for s in (4, 5)
+    }
+
+
 def test_a_store_that_does_not_answer_is_blamed_though_its_host_posted_before_the_last_answer(
-    monkeypatch: pytest.MonkeyPatch,
+    ends: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So its host is silent for longer, by what was read last."""
-    ends, now, state = list[str](), [0.0], State(limit=STALL, beat=3, post=1, host="h", pid=7)
+    now, state = [0.0], State(limit=STALL, beat=3, post=1, host="h", pid=7)
     dog = Watchdog(rank=1, world_size=2, stall_seconds=STALL, slow_seconds=60)
+    dog.beat()
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(Watchdog, "_end", lambda self, message, *_: ends.append(message))
     monkeypatch.setattr(Watchdog, "_sibling", lambda self, state: SimpleNamespace(status=lambda: psutil.STATUS_STOPPED))
     for look in range(5):
         own = json.dumps(asdict(replace(state, post=look)))
@@ -438,9 +381,7 @@ def test_a_store_that_does_not_answer_is_blamed_though_its_host_posted_before_th
     assert ends == ["the job's store has not answered for 3 s; its host is rank 0 (host h, pid 7)"]
 
 
-def test_the_first_answer_of_the_store_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As anything may before the first beat, where many processes start at once."""
-    ends: list[str] = []
+def test_the_first_answer_of_the_store_may_take_long(ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     swap = Watchdog._swap
 
     def late(self: Watchdog) -> None:
@@ -449,7 +390,6 @@ def test_the_first_answer_of_the_store_may_take_long(monkeypatch: pytest.MonkeyP
         swap(self)
 
     monkeypatch.setattr(Watchdog, "_swap", late)
-    monkeypatch.setattr(Watchdog, "_end", lambda self, message, *_: ends.append(message))
     with Watchdog(rank=0, world_size=1, stall_seconds=TICK / 2, slow_seconds=60):
         time.sleep(3 * TICK)
     assert not ends

@@ -173,7 +173,8 @@ class Watchdog:
         num_swaps, news = self._news
         sights = {rank: self._sight(rank, State(**json.loads(text))) for rank, text in enumerate(news)}
         unanswered = self._stillness.of("store", num_swaps)
-        patience = self.stall_seconds if num_swaps else self.slow_seconds  # at the start all processes may want the CPU
+        watched = self._beats or (sights and sights[0].stopped)  # at the start all processes may want the CPU
+        patience = self.stall_seconds if watched else self.slow_seconds
         if self._lost and sights and sights[0].state.ended == "finished":
             self._halt.set()  # rank 0 was its host and has ended well
         elif unanswered > (3 * TICK if self._lost else patience):
