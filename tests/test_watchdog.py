@@ -19,10 +19,11 @@ import psutil
 import pytest
 import watchdog_worker
 from processes import ROOT, environment, free_port
+from torch.distributed import HashStore
 from watchdog_worker import STALL
 
 from zoscale.stillness import TICK, Sight, State, Stillness, judge
-from zoscale.watchdog import EXIT_STALLED, GRACE, Watchdog
+from zoscale.watchdog import EXIT_STALLED, GRACE, READS, Watchdog
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["zoscale.watchdog"])
@@ -316,6 +317,24 @@ def test_an_error_of_the_watchdog_ends_the_watch_only(
     assert capfd.readouterr().err.count("the watchdog failed and ends its watch: ZeroDivisionError") == 1
 
 
+@pytest.mark.parametrize(("world_size", "stride"), [(8, 1), (362, 1), (512, 2), (1024, 8)])
+def test_what_all_ranks_read_stays_bounded(world_size: int, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They judge by news only, and learn each second that the store answers."""
+    dog, reads, judged = Watchdog(rank=3, world_size=world_size), list[int](), list[int]()
+    monkeypatch.setattr(dog, "_store", HashStore())
+    monkeypatch.setattr("zoscale.watchdog.judge", lambda sights, stall_seconds: judged.append(len(sights)))
+    for rank in range(world_size):
+        dog._store.set(str(rank), json.dumps(asdict(State(limit=30.0))))
+    for second in range(3 * stride):
+        before = dog._news
+        dog._swap()
+        dog._look()
+        reads.append(world_size if dog._news[1] is not before[1] else 1)
+        assert dog._news[0] == second + 1
+    assert judged == [world_size] * 3 and reads == [world_size, *[1] * (stride - 1)] * 3
+    assert world_size**2 / stride <= READS
+
+
 @pytest.mark.measured
 def test_a_beat_is_cheap() -> None:
     dog = Watchdog(rank=0, world_size=1)
@@ -354,8 +373,8 @@ def test_a_store_that_does_not_answer(
         dog.beat()
     monkeypatch.setattr(Watchdog, "_sibling", lambda self, state: SimpleNamespace(status=lambda: status))
     monkeypatch.setattr(time, "monotonic", iter(range(6)).__next__)
+    dog._news = (1, [State(STALL, host="h", pid=7)] * 2)
     for _ in range(6):
-        dog._news = (1, [json.dumps(asdict(State(STALL, host="h", pid=7)))] * 2)
         dog._look()
     impatient = beats or status == psutil.STATUS_STOPPED
     assert bool(ends) == impatient
@@ -374,8 +393,8 @@ def test_a_store_that_does_not_answer_is_blamed_though_its_host_posted_before_th
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Watchdog, "_sibling", lambda self, state: SimpleNamespace(status=lambda: psutil.STATUS_STOPPED))
     for look in range(5):
-        own = json.dumps(asdict(replace(state, post=look)))
-        dog._news = (min(look, 1) + 1, [json.dumps(asdict(state)), own])
+        if look < 2:
+            dog._news = (look + 1, [state, replace(state, post=look + 1)])
         dog._look()
         now[0] += 1.01 * TICK
     assert ends == ["the job's store has not answered for 3 s; its host is rank 0 (host h, pid 7)"]

@@ -1,6 +1,7 @@
 """`Watchdog`: a rank that stands still, or a launcher that is gone, takes the whole job down, and is named."""
 
 import json
+import math
 import os
 import sys
 import threading
@@ -22,18 +23,20 @@ from zoscale.stillness import TICK, Sight, State, Stillness, judge
 EXIT_STALLED = 70  # EX_SOFTWARE of sysexits.h
 GRACE = 2.0  # seconds from a rank's message to its end: the others say theirs, and a stuck rank shows its stack
 PATIENCE = 20.0  # a rank may take so many times its longest interval between two beats
+READS = 2**17  # posts per second that the ranks together read from the store, some 35 MB: above 362 ranks less often
 
 
 class Watchdog:
     """Ends the job when a rank stands still or its launcher is gone; needs no collective's time-out.
 
     Within `with watchdog:` all ranks call `beat` at the same places of their main threads, best before they wait for
-    each other. Two daemon threads per rank post its state to the job's store and look at the others' once a second;
-    each rank judges by its own clock. A collective, a read or a sleep releases Python's lock: such a rank still
-    posts, is named by its lowest beat, and shows its stack. A rank that is stopped, or that keeps Python's lock
-    inside C++, cannot post: the others find it silent for `stall_seconds`. `slow` announces a phase that may take
-    long or keep the lock: it is given `slow_seconds`, and so is the time before the first beat; there only a process
-    that is seen stopped on the observer's host is found sooner. A job suspended and resumed as a whole goes on.
+    each other. Two daemon threads per rank post its state to the job's store and look at the others' once a second, or
+    less often where ranks are many (`READS`); each rank judges by its own clock. A collective, a read or a sleep
+    releases Python's lock: such a rank still posts, is named by its lowest beat, and shows its stack. A rank that is
+    stopped, or that keeps Python's lock inside C++, cannot post: the others find it silent for `stall_seconds`. `slow`
+    announces a phase that may take long or keep the lock: it is given `slow_seconds`, and so is the time before the
+    first beat; there only a process that is seen stopped on the observer's host is found sooner. A job suspended and
+    resumed as a whole goes on.
 
     Every rank says why in one line on stderr; `GRACE` seconds later it kills the stalled processes of the same
     launcher, which may not heed SIGTERM, and exits with `EXIT_STALLED`. The same if the job's store is gone, and
@@ -65,7 +68,9 @@ class Watchdog:
         self._halt, self._posting = threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=self._repeat, args=[w], daemon=True) for w in (self._swap, self._look)]
         self._store: Store = HashStore()
-        self._news: tuple[int, list[bytes]] = (0, [])  # number of swaps, and what the last one brought
+        self._stride = math.ceil(world_size**2 / READS)  # every so many swaps bring news
+        self._news: tuple[int, list[State]] = (0, [])  # number of swaps, and the ranks' states by the last news
+        self._judged: list[State] = []
         self._stillness = Stillness()
 
     def __enter__(self) -> Self:
@@ -157,21 +162,26 @@ class Watchdog:
                 self._leave("finished")
 
     def _swap(self) -> None:
-        """Post, and read all posts: blocks for ever when the store's host is stopped or its machine gone."""
-        if not self._lost:
-            self._post()
-            try:
-                self._news = (self._news[0] + 1, self._store.multi_get([str(r) for r in range(self.world_size)]))
-            except dist.DistError as error:
-                self._lost = str(error).partition("\n")[0] or "no reason given"
+        """Post, and read all posts or the own: blocks for ever when the store's host is stopped or its machine gone."""
+        if self._lost:
+            return
+        self._post()
+        num_swaps, states = self._news
+        all_ranks = num_swaps % self._stride == 0
+        try:
+            posts = self._store.multi_get([str(r) for r in range(self.world_size)] if all_ranks else [str(self.rank)])
+        except dist.DistError as error:
+            self._lost = str(error).partition("\n")[0] or "no reason given"
+        else:
+            self._news = (num_swaps + 1, [State(**json.loads(post)) for post in posts] if all_ranks else states)
 
     def _look(self) -> None:
         """Judge, and end the job if it must: never blocks."""
         self._stillness.tick(time.monotonic())
         if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
             self._end(f"the launcher (pid {self._parent}) is gone", [], {})
-        num_swaps, news = self._news
-        sights = {rank: self._sight(rank, State(**json.loads(text))) for rank, text in enumerate(news)}
+        num_swaps, states = self._news
+        sights = {rank: self._sight(rank, state) for rank, state in enumerate(states)}
         unanswered = self._stillness.of("store", num_swaps)
         watched = self._beats or (sights and sights[0].stopped)  # at the start all processes may want the CPU
         patience = self.stall_seconds if watched else self.slow_seconds
@@ -182,8 +192,10 @@ class Watchdog:
             host = sights[0].name(0) if in_rank_0 else "the launcher"
             how = f"is lost ({self._lost})" if self._lost else f"has not answered for {unanswered:.0f} s"
             self._end(f"the job's store {how}; its host is {host}", [0] if in_rank_0 else [], sights)
-        elif unanswered <= 2 * TICK and (verdict := judge(sights, self.stall_seconds)):  # not by posts of long ago
-            self._end(*verdict, sights)
+        elif states is not self._judged:  # not by posts of long ago
+            self._judged = states
+            if verdict := judge(sights, self.stall_seconds):
+                self._end(*verdict, sights)
 
     def _sight(self, rank: int, state: State) -> Sight:
         quiet, idle = self._stillness.of(f"post {rank}", state.post), self._stillness.of(f"move {rank}", state.moves)
@@ -194,10 +206,9 @@ class Watchdog:
 
     def _sibling(self, state: State) -> psutil.Process:
         """The process of a rank that the same launcher started on this host; else psutil.NoSuchProcess."""
-        process = psutil.Process(state.pid)
-        if state.host != gethostname() or process.ppid() != self._parent:
-            raise psutil.NoSuchProcess(state.pid)
-        return process
+        if state.host == gethostname() and (process := psutil.Process(state.pid)).ppid() == self._parent:
+            return process
+        raise psutil.NoSuchProcess(state.pid)
 
     def _end(self, message: str, blamed: Sequence[int], sights: Mapping[int, Sight]) -> None:
         """Say why, kill what may not end by itself, and exit, whatever hangs."""
