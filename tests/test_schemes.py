@@ -557,12 +557,23 @@ def test_a_configuration_that_transformers_refuses_is_an_error_of_the_user() -> 
         ({"dtype": "fp99"}, "has no attribute 'fp99'"),
         ({"dtype": [1]}, "a known model_type, got model_type 'opt'"),
         ({"quantization_config": 1}, "a known model_type, got model_type 'opt'"),
+        (
+            {"num_hidden_layer": 2},
+            "fields of OPTConfig in model.config, got 'num_hidden_layer': did you mean num_hidden_l",
+        ),
     ],
 )
 def test_values_that_no_architecture_has_are_errors_of_the_user(option: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         count_parameters(read_model_config(ModelConfig(config={"model_type": "opt", **option})))
     assert message in str(caught.value)
+
+
+def test_fields_of_older_versions_and_of_other_models_are_kept() -> None:
+    """As a published config.json has them: `num_labels`, which no default holds, and what only this library renames."""
+    older = {"model_type": "llama", "rope_theta": 5e5, "torch_dtype": "bfloat16", "pretraining_tp": 1, "num_labels": 3}
+    assert read_model_config(ModelConfig(config=older)).rope_parameters["rope_theta"] == 5e5
+    assert read_model_config(ModelConfig(config={"model_type": "gpt2", "hidden_size": 8})).n_embd == 8
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Hugging Face causal language models, built directly sharded, and their tokenizers."""
 
+import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,7 @@ from transformers.utils import logging as hf_logging
 from zoscale.adapters.layers import check_adapted, check_prefix
 from zoscale.adapters.schemes import choose_trainable, peft_config, quiet_peft, selection_of
 from zoscale.adapters.weighted_lora import weigh_adapters
-from zoscale.config import ConfigError, ModelConfig, first_line, one_line
+from zoscale.config import ConfigError, ModelConfig, first_line, one_line, show
 from zoscale.models.quantization import keep_packing, loading_options
 from zoscale.models.sizes import auto_model, blocks_of
 from zoscale.models.tied import check_tied
@@ -26,18 +27,22 @@ def read_model_config(config: ModelConfig) -> Any:
     """The architecture (a transformers `PretrainedConfig`) of what is trained; no weights are read.
 
     Raises:
-        ConfigError: if it cannot be found, or needs code from the model's repository that was not allowed; if a head is
-            to be untied that is not tied.
+        ConfigError: if it cannot be found, or needs code from the model's repository that was not allowed; if a field
+            is misspelt; if a head is to be untied that is not tied.
     """
     try:
         if config.config is not None:
             options = dict(config.config)
-            found: Any = AutoConfig.for_model(options.pop("model_type", ""), **options)
+            model_type = options.pop("model_type", "")
+            found: Any = AutoConfig.for_model(model_type, **options)
             found.to_json_string()  # which fails for some values that nothing has looked at
+            _check_fields(options, found, AutoConfig.for_model(model_type))
         else:
             found = AutoConfig.from_pretrained(
                 str(config.id), revision=config.revision, trust_remote_code=config.trust_remote_code
             )
+    except ConfigError:
+        raise
     except Exception as error:  # the library raises any type at all for a value of a wrong type
         wanted = config.id or f"model_type {dict(config.config or {}).get('model_type')!r}"
         remedy = missing_folder(str(config.id)) or one_line(error)
@@ -45,6 +50,15 @@ def read_model_config(config: ModelConfig) -> Any:
     if config.untie_head:
         _untie(found, config)
     return found
+
+
+def _check_fields(options: Mapping[str, Any], found: Any, default: Any) -> None:
+    """Refuse what the library would keep and never read; keys that resemble none may be of another of its versions."""
+    for key in options:
+        near = difflib.get_close_matches(key, [*vars(default), *default.attribute_map], n=1, cutoff=0.85)
+        if near and key in vars(found) and not hasattr(default, key):
+            kind = type(found).__name__
+            raise ConfigError(f"fields of {kind} in model.config", show(key), f"did you mean {near[0]}?")
 
 
 def _untie(architecture: Any, config: ModelConfig) -> None:
