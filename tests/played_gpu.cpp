@@ -180,7 +180,7 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }
 
 Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
-  if (to.device() != from.device() && !non_blocking) wait("copy between host and device");
+  if (to.device() != from.device() && !non_blocking && from.numel()) wait("copy between host and device");
   on_host(to).copy_(on_host(from));
   return to;
 }

@@ -19,6 +19,7 @@ from zoscale.data.splits import Encoder
 from zoscale.data.train_batches import TrainBatches
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import ForwardGrad, TwoPoint
+from zoscale.forward import lora_fan
 from zoscale.forward.compilation import CompiledAnswers, check_compile, compiled_answers
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.answers import AnswerModel
@@ -113,6 +114,31 @@ def test_no_step_compiles_after_the_rehearsal(way: str) -> None:
         ours, theirs = (engine.step(batches(step)).losses.values for engine in (compiled, plain))
         assert ours == pytest.approx(theirs, rel=1e-5) and len(set(ours)) > 1
     assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize(("compile", "places"), [("cuda_graphs", 1), ("blocks", 4)])
+def test_graphs_find_the_candidates_adapters_at_one_place(
+    compile: str, places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each would be recorded anew in every step: to torch, what a module holds is a weight, which stays."""
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        engine = engine_of("llama", compile, max_rows=6)  # four candidates of 3 rows: two passes
+    found, make = [], lora_fan._adapted_forward
+
+    def noted(layer: nn.Module, adapters: Any, *rest: Any) -> Any:
+        found.append([(id(layer), len(own.a), own.a.data_ptr(), own.b.data_ptr(), own.a.stride()) for own in adapters])
+        return make(layer, adapters, *rest)
+
+    monkeypatch.setattr(lora_fan, "_adapted_forward", noted)
+    taken = []
+    for _ in range(2):
+        engine.losses(batches(0)[:1], engine.directions(0))
+        taken += [torch.empty(len(engine.shards) * 16) for _ in range(400)]  # the next step's memory lies elsewhere
+    layers = {row[0][0] for row in found}
+    assert len({str(row) for row in found}) == places * len(layers)
 
 
 @pytest.mark.usefixtures("fresh")

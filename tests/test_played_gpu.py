@@ -7,6 +7,7 @@ from pathlib import Path
 import played_gpu
 import pytest
 import torch
+from jobs import JobServer
 from processes import needs_compiler, run, torchrun
 
 REFUSED = """
@@ -28,7 +29,7 @@ ASKED = (
     " or test_prompts_go_to_the_gpu_by_themselves"
 )
 JOB = [
-    "launch/train.py", "--config", "launch/recipes/quickstart.yaml", "train.steps=4", "train.eval_every=0",
+    "--config", "launch/recipes/quickstart.yaml", "train.steps=4", "train.eval_every=0",
     "train.log_every=1", "data.num_dev=0", "data.num_validation=16", "tracking.mlflow=false",
 ]  # fmt: skip
 
@@ -56,7 +57,7 @@ def test_what_a_gpu_refuses_is_refused(two: dict[str, str]) -> None:
 def test_what_is_asked_of_a_gpu_holds(two: dict[str, str]) -> None:
     files = ["tests/test_synchronisation.py", "tests/test_weight_fan.py", "tests/test_meters.py"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-k", ASKED, *files]
-    assert " 5 passed" in run(command, **two).stdout
+    assert " 7 passed" in run(command, **two).stdout
 
 
 @pytest.mark.parametrize(
@@ -68,12 +69,12 @@ def test_what_is_asked_of_a_gpu_holds(two: dict[str, str]) -> None:
     ids=["sign_full", "muon_lora"],
 )
 def test_a_job_on_two_is_that_of_two_cpus(
-    options: list[str], tolerance: float, two: dict[str, str], tmp_path: Path
+    options: list[str], tolerance: float, two: dict[str, str], server: JobServer, tmp_path: Path
 ) -> None:
     """Sharded, with validation, checkpoints and the export at the end; verified on a CPU, Muon's 16 bits too."""
-    command = [*JOB, *options]
-    torchrun(2, *command, f"output_dir={tmp_path / 'cpu'}")
-    assert "ranks: 2, 2 per copy" in torchrun(2, *command, f"output_dir={tmp_path / 'gpu'}", **two).stdout
+    server.run(2, *JOB, *options, f"output_dir={tmp_path / 'cpu'}")
+    command = ["launch/train.py", *JOB, *options, f"output_dir={tmp_path / 'gpu'}"]
+    assert "ranks: 2, 2 per copy" in torchrun(2, *command, **two).stdout
     on_gpus = losses(tmp_path / "gpu")
     assert on_gpus == pytest.approx(losses(tmp_path / "cpu"), rel=tolerance)
     assert len(on_gpus) == 4

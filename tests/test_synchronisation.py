@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from processes import ROOT, torchrun
 from test_weight_fan import model_of
 from torch import nn
@@ -28,6 +28,7 @@ from zoscale.models.sizes import blocks_of
 from zoscale.noise.generator import Noise
 from zoscale.objectives import classification, language_modeling, predictions
 from zoscale.optim import OPTIMIZERS
+from zoscale.placement import keep_near
 from zoscale.probes import PROBES
 from zoscale.probes.gradient import Gradient
 from zoscale.shards import ShardedParam, shard_parameters
@@ -103,9 +104,18 @@ def test_options_are_chosen_before_anything_is_read() -> None:
     assert predictions(logprobs, batch.to(logprobs.device)).shape == (batch.num_examples,)
 
 
+VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+WAITING = {
+    "compiled": (LoraConfig(task_type="CAUSAL_LM", **tiny.LORA), {"forward": "fan_out", "noise": "compiled"}),
+    "eager": (LoraConfig(task_type="CAUSAL_LM", **tiny.LORA), {"forward": "fan_out", "noise": "eager"}),
+    "prompt": (PromptTuningConfig(**VIRTUAL), {}),
+    "prefix": (PrefixTuningConfig(**VIRTUAL), {}),
+}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("noise", ["compiled", "eager"])
-def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch, noise: Any) -> None:
+@pytest.mark.parametrize("name", WAITING)
+def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As CUDA itself sees it, from the second step on."""
     read = Mesh.gather_items
 
@@ -115,16 +125,47 @@ def test_no_step_waits_on_a_gpu(monkeypatch: pytest.MonkeyPatch, noise: Any) -> 
         torch.cuda.set_sync_debug_mode("error")
         return found
 
-    model = get_peft_model(model_of("llama", torch.bfloat16), LoraConfig(task_type="CAUSAL_LM", **tiny.LORA))
-    engine = ZeroOrderEngine(model.to("cuda"), forward="fan_out", noise=noise)
+    adapter, options = WAITING[name]
+    engine = ZeroOrderEngine(get_peft_model(model_of("llama", torch.bfloat16), adapter).to("cuda"), **options)
     engine.step(tiny.options(merged=False))
     monkeypatch.setattr(Mesh, "gather_items", allowed)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for merged in (True, False):
+        for merged in {not adapter.is_prompt_learning, False}:
             engine.step(tiny.options(merged=merged))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_host_is_a_block_ahead_of_its_gpu_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every pass; passes beside the one that gathers do not wait."""
+    said: list[str] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.number = sum(text.startswith("record") for text in said)
+
+        def record(self) -> None:
+            said.append(f"record {self.number}")
+
+        def synchronize(self) -> None:
+            said.append(f"wait for {self.number}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    model = nn.Sequential(nn.Identity(), nn.Identity(), nn.Identity())
+    keep_near([*model])
+    for block in model:
+        block.register_forward_pre_hook(lambda *_: said.append("gather"))
+    for number in (None, 1, 0):
+        monkeypatch.setattr("zoscale.placement.lane", lambda number=number: number)
+        model(torch.zeros(1))
+    told = iter(said)
+    assert [next(told), next(told)] == ["record 0", "gather"]
+    for block in (1, 2):
+        assert [next(told), next(told), next(told)] == [f"wait for {block - 1}", f"record {block}", "gather"]
+    assert [next(told) for _ in model] == ["gather"] * 3, "the pass in lane 1"
+    for block in (3, 4, 5):
+        assert [next(told), next(told), next(told)] == [f"wait for {block - 1}", f"record {block}", "gather"]
 
 
 @pytest.mark.gpu

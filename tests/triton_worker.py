@@ -23,7 +23,6 @@ from zoscale.estimators import Candidate, GradientEstimate, OneSided, TwoPoint
 from zoscale.forward import lora_fan
 from zoscale.forward.scratch import Draws
 from zoscale.forward.sequential import perturbed
-from zoscale.mesh import Mesh
 from zoscale.noise import fused, kernels, streams
 from zoscale.noise.generator import Domain, Key, Noise, Range
 from zoscale.noise.kernels import kernels_on
@@ -317,8 +316,7 @@ def rehearses_kernels() -> None:
             rehearsal.Rehearsal(probe, TwoPoint(), partial(make, lr=LR), "fp32").run(noise, shards)
             known = len(compiled.made)
             point = Candidate(probe.draw(noise, specs, 0, 0), 0.1)
-            mesh, dtypes = Mesh(ranks=(0, 1)), [shard.live.dtype for shard in shards]
-            lora_fan._perturbed(shards, dtypes, [point], mesh.device)
+            lora_fan._perturbed(shards, [shard.live.dtype for shard in shards], [point])
             for _ in Draws([point], shards).values([(shard.live, shard) for shard in shards]):
                 pass
             make(shards, lr=LR).step(GradientEstimate((point.direction,), RHOS[:1], 0.0))

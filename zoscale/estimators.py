@@ -101,7 +101,9 @@ class GradientEstimate:
         for number, segment, rho in self._terms(group):
             segment.add_to(totals[number], rho)
             del segment  # before the next is drawn
-        return totals if len(self.directions) == 1 else [total.div_(len(self.directions)) for total in totals]
+        if len(self.directions) == 1:
+            return totals
+        return [total.div_(total.new_full((), len(self.directions))) for total in totals]  # CUDA: no reciprocal
 
     def signs(self, group: Sequence[Piece]) -> list[SignTerms | None]:
         """Every rho_k z_k on each piece; None where some are no signs as bits, or are made by kernels."""

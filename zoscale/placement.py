@@ -1,11 +1,14 @@
 """Where a model lies: whole in this process or on each rank, or cut up by ZeRO-3 for forward passes only."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from zoscale.config import ConfigError
+from zoscale.lanes import lane
 from zoscale.mesh import Mesh
 from zoscale.models.sizes import blocks_of
 from zoscale.shard_groups import GroupedAccelerator, GroupSharded, cut_up, cut_up_adapters
@@ -82,7 +85,7 @@ def check_dtype(model: nn.Module, wanted: str) -> None:
 def _shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Hand the model to ZeRO-3 for forward passes only: no optimizer, no gradient hooks, blocks gathered whole."""
     _check_shardable(model)
-    _gather_blocks_whole(model)
+    _gather_blocks_whole(model, accelerator.device)
     cut_up_adapters(model)
     engine: Any = accelerator.prepare(model)
     zero: Any = getattr(engine, "optimizer", None)
@@ -98,7 +101,7 @@ def _shard_in_groups(model: nn.Module, accelerator: GroupedAccelerator) -> nn.Mo
     """The same within every shard group."""
     _check_shardable(model)
     cut_up(model, accelerator.mesh, accelerator.deepspeed)
-    _gather_blocks_whole(model)
+    _gather_blocks_whole(model, accelerator.device)
     sharded = GroupSharded(model, accelerator.deepspeed)
     _remove_gradient_hooks(sharded.optimizer)
     return sharded
@@ -111,12 +114,36 @@ def _check_shardable(model: nn.Module) -> None:
         raise ConfigError("a model that ZeRO-3 can shard", got, "set mesh.shard_size=1")
 
 
-def _gather_blocks_whole(model: nn.Module) -> None:
+def _gather_blocks_whole(model: nn.Module, device: torch.device) -> None:
     import deepspeed
 
-    blocks = {type(block) for block in blocks_of(model)}
+    blocks = blocks_of(model)
     if blocks:
-        deepspeed.utils.set_z3_leaf_modules(model, list(blocks))
+        deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in blocks}))
+    if device.type == "cuda":
+        keep_near(blocks)
+
+
+def keep_near(blocks: Sequence[nn.Module]) -> None:
+    """Keep the host at most a block ahead of its GPU, as `limit_all_gathers` of PyTorch's FSDP does.
+
+    The memory of a gathered block can be used again only when the GPU is past it. A host that runs ahead gathers block
+    after block into new memory, up to the whole model; ZeRO-3's own limits are of the gathers, not of the blocks. To be
+    called before ZeRO-3 has hooks, for the wait precedes the gather.
+    """
+    before: list[torch.cuda.Event] = []
+
+    def wait(_: nn.Module, args: object) -> None:
+        if lane():  # another pass drives ZeRO-3
+            return
+        if before:
+            before.pop().synchronize()  # the GPU is in the block before this one, whose launches are all queued
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        before.append(event)
+
+    for block in blocks:
+        block.register_forward_pre_hook(wait)
 
 
 def _remove_gradient_hooks(zero: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from zoscale.config import ConfigError
-from zoscale.forward.compilation import CompileName, compiled_answers
+from zoscale.forward.compilation import CompiledAnswers, CompileName, compiled_answers
 from zoscale.forward.fan import Fan
 from zoscale.forward.fan_out import FanOutForward
 from zoscale.forward.lora_fan import LoraFan, find_lora_pairs
@@ -54,6 +54,8 @@ def choose_forward(
     if derivatives:
         _check_tangents(name, answers)
         return TangentForward(answers, shards, mesh, num_parts=num_parts)
+    if isinstance(fan, LoraFan):
+        fan.in_place = isinstance(answers, CompiledAnswers) and answers.has_cuda_graphs
     if fan is not None:
         return FanOutForward(answers, mesh, fan, max_rows=max_rows, num_parts=num_parts)
     if name == "fan_out" or (generates and generator is None):

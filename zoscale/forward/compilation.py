@@ -33,7 +33,7 @@ class CompiledAnswers(AnswerModel):
 
     def __init__(self, model: nn.Module, mode: str | None = None) -> None:
         super().__init__(model, model)
-        self._has_cuda_graphs = mode == "reduce-overhead"
+        self.has_cuda_graphs = mode == "reduce-overhead"
         self._is_on = False
         self._is_complete = False
         compiled: dict[type, Callable[..., Any]] = {}
@@ -46,7 +46,7 @@ class CompiledAnswers(AnswerModel):
     @property
     def runs_until_recorded(self) -> int:
         """Passes of a shape after which it only replays: a CUDA graph warms up first, and records after that."""
-        return 3 if self._has_cuda_graphs else 1
+        return 3 if self.has_cuda_graphs else 1
 
     def _either(self, block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """The block's forward: compiled in a pass of training, else its own."""
@@ -59,7 +59,7 @@ class CompiledAnswers(AnswerModel):
 
     def answer_logprobs(self, batch: MicroBatch) -> Tensor:
         """See `AnswerModel`."""
-        if self._has_cuda_graphs:
+        if self.has_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # what the last pass held may go
         self._is_on = True
         try:

@@ -4,11 +4,11 @@ Adapters are small: every rank gathers them once, in one collective, and perturb
 not touched.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, Self
 
 import torch
@@ -75,23 +75,41 @@ class LoraFan:
         shards: this rank's slices of them.
         mesh: the ranks that hold the other slices.
         pairs: from `find_lora_pairs`.
+
+    Attributes:
+        in_place: whether passes of as many candidates find their tensors at the same addresses. For CUDA graphs, which
+            take what a module holds for weights, and are recorded anew wherever it lies elsewhere.
     """
 
     def __init__(self, shards: Sequence[ShardedParam], mesh: Mesh, pairs: Sequence[LoraPair]) -> None:
         self.shards = shards
         self.mesh = mesh
         self.pairs = pairs
+        self.in_place = False
         self.closed: Sequence[nn.Module] = ()
+        self._places: dict[int, tuple[Tensor, ...]] = {}
 
     def prepare(self, candidates: Sequence[Candidate]) -> Callable[[slice, Rows], AbstractContextManager[None]]:
         """See `Fan`: one gather of all adapters; [K, *shape] of each are held until the step's passes are done."""
         wholes = self._gather()
-        stacks = _perturbed(wholes, [shard.live.dtype for shard in self.shards], candidates, self.mesh.device)
+        stacks = _perturbed(wholes, [shard.live.dtype for shard in self.shards], candidates)
+        stacks = stacks.with_memories(memory.to(self.mesh.device) for memory in stacks.memories)
 
         def passing(which: slice, rows: Rows) -> AbstractContextManager[None]:
-            return self.adapted({name: stack[which] for name, stack in stacks.items()}, rows)
+            parts = [memory[which] for memory in stacks.memories]
+            own = stacks.with_memories(self._put(parts) if self.in_place else parts)
+            return self.adapted(own.tensors(), rows)
 
         return passing
+
+    def _put(self, memories: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Copies where the tensors of as many candidates lie in every pass."""
+        count = len(memories[0])
+        if count not in self._places:
+            self._places[count] = tuple(torch.empty_like(memory) for memory in memories)
+        for place, memory in zip(self._places[count], memories, strict=True):
+            place.copy_(memory)
+        return self._places[count]
 
     def _gather(self) -> list[ShardedParam]:
         """The whole truth of every trainable tensor, as plain tensors in the order of the shards."""
@@ -129,14 +147,52 @@ class _Adapter:
         return cls(a, b, adapters[pair.factor.name][:copies].view(-1, 1, 1) * pair.scaling)
 
 
+@dataclass(frozen=True)
+class _Stacks:
+    """Tensors of K candidates.
+
+    Args:
+        memories: [K, n], one per dtype.
+        places: by name, the number of the memory, the columns in it, and the tensor's shape.
+    """
+
+    memories: tuple[Tensor, ...]
+    places: Mapping[str, tuple[int, slice, tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, wholes: Sequence[ShardedParam], dtypes: Sequence[torch.dtype], count: int) -> Self:
+        """`count` copies of each tensor; in a memory whole vectors come first."""
+        memories, places = [], {}
+        for number, dtype in enumerate(dict.fromkeys(dtypes)):
+            some = [whole for whole, own in zip(wholes, dtypes, strict=True) if own == dtype]
+            some.sort(key=lambda whole: len(whole) % ALIGNED != 0)
+            memories.append(torch.cat([whole.truth for whole in some]).to(dtype).repeat(count, 1))
+            ends = accumulate(map(len, some))
+            for whole, end in zip(some, ends, strict=True):
+                places[whole.spec.name] = number, slice(end - len(whole), end), whole.spec.shape
+        return cls(tuple(memories), places)
+
+    def with_memories(self, memories: Iterable[Tensor]) -> Self:
+        """The same in other memories."""
+        return replace(self, memories=tuple(memories))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, [K, *shape]."""
+        return {
+            name: self.memories[number][:, columns].view(-1, *shape)
+            for name, (number, columns, shape) in self.places.items()
+        }
+
+
 def _perturbed(
-    wholes: Sequence[ShardedParam], dtypes: Sequence[torch.dtype], candidates: Sequence[Candidate], device: torch.device
-) -> dict[str, Tensor]:
-    """Every candidate's tensors, rounded from the truth to the compute dtype: by name, [K, *shape] on the device.
+    wholes: Sequence[ShardedParam], dtypes: Sequence[torch.dtype], candidates: Sequence[Candidate]
+) -> _Stacks:
+    """Every candidate's tensors, rounded from the truth to the compute dtype.
 
     Offloaded tensors are perturbed where they lie, as the update will be.
     """
-    stacks = _stacks(wholes, dtypes, len(candidates))
+    stacks = _Stacks.of(wholes, dtypes, len(candidates))
+    tensors = {name: tensor.view(len(candidates), -1) for name, tensor in stacks.tensors().items()}
     directions = {id(c.direction): c.direction for c in candidates if c.direction is not None}
     for group in pieces(wholes):
         for key, direction in directions.items():
@@ -145,23 +201,11 @@ def _perturbed(
             for number, candidate in enumerate(candidates):
                 if id(candidate.direction) == key:
                     writes = [
-                        Write(segment, stacks[piece.shard.spec.name][number], piece.shard.truth, piece.start)
+                        Write(segment, tensors[piece.shard.spec.name][number], piece.shard.truth, piece.start)
                         for piece, segment in found
                     ]
                     write_all(writes, candidate.radius)
-    return {whole.spec.name: stacks[whole.spec.name].view(-1, *whole.spec.shape).to(device) for whole in wholes}
-
-
-def _stacks(wholes: Sequence[ShardedParam], dtypes: Sequence[torch.dtype], count: int) -> dict[str, Tensor]:
-    """By name, `count` copies of each tensor, [count, n]: of one memory, in which whole vectors come first."""
-    found: dict[str, Tensor] = {}
-    for dtype in dict.fromkeys(dtypes):
-        some = [whole for whole, own in zip(wholes, dtypes, strict=True) if own == dtype]
-        some.sort(key=lambda whole: len(whole) % ALIGNED != 0)
-        copies = torch.cat([whole.truth for whole in some]).to(dtype).repeat(count, 1)
-        parts = torch.split(copies, [len(whole) for whole in some], dim=1)
-        found |= {whole.spec.name: part for whole, part in zip(some, parts, strict=True)}
-    return found
+    return stacks
 
 
 def _adapted_forward(

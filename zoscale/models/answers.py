@@ -38,9 +38,10 @@ class AnswerModel:
             if _is_training(self.model):  # losses are taken without dropout, whatever was done to the model since
                 self.model.eval()
         masks = padding_unmasked() if batch.is_right_padded else nullcontext()
-        with _answer_positions(self.head, batch), masks, _prefix_noted(self.model):
+        inputs = batch.model_inputs(self._dtype)
+        with _answer_positions(self.head, batch), masks, _prefix_noted(self.model), _virtual_seen(self.model, inputs):
             called = self.module if is_first else self.model
-            output = called(**batch.model_inputs(self._dtype), use_cache=False)
+            output = called(**inputs, use_cache=False)
         if is_first and not torch.is_grad_enabled():
             end_without_backward(self.module)
         logits: Tensor = output.logits[0].float()
@@ -74,6 +75,30 @@ def _answer_positions(head: nn.Module, batch: MicroBatch) -> Iterator[None]:
         return (hidden[batch.position_row, batch.position_column + num_virtual].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _virtual_seen(model: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    """Within, a model with virtual tokens sees them and what the mask in `inputs` says, which is taken from these.
+
+    PEFT would move both the tokens and their part of the mask from the host in every pass, which waits for the device.
+    """
+    peft_config = getattr(model, "active_peft_config", None)
+    if not getattr(peft_config, "is_prompt_learning", False):
+        yield
+        return
+    own, mask = lane(), inputs.pop("attention_mask")
+    seen = {"attention_mask": nn.functional.pad(mask, (peft_config.num_virtual_tokens, 0), value=1)}
+    model.prompt_tokens[model.active_adapter] = model.prompt_tokens[model.active_adapter].to(mask.device)
+
+    def see(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        return (args, kwargs | seen) if lane() == own else None
+
+    handle = model.get_base_model().register_forward_pre_hook(see, with_kwargs=True)
     try:
         yield
     finally:

@@ -55,7 +55,7 @@ def read_model_config(config: ModelConfig) -> Any:
 def _check_fields(options: Mapping[str, Any], found: Any, default: Any) -> None:
     """Refuse what the library would keep and never read; keys that resemble none may be of another of its versions."""
     for key in options:
-        near = difflib.get_close_matches(key, [*vars(default), *default.attribute_map], n=1, cutoff=0.85)
+        near = difflib.get_close_matches(key, [*vars(default), *default.attribute_map], n=1, cutoff=0.9)
         if near and key in vars(found) and not hasattr(default, key):
             kind = type(found).__name__
             raise ConfigError(f"fields of {kind} in model.config", show(key), f"did you mean {near[0]}?")
