@@ -27,7 +27,7 @@ from zoscale.plan.fit import memory_of_a_rank
 from zoscale.tracking.mlflow_store import check_database, short_waits, shown, store_uri
 
 _MIN_FREE = 2**30  # bytes for checkpoints and logs
-_PATIENCE = 180.0  # seconds for the smoke step
+_PATIENCE = 300.0  # seconds for the smoke step, whose kernels every rank may have to compile
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 

@@ -30,7 +30,7 @@ def smoke() -> dict[str, object]:
     started = time.monotonic()
     config = ModelConfig(config=_SHAPES, dtype="float32")
     architecture = read_model_config(config)
-    accelerator = start(Runtime(deepspeed=ZERO3, timeout_minutes=1), size=count_parameters(architecture))
+    accelerator = start(Runtime(deepspeed=ZERO3, timeout_minutes=4), size=count_parameters(architecture))
     torch.manual_seed(0)
     model = add_adapter(load_model(config, architecture), {"r": 4, "target_modules": ["q_proj", "v_proj"]})
     engine = ZeroOrderEngine(

@@ -88,7 +88,7 @@ def _virtual_seen(model: Any, inputs: dict[str, Any]) -> Iterator[None]:
     PEFT would move both the tokens and their part of the mask from the host in every pass, which waits for the device.
     """
     peft_config = getattr(model, "active_peft_config", None)
-    if not getattr(peft_config, "is_prompt_learning", False):
+    if peft_config is None or not peft_config.is_prompt_learning:
         yield
         return
     own, mask = lane(), inputs.pop("attention_mask")
