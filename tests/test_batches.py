@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from zoscale.config import ConfigError, DataConfig
+from zoscale.data import splits
 from zoscale.data.batch import MicroBatch
 from zoscale.data.prefixes import Row, share_prefixes
 from zoscale.data.splits import Encoded, Encoder, Splits, evaluation_batches, part
@@ -390,7 +392,36 @@ def test_options_that_the_tokenizer_does_not_tell_apart_are_refused(words: PreTr
     with pytest.raises(ConfigError, match=r"options of different tokens, got the same for .* sublime"):
         Encoder(words, 64).micro_batch([Example("the film", options)], gold_only=False)
     assert Encoder(words, 64).micro_batch([Example("the film", options)], gold_only=True).num_examples == 1
-    assert Encoder(words, 64).micro_batch([Example("the film", (*options, " great"))], gold_only=False)
+    for gold in (0, 1):
+        with pytest.raises(ConfigError, match="options of different tokens"):
+            Encoder(words, 64).micro_batch([Example("the film", (*options, " great"), gold)], gold_only=False)
+    assert Encoder(words, 64).micro_batch([Example("the film", (*options, " great"), 2)], gold_only=False)
+
+
+def test_the_fingerprint_names_all_tokens_and_an_error_its_example(words: PreTrainedTokenizerFast) -> None:
+    """The digest is that of the tables as a whole, as in journals that were written before."""
+    train = [Example(f"the film {'so ' * n}It was", (" bad", " great"), n % 2) for n in range(3)]
+    encoder = Encoder(words, 64)
+    digest = hashlib.sha256()
+    for examples in (train, train[:1], []):
+        encoded = [encoder.encode(example, gold_only=False) for example in examples]
+        digest.update(repr([(item.rows, item.gold, item.question) for item in encoded]).encode())
+    assert encoder.fingerprint(Splits(train, train[:1], [])) == digest.hexdigest()[:16]
+    wrong = [*train, Example("the film", (" sublime", " dreadful"))]
+    with pytest.raises(ConfigError, match="different tokens in example 4 of dev, 'the film', got the same for"):
+        encoder.fingerprint(Splits(train, wrong, []))
+
+
+def test_options_of_long_prompts_have_rows_of_their_own(
+    words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask has the square of their tokens."""
+    example = Example("the film It was", (" not bad", " so great"))
+    encoder = Encoder(words, 64, branching=True)
+    longest = len(words(example.prompt)["input_ids"]) + 1
+    for limit, rows in ((longest, 1), (longest - 1, 2)):
+        monkeypatch.setattr(splits, "_BRANCHES", limit)
+        assert len(encoder.encode(example, gold_only=False).rows) == rows
 
 
 def test_tokens_that_the_model_does_not_have_are_refused_and_padding_with_one_is_not(

@@ -128,6 +128,26 @@ def test_any_number_of_files_gives_the_same_weights(model_dir: Path, tmp_path: P
     assert equal(weights(engine), weights(other))
 
 
+def test_names_in_a_file_are_asked_for_once(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time they are made into a list of all: with thousands of tensors that took most of a resume."""
+    engine, asked = engine_of(model_dir), list[str]()
+    checkpoint.save(engine, tmp_path / "step_00000000", "hash")
+    open_ = checkpoint.safe_open
+
+    class Counted:
+        def __init__(self, path: Path, **options: Any) -> None:
+            self.file = open_(path, **options)
+            self.get_slice = self.file.get_slice
+
+        def keys(self) -> list[str]:
+            asked.append("keys")
+            return list(self.file.keys())
+
+    monkeypatch.setattr(checkpoint, "safe_open", Counted)
+    checkpoint.load(engine, tmp_path / "step_00000000", "hash")
+    assert len(engine.shards) > 1 and len(asked) == 1
+
+
 def test_a_checkpoint_is_read_to_the_host(model_dir: Path, tmp_path: Path) -> None:
     """A GPU that weights and state fill has no room for them once more: resumed, or brought back to its best step."""
     engine = engine_of(model_dir)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
+from allocations import highest_point
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
@@ -23,6 +24,7 @@ from zoscale.estimators import ESTIMATORS, Candidate, OneSided, TwoPoint
 from zoscale.evaluate import evaluate
 from zoscale.forward.sequential import SequentialForward, perturbed
 from zoscale.mesh import Mesh
+from zoscale.models import answers as answers_module
 from zoscale.models.answers import AnswerModel
 from zoscale.noise.generator import Noise
 from zoscale.noise.segments import Segment
@@ -142,6 +144,17 @@ def test_the_head_is_computed_for_answer_positions_only(kind: Kind) -> None:
         model(input_ids=batch.input_ids)
     assert batch.position_row.numel() == 5 < batch.input_ids.numel() == 21
     assert shapes == [(1, 5, VOCABULARY), (3, 7, VOCABULARY)]
+
+
+def test_logits_are_not_copied_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 they have half the bytes of one copy in float32, of which the sum's exponentials are another."""
+    logits = torch.randn(512, 4096).bfloat16()
+    whole = answers_module._logsumexp(logits)
+    assert torch.equal(whole, torch.logsumexp(logits.float(), dim=-1))
+    assert highest_point(lambda: answers_module._logsumexp(logits)) > 3 * logits.nbytes
+    monkeypatch.setattr(answers_module, "_AT_ONCE", 32 * 4096)
+    assert highest_point(lambda: answers_module._logsumexp(logits)) < 0.5 * logits.nbytes
+    assert torch.equal(answers_module._logsumexp(logits), whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)

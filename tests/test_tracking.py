@@ -167,6 +167,26 @@ def test_log_does_not_wait_for_the_store(store: Path, monkeypatch: pytest.Monkey
     assert tracker.mlflow_on
 
 
+def test_a_store_that_is_slow_is_not_given_up(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request is progress: many that wait for one end come within `patience` one by one."""
+    import mlflow
+
+    requests: list[int] = []
+
+    def log_batch(client: object, run_id: str, metrics: tuple[object, ...] = (), **others: object) -> None:
+        if metrics:
+            time.sleep(0.2)
+            requests.append(len(metrics))
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_batch)
+    monkeypatch.setattr(mlflow_store, "_MAX_METRICS", 10)
+    tracker = start(store / "late", patience=0.6)
+    for step in range(10):
+        tracker.log(step, {f"rank_{rank}/loss": 1.0 for rank in range(10)})
+    tracker.finish()
+    assert tracker.mlflow_on and requests == [10] * 10
+
+
 def test_import_completes_a_run_without_duplicates(store: Path) -> None:
     run_dir = store / "imported"
     tracker = start(run_dir, experiment="import", tags={"commit": "abc"})

@@ -199,8 +199,13 @@ class Mesh:
         return results
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Rank 0 does the work; its result on every rank, or its OSError or ValueError."""
-        return self.together(work if self.is_main else lambda: None)[0]  # type: ignore[return-value]
+        """Rank 0 does the work; its result on every rank, or its OSError or ValueError. All have come here then."""
+        results: list[Any] = []
+        self.together(lambda: results.append(work()) if self.is_main else None)
+        if self.world_size > 1:  # a gather would take room for as many results as there are ranks
+            results = results or [None]
+            dist.broadcast_object_list(results, src=0)
+        return results[0]  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

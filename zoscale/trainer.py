@@ -27,6 +27,7 @@ from zoscale.tracking.tracker import Tracker
 from zoscale.watchdog import Watchdog
 
 _MULTIPLE = 32  # tokens to which rows are padded for a compiled forward
+_LOOKED_AT = 2**14  # steps whose shapes are compiled before the first; one that only comes later runs without a graph
 
 
 class Trainer:
@@ -119,7 +120,7 @@ class Trainer:
         """Micro-batches for which the forward gets ready."""
         if self.config.forward.compile == "off":
             return self.batches.at(first)
-        return self.batches.one_of_each_shape(self.config.train.steps)
+        return self.batches.one_of_each_shape(min(self.config.train.steps, _LOOKED_AT))
 
     def _step(self, step: int) -> StepResult:
         with self.meters.phases.phase("data"):

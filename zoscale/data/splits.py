@@ -20,6 +20,7 @@ T = TypeVar("T")
 _ROOM = 128  # columns up to which rows may become wider than the longest sequence, so that more fit in
 _WIDEST = 512  # of packed rows: beyond, their masks are no small part of a pass's memory
 _TRIED = 8  # numbers of rows: the fewest that hold all tokens, and more
+_BRANCHES = 4096  # columns up to which options of a prompt part in one row: a mask has their square
 _WORTH = 0.95  # of the tokens that are run without, above which rows are not packed
 _LONGER = "raise it, or take a model with more positions"
 
@@ -124,7 +125,7 @@ class Encoder:
         self.branching = branching
         self.packing = packing
         self.vocabulary = vocabulary
-        self._truncated: set[tuple[int, ...]] = set()
+        self._truncated: set[bytes] = set()  # digests of rows
         self._left_out: dict[Example, int] = {}
         pad = int(tokenizer.pad_token_id or 0)
         self._pad = pad if vocabulary is None or pad < vocabulary else 0  # masked, whatever it is
@@ -148,10 +149,17 @@ class Encoder:
             ConfigError: for an answer that is empty or does not fit, so that it is met before training, not within.
         """
         digest = hashlib.sha256()
-        for split in (splits.train, splits.dev, splits.validation):
-            encoded = [self.encode(example, gold_only=False) for example in split]
-            rows = [(item.rows, item.gold, item.question) for item in encoded]
-            digest.update(repr(rows).encode())
+        for name in ("train", "dev", "validation"):
+            for number, example in enumerate(getattr(splits, name), start=1):
+                try:
+                    item = self.encode(example, gold_only=False)
+                except ConfigError as error:
+                    expected, got, remedy = error.args
+                    where = f"in example {number} of {name}, {show(example.prompt)}"
+                    raise ConfigError(f"{expected} {where}", got, remedy) from error
+                digest.update((", " if number > 1 else "[").encode())
+                digest.update(repr((item.rows, item.gold, item.question)).encode())
+            digest.update(b"]" if getattr(splits, name) else b"[]")
         return digest.hexdigest()[:16]
 
     def micro_batch(self, examples: Sequence[Example], *, gold_only: bool) -> MicroBatch:
@@ -192,29 +200,31 @@ class Encoder:
         """Token ids of an example, with all its options or only the right one.
 
         Raises:
-            ConfigError: for an answer that is empty or does not fit, for options that are all the same tokens, and for
-                a token that the model does not have.
+            ConfigError: for an answer that is empty or does not fit, for a right option that has the tokens of another,
+                and for a token that the model does not have.
         """
         example = self._with_fitting_shots(example)
         numbers = [example.gold] if gold_only else list(range(len(example.options)))
         answers: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
         prompt = self._ids(example.prompt)
-        spelled: set[tuple[int, ...]] = set()
+        spelled: dict[str, tuple[int, ...]] = {}
         for option, number in enumerate(numbers):
             full = self._ids(example.prompt + example.options[number])
             answer_start = common_prefix(prompt, full)
             if not 0 < answer_start < len(full):
                 raise _no_tokens(example.prompt, example.options[number])
             tokens, answer_start = self._cut(full, answer_start)
-            spelled.add(tuple(full))
+            spelled[example.options[number]] = tuple(full)
             self._check_known(full)
             targets = [(place - 1, tokens[place], option) for place in range(answer_start, len(tokens))]
             answers.setdefault(tuple(tokens[:-1]), []).extend(targets)
-        if len(spelled) < min(2, len(numbers)):
+        like_gold = list(spelled.values()).count(spelled[example.options[example.gold]])
+        if len(set(spelled.values())) < min(2, len(numbers)) or like_gold > 1:
             remedy = "give texts that the tokenizer tells apart (classification: task.candidates)"
             raise ConfigError("options of different tokens", f"the same for {show(list(example.options))}", remedy)
         rows = [Row(tokens, tuple(targets), 0) for tokens, targets in answers.items()]
-        merged = share_prefixes(rows, self.max_length, branching=self.branching)
+        longest = max(len(row.tokens) for row in rows)
+        merged = share_prefixes(rows, self.max_length, branching=self.branching and longest <= _BRANCHES)
         gold = tuple(number == example.gold for number in numbers)
         return Encoded(tuple(merged), gold, self._question(example, numbers))
 
@@ -260,7 +270,7 @@ class Encoder:
             raise ConfigError("data.max_length above the tokens to generate", got, _LONGER)
         tokens = self._ids(example.prompt)
         if len(tokens) > room:
-            self._truncated.add(tuple(tokens))
+            self._note_cut(tokens)
             tokens = tokens[:1] + tokens[1 - room :]
         return replace(question, prompt=tuple(tokens), max_new_tokens=example.max_new_tokens)
 
@@ -272,8 +282,11 @@ class Encoder:
         if surplus > answer_start - 2:
             expected = f"answers that fit into data.max_length={self.max_length}"
             raise ConfigError(expected, f"{len(tokens)} tokens", _LONGER)
-        self._truncated.add(tuple(tokens[:-1]))
+        self._note_cut(tokens[:-1])
         return tokens[:1] + tokens[1 + surplus :], answer_start - surplus
+
+    def _note_cut(self, tokens: Sequence[int]) -> None:
+        self._truncated.add(hashlib.sha256(repr(tokens).encode()).digest()[:16])
 
 
 def _rounded(length: int, multiple: int) -> int:

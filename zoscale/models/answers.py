@@ -12,6 +12,8 @@ from zoscale.lanes import lane
 from zoscale.models.attention import padding_unmasked
 from zoscale.shards import end_without_backward, order_gathers_after_writes
 
+_AT_ONCE = 2**26  # logits that are held in float32 at a time
+
 
 class AnswerModel:
     """Log-probabilities of answer tokens from any causal LM, sharded or not.
@@ -44,9 +46,15 @@ class AnswerModel:
             output = called(**inputs, use_cache=False)
         if is_first and not torch.is_grad_enabled():
             end_without_backward(self.module)
-        logits: Tensor = output.logits[0].float()
-        chosen = logits[batch.answer_position, batch.answer_token]
-        return chosen - torch.logsumexp(logits, dim=-1)[batch.answer_position]
+        logits: Tensor = output.logits[0]
+        chosen = logits[batch.answer_position, batch.answer_token].float()
+        return chosen - _logsumexp(logits)[batch.answer_position]
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Over the last dimension, float32, of [P, V]: of `_AT_ONCE` at a time, for it makes copies."""
+    parts = torch.split(logits, max(1, _AT_ONCE // logits.shape[-1]))
+    return torch.cat([torch.logsumexp(part.float(), dim=-1) for part in parts])
 
 
 def _is_training(model: nn.Module) -> bool:

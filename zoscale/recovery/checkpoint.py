@@ -125,15 +125,15 @@ def _read_all(
     wanted = {shard.spec.name: shard for shard in shards}
     used = [file for file in manifest.files if any(_overlap(wanted.get(n), s) for n, s in file.slices.items())]
     with torch.no_grad():
-        readers = {file.name: _open(folder, file) for file in used}
+        readers = {file.name: _Reader(folder, file) for file in used}
         for shard in shards:
             weights = torch.empty(len(shard), dtype=shard.truth.dtype)
-            if _fill(weights, _WEIGHTS, shard, used, readers, folder) != len(shard):
+            if _fill(weights, _WEIGHTS, shard, used, readers) != len(shard):
                 raise damaged(folder / MANIFEST, f"slices that do not cover {shard.spec.name}")
             state: dict[str, Any] = dict(manifest.scalars.get(shard.spec.name, {}))
             for key in manifest.state:  # what no rank had yet is zero
                 state[key] = torch.zeros(len(shard), dtype=torch.float32)
-                _fill(state[key], key, shard, used, readers, folder)
+                _fill(state[key], key, shard, used, readers)
             yield weights, state
 
 
@@ -156,20 +156,40 @@ def _wanted(engine: Engine, manifest: Manifest) -> Sequence[ShardedParam]:
     return [ShardedParam.outline(spec, *mesh.slice_of(spec.numel), device) for spec in specs]
 
 
-def _fill(
-    target: Tensor, key: str, shard: ShardedParam, files: list[ShardFile], readers: Mapping[str, Any], folder: Path
-) -> int:
+class _Reader:
+    """One rank's file of a checkpoint.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
+
+    def __init__(self, folder: Path, said: ShardFile) -> None:
+        self.path = folder / said.name
+        try:
+            if self.path.stat().st_size != said.num_bytes:
+                raise damaged(self.path, f"{self.path.stat().st_size} bytes instead of {said.num_bytes}")
+            if crc32(self.path) != said.crc32:
+                raise damaged(self.path, "a wrong checksum")
+            file: Any = safe_open(self.path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise damaged(self.path, str(error)) from error
+        self.file = file
+        self.names = frozenset(file.keys())  # which makes a list of all each time
+
+
+def _fill(target: Tensor, key: str, shard: ShardedParam, files: list[ShardFile], readers: Mapping[str, _Reader]) -> int:
     """Copy what the files hold of a slice; returns the number of elements."""
     filled, name = 0, f"{key}/{shard.spec.name}"
     for file in files:
         held = file.slices.get(shard.spec.name)
         both = _overlap(shard, held)
-        if held is None or both is None or name not in readers[file.name].keys():  # noqa: SIM118 (not a mapping)
+        reader = readers[file.name]
+        if held is None or both is None or name not in reader.names:
             continue
         start, stop = both
-        values = readers[file.name].get_slice(name)
+        values = reader.file.get_slice(name)
         if list(values.get_shape()) != [held.length]:
-            raise damaged(folder / file.name, f"{name} of shape {values.get_shape()}")
+            raise damaged(reader.path, f"{name} of shape {values.get_shape()}")
         target[start - shard.offset : stop - shard.offset] = values[start - held.offset : stop - held.offset]
         filled += stop - start
     return filled
@@ -182,15 +202,3 @@ def _overlap(shard: ShardedParam | None, held: Slice | None) -> tuple[int, int] 
     start = max(shard.offset, held.offset)
     stop = min(shard.offset + len(shard), held.offset + held.length)
     return (start, stop) if start < stop else None
-
-
-def _open(folder: Path, file: ShardFile) -> Any:
-    path = folder / file.name
-    try:
-        if path.stat().st_size != file.num_bytes:
-            raise damaged(path, f"{path.stat().st_size} bytes instead of {file.num_bytes}")
-        if crc32(path) != file.crc32:
-            raise damaged(path, "a wrong checksum")
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise damaged(path, str(error)) from error

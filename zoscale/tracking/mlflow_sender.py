@@ -73,21 +73,24 @@ class Sender(threading.Thread):
             self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
             self.opened.set()
             known = sent_before(client, run)
-            send_records(client, self.run_id, self._past, known=known)
+            send_records(client, self.run_id, self._past, known=known, sent=self._count)
             while not self.failed:
                 what, items = "metrics", self._take()
                 records = [item for item in items if isinstance(item, Record)]
-                self._num_done += send_records(client, run.info.run_id, records, known=known)
+                send_records(client, run.info.run_id, records, known=known, sent=self._count)
                 for call in (item for item in items if isinstance(item, Call)):
                     what = call.what
                     call.do(client, run.info.run_id)
-                    self._num_done += 1
+                    self._count(1)
                 if items[-1] is None:
                     return
         except Exception as error:  # whatever it is, it must not reach training
             self._give_up(what, error)
         finally:
             self.opened.set()
+
+    def _count(self, number: int) -> None:
+        self._num_done += number
 
     def _take(self) -> list[Record | Call | None]:
         """At least one item, and what comes within the sending period, up to a limit."""

@@ -6,7 +6,7 @@ import posixpath
 import re
 import time
 import uuid
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,8 +220,15 @@ def sent_before(client: Any, run: Any) -> set[tuple[int, str]]:
     return {(m.step, name) for name in run.data.metrics for m in client.get_metric_history(run.info.run_id, name)}
 
 
-def send_records(client: Any, run_id: str, records: Iterable[Record], *, known: Container[tuple[int, str]] = ()) -> int:
-    """Returns the number of values sent; those that are known are left out."""
+def send_records(
+    client: Any,
+    run_id: str,
+    records: Iterable[Record],
+    *,
+    known: Container[tuple[int, str]] = (),
+    sent: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Send all values but those that are known; `sent` is told the number of each request's."""
     from mlflow.entities import Metric
 
     rows = [
@@ -232,4 +239,4 @@ def send_records(client: Any, run_id: str, records: Iterable[Record], *, known: 
     ]
     for chunk in _chunks(rows, _MAX_METRICS):
         client.log_batch(run_id, metrics=chunk)
-    return len(rows)
+        sent(len(chunk))
