@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -45,6 +45,16 @@ def read_metrics(run_dir: Path) -> Iterator[Record]:
             yield record
 
 
+def _past(path: Path) -> list[Record]:
+    """What is in `metrics.jsonl`, less a line that a crash cut off, which goes."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+    return list(read_metrics(path.parent))
+
+
 def import_run(run_dir: Path, *, uri: str | None = None, status: str = "FINISHED") -> str:
     """Send a run's parameters and all of `metrics.jsonl` to MLflow; returns the run id.
 
@@ -65,17 +75,13 @@ class Tracker:
     `past` has the last value of every metric that the run had logged when it was stopped.
     """
 
-    def __init__(self, run_dir: Path, sender: Sender | None, *, patience: float) -> None:
+    def __init__(self, run_dir: Path, past: Sequence[Record], sender: Sender | None, *, patience: float) -> None:
         self._run_dir = run_dir
         self._sender = sender
         self._patience = patience
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)  # the line that a crash cut off
-        past = list(read_metrics(run_dir)) if path.exists() else []
         self._logged = {(record.step, name) for record in past for name in record.metrics}
         self.past = {name: value for record in past for name, value in record.metrics.items()}
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._file = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
 
     @classmethod
     def start(
@@ -102,9 +108,9 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         card = Card(experiment, run_name, flatten(params), dict(tags))
         (run_dir / "tracking.json").write_text(json.dumps(asdict(card), indent=1), encoding="utf-8")
-        past = list(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else []
+        past = _past(run_dir / "metrics.jsonl")
         sender = Sender(run_dir, store_uri(run_dir, uri), card, past) if enabled else None
-        tracker = cls(run_dir, sender, patience=patience)
+        tracker = cls(run_dir, past, sender, patience=patience)
         if sender is not None:
             sender.start()
             if not sender.opened.wait(patience):
