@@ -377,6 +377,14 @@ def test_the_best_on_dev_is_finite_and_the_earlier_of_equals(metric: str, sign: 
     assert not best.consider(Score(9, Evaluation(8, {metric: sign, "other": math.inf}))), "broken weights"
 
 
+def test_of_equals_on_dev_that_of_the_lower_loss_is_kept() -> None:
+    """A metric of few examples often stands still while the loss falls; the first of equals would be the untrained."""
+    best = BestOnDev("accuracy")
+    values = [(0.5, 0.73), (0.5, 0.72), (0.5, 0.72), (0.4, 0.1), (0.5, 0.75), (0.6, 0.9)]
+    scores = [Score(n, Evaluation(8, {"accuracy": a, "loss": loss})) for n, (a, loss) in enumerate(values)]
+    assert [score.step for score in scores if best.consider(score)] == [0, 1, 5]
+
+
 def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run() -> None:
     skips = Skips(most_in_row=2)
     for step, skipped in enumerate([True, True, False, True, True]):

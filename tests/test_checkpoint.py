@@ -356,6 +356,18 @@ def test_replicas_are_compared_by_group(model_dir: Path) -> None:
         check_replicas(engine.shards, Others(own, wrong))
 
 
+def test_an_engine_refuses_replicas_that_begin_with_other_weights(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As adapters do whose first values each rank draws for itself: every rank would train another model."""
+    own = [checksum(shard.truth, 0) for shard in engine_of(model_dir).shards]
+    for others in (own, [own[0] + 1, *own[1:]]):
+        monkeypatch.setattr("zoscale.engine.place", lambda model, accelerator, others=others: (model, Others(others)))
+        told = pytest.raises(Diverged, match=r"in replica 1 .from rank 1.: call torch.manual_seed on all ranks")
+        with nullcontext() if others == own else told:
+            engine_of(model_dir)
+
+
 def test_a_checkpoint_beyond_the_journal_is_refused(model_dir: Path, tmp_path: Path) -> None:
     """The journal has no scalars for the steps before it: the run could not be replayed."""
     engine = engine_of(model_dir)

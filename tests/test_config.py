@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from zoscale import methods
 from zoscale.config import (
     CheckpointConfig,
     ConfigError,
@@ -250,11 +251,45 @@ def test_a_new_method_drops_the_class_defaults_of_the_old_one_and_keeps_given_ar
     assert read("--config", path, "optimizer.name=zo_sgd").optimizer == Method("zo_sgd", {"lr": 0.5, "decay": 0.0})
 
 
-def test_an_argument_given_for_the_old_method_is_an_error_that_says_so(write: Write) -> None:
+def test_an_argument_given_for_another_method_is_an_error_that_says_so(write: Write) -> None:
+    """Where both come from one place, or the argument from the later one; or nobody named a method."""
+    both = write("optimizer: {name: zo_sgd, lr: 0.5, beta: 0.8}")
+    for argv in (["--config", both], ["--config", write("optimizer: {name: zo_sgd, lr: 0.5}"), "optimizer.beta=0.8"]):
+        message = failure(*argv)
+        for part in ("optimizer.beta", "belongs to jaguar_muon", f"zo_sgd (chosen by {argv[1]})"):
+            assert part in message
+    assert "belongs to jaguar_muon" in failure("optimizer.name=zo_sgd", "optimizer.beta=0.8", "optimizer.lr=1")
+    tables = {**TABLES, "optimizer": {"zo_sgd": Sgd, "jaguar_muon": Muon}}
+    with pytest.raises(ConfigError, match="belongs to jaguar_muon"):
+        path = write("optimizer: {beta: 0.8}")
+        parse([MODEL, "--config", path, "optimizer.lr=1"], tables, {**DEFAULTS, "optimizer": "zo_sgd"})
+
+
+def test_arguments_of_a_method_that_a_later_place_replaces_are_left_out_and_told(
+    write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write("optimizer: {name: jaguar_muon, lr: 0.5, beta: 0.8}")
-    message = failure("--config", path, "optimizer.name=zo_sgd")
-    for part in ("optimizer.beta", path, "belongs to jaguar_muon", "zo_sgd (chosen by the command line)"):
-        assert part in message
+    replaced = Method("zo_sgd", {"lr": 0.5, "decay": 0.0})
+    for rank, told in (
+        ("0", f"left out, because what was chosen later has none: optimizer.beta (from {path})"),
+        ("1", ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        assert read("--config", path, "optimizer.name=zo_sgd").optimizer == replaced
+        assert read("--config", path, "--config", write("optimizer: {name: zo_sgd}")).optimizer == replaced
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 * bool(told) and all(line.endswith(told) for line in lines)
+
+
+def test_so_are_those_of_a_method_that_goes_with_the_replaced_one(write: Write) -> None:
+    """A recipe may leave the probe to its optimizer, and say how that is."""
+    path = write("optimizer: {name: jaguar_sign_sgd, lr: 0.5}\nprobe: {rows: 0.25}")
+    argv = [MODEL, "--config", path]
+    assert parse(argv, methods.TABLES, methods.DEFAULTS).probe.args["rows"] == 0.25
+    other = parse([*argv, "optimizer.name=zo_sgd"], methods.TABLES, methods.DEFAULTS)
+    assert "rows" not in other.probe.args
+    with pytest.raises(ConfigError, match=r"got probe.rows .from the command line., which belongs to block"):
+        parse([*argv, "optimizer.name=zo_sgd", "probe.rows=0.5"], methods.TABLES, methods.DEFAULTS)
 
 
 def test_a_required_argument_that_is_missing_is_named() -> None:

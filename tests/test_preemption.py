@@ -8,13 +8,14 @@ import datasets
 import pytest
 import torch
 
+from zoscale import preemption
 from zoscale.mesh import Mesh
 from zoscale.noise.fused import _compile
 from zoscale.preemption import Preempted, end_on_signals, stop_on_signals
 from zoscale.tasks.sources import Source
 
 
-@pytest.mark.parametrize(("number", "left"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
+@pytest.mark.parametrize(("number", "left"), [(signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGINT, False)])
 def test_outside_the_steps_a_signal_ends_the_run_at_once(number: int, left: bool, tmp_path: Path) -> None:
     """A launcher that ends the ranks beside one that failed sends SIGTERM: no mark, no start again."""
     mark, before = tmp_path / "mark", signal.getsignal(number)
@@ -40,7 +41,7 @@ def test_what_a_signal_interrupts_does_not_take_it_for_an_error_of_its_own(
             _compile(abs, [], {})
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_within_the_steps_all_must_agree_to_stop(number: int, tmp_path: Path) -> None:
     mesh, mark = Mesh(ranks=(0, 1)), tmp_path / "mark"
     with pytest.raises(Preempted), end_on_signals(tmp_path / "no"), stop_on_signals(mesh, mark):
@@ -49,6 +50,19 @@ def test_within_the_steps_all_must_agree_to_stop(number: int, tmp_path: Path) ->
         raise Preempted(3)
     assert mark.exists()
     assert not (tmp_path / "no").exists()
+
+
+def test_a_second_interrupt_ends_the_process_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that a launcher hands on at once, as it got it itself, is not a second."""
+    mesh = Mesh(ranks=(0, 1))
+    with pytest.raises(KeyboardInterrupt), stop_on_signals(mesh, tmp_path / "mark"):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert mesh.stop_wanted
+        monkeypatch.setattr(preemption, "_ECHO", 0.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_failure_after_sigterm_leaves_no_mark(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_told_to_stop(number: int, server: JobServer, whole: Any) -> None:
     """One rank gets the signal: all finish the step, write a checkpoint of it and end with the requeue status."""
     reference, _ = whole("sign_lora")

@@ -9,7 +9,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -445,3 +445,25 @@ def test_numbers_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
         submit_command([*RUN, "--nodes=0"])
     assert end.value.code == 2
     assert "expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("time", "is_one"),
+    [
+        ("90", 1),
+        ("5:00", 1),
+        ("12:00:00", 1),
+        ("2-12", 1),
+        ("1-0:30:00", 1),
+        ("UNLIMITED", 1),
+        ("1h", 0),
+        ("1:2:3:4", 0),
+    ],
+)
+def test_a_time_limit_is_one_of_slurm(
+    time: str, is_one: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with nullcontext() if is_one else pytest.raises(SystemExit):
+        submit_command([*RUN, f"output_dir={tmp_path}", "--dry-run", f"--time={time}"])
+    shown = capsys.readouterr()
+    assert f"--time={time}\n" in shown.out if is_one else "a time such as 90, 12:00:00 or 2-12" in shown.err

@@ -396,6 +396,10 @@ def length(answer: str, accepted: Sequence[str]) -> float:
     return 1 / (1 + len(answer))
 
 
+def one_argument(answer: str) -> float:
+    return 1.0
+
+
 def no_number(answer: str, accepted: Sequence[str]) -> Any:
     return answer
 
@@ -445,6 +449,10 @@ def test_the_loss_of_chosen_options_is_one_minus_the_mean_score(
 def test_a_function_that_returns_no_number_is_an_error_of_the_user() -> None:
     with pytest.raises(ConfigError, match="a number from test_tasks:no_number"):
         score("test_tasks:no_number")("a", ["a"])
+    with pytest.raises(
+        ConfigError, match=r"test_tasks:one_argument, got TypeError: .*: it is called with the text and"
+    ):
+        score("test_tasks:one_argument")("a", ["a"])
 
 
 @pytest.mark.parametrize("name", GENERATED)

@@ -238,6 +238,7 @@ def test_groups_that_no_weight_is_in_are_refused(server: JobServer, tmp_path: Pa
     options = [f"output_dir={tmp_path}", "optimizer.groups=[{pattern: q_prj, lr: 1}]"]
     printed = server.run(1, *QUICKSTART, *options, expect=2)
     assert "got 'q_prj': they are like base_model.model" in printed and "Traceback" not in printed
+    assert not list(tmp_path.iterdir()), "no run that never was"
 
 
 def test_the_script_ends_with_the_status_of_a_mistake(tmp_path: Path) -> None:

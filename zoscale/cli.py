@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import logging
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from zoscale.config import ConfigError, exit_with, parse_or_exit
 EX_IOERR = 74
 _DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # which the `deepspeed` launcher adds to every command
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # tells of a package that few need
 _BLANK = re.compile(r"(--[\w-]+=)?\s*")
 _USAGE = """usage: zoscale COMMAND ...          zoscale COMMAND --help: every option of a command
        zoscale --version

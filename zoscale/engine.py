@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapters.selection import Selection
 from zoscale.estimators import ESTIMATORS, Estimator
+from zoscale.fingerprint import check_replicas
 from zoscale.forward.choice import ForwardName, choose_forward
 from zoscale.forward.compilation import CompileName
 from zoscale.forward.sequential import Forward
@@ -100,6 +101,7 @@ class ZeroOrderEngine(Engine):
         )  # the objective as it came: meters wrap the engine's
         self.forward = self._new_forward()
         self._rehearsal = Rehearsal(self.probe, self.estimator, optimizer, master)
+        check_replicas(self.shards, self.mesh, remedy="call torch.manual_seed on all ranks before the model is made")
 
     def _new_forward(self) -> Forward:
         derivatives, generator = self.estimator.takes_derivatives, self.generator

@@ -35,7 +35,10 @@ class Diverged(RuntimeError):
     """Replicas hold different weights."""
 
 
-def check_replicas(shards: Sequence[ShardedParam], mesh: Mesh) -> None:
+_FAULTY = "look for faulty memory or mixed hardware; the same command goes on from the last checkpoint and the journal"
+
+
+def check_replicas(shards: Sequence[ShardedParam], mesh: Mesh, remedy: str = _FAULTY) -> None:
     """Compare the trainable weights of all replicas. A collective; without replicas there is nothing to compare.
 
     Raises:
@@ -49,8 +52,7 @@ def check_replicas(shards: Sequence[ShardedParam], mesh: Mesh) -> None:
             if total != column[0]:
                 raise Diverged(
                     f"expected the same weights in all replicas, got another {shard.spec.name} in replica {replica} "
-                    f"(from rank {replica * mesh.shard_size}): look for faulty memory or mixed hardware; the same "
-                    "command goes on from the last checkpoint and the journal"
+                    f"(from rank {replica * mesh.shard_size}): {remedy}"
                 )
 
 

@@ -119,7 +119,11 @@ def _checked(name: str, function: Callable[..., Any]) -> Score:
     """The same function, for which anything but a number is an error of the user's."""
 
     def call(answer: str, accepted: Sequence[str]) -> float:
-        value = function(answer, accepted)
+        try:
+            value = function(answer, accepted)
+        except Exception as error:  # whatever a user's function does
+            remedy = "it is called with the text and the list of right ones"
+            raise ConfigError(f"a number from {name}", f"{type(error).__name__}: {error}"[:200], remedy) from error
         if isinstance(value, Real):
             return float(value)
         raise ConfigError(f"a number from {name}", repr(value)[:80], "return a float")

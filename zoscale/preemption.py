@@ -1,11 +1,13 @@
-"""Being told to stop: SIGTERM or SIGUSR1 (SLURM's preemption) ends a run after the current step.
+"""Being told to stop: SIGTERM, SIGUSR1 (SLURM's preemption) or SIGINT (Ctrl-C) ends a run after the current step.
 
 A launcher hides the exit status of its ranks, so the run also leaves a mark in its folder: a job script that finds it
 may start the run again. A rank that fails makes its launcher send SIGTERM to the others; they cannot agree on a stop
-then, and leave none. SIGUSR1 comes from nobody but a scheduler or a person, and leaves it at once.
+then, and leave none. SIGUSR1 comes from nobody but a scheduler or a person, and leaves it at once. A second SIGINT ends
+the process where it is; those that come within `_ECHO` seconds of the first are a launcher's that hands it on.
 """
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +17,8 @@ from zoscale.mesh import Mesh
 REQUEUE = 75
 """Exit status of a run that was told to stop and can be continued (EX_TEMPFAIL: try again)."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_ECHO = 2.0
 
 
 class Preempted(BaseException):
@@ -75,9 +78,15 @@ def stop_on_signals(mesh: Mesh, mark: Path) -> Iterator[None]:
 
 @contextmanager
 def _heeding(mark: Path, what: Callable[[], None]) -> Iterator[None]:
+    interrupts: list[float] = []
+
     def heed(number: int, frame: object) -> None:
         if number == signal.SIGUSR1:
             _leave(mark)
+        if number == signal.SIGINT:
+            interrupts.append(time.monotonic())
+            if interrupts[-1] > interrupts[0] + _ECHO:
+                raise KeyboardInterrupt
         what()
 
     before = {number: signal.getsignal(number) for number in _SIGNALS}

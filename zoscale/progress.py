@@ -14,7 +14,7 @@ class Score:
 
 
 class BestOnDev:
-    """The best of the evaluations on dev; the earlier one of equals.
+    """The best of the evaluations on dev; of equals that of the lower loss, else the earlier one.
 
     Args:
         metric: that decides; the less the better if its name ends with `loss`.
@@ -37,6 +37,8 @@ class BestOnDev:
         if not (a.is_finite and b.is_finite):
             return a.is_finite
         new, old = a.metrics[self._metric], b.metrics[self._metric]
+        if new == old and not self._metric.endswith("loss"):
+            return bool(a.metrics.get("loss", 0.0) < b.metrics.get("loss", 0.0))
         return bool(new < old) if self._metric.endswith("loss") else bool(new > old)
 
 

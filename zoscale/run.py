@@ -54,13 +54,19 @@ def _run(config: RunConfig) -> dict[str, Any]:
     )
     mesh = Mesh(accelerator.device)
     check_agreement(mesh, {**_facts(config, made), "number of ranks per copy": shard_size_of(accelerator)})
+    is_new = not RunDirectory.of(config).config.exists()
     directory = _enter(config, mesh)
     summary = mesh.on_main(directory.read_summary)
     if summary is None:
-        engine = build_training_engine(
-            config, made.architecture, accelerator, objective=made.objective, tokenizer=made.encoder.tokenizer
-        )
-        check_groups(config, engine)
+        try:
+            engine = build_training_engine(
+                config, made.architecture, accelerator, objective=made.objective, tokenizer=made.encoder.tokenizer
+            )
+            check_groups(config, engine)
+        except ConfigError:
+            if is_new and mesh.is_main:
+                directory.leave_unused()
+            raise
         describe(config, engine, made, directory)
         summary = _watched(config, made, engine, directory)
     else:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,14 @@ class RunDirectory:
         if not self.config.exists():
             write_text(self.config, config.to_yaml())
         return lock
+
+    def leave_unused(self) -> None:
+        """Remove what `open` made of a run that could not start; nothing of one that has taken a step, or of others."""
+        if not self.journal.exists():
+            self.config.unlink(missing_ok=True)
+            (self.path / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # there is something else in it
+                self.path.rmdir()
 
     def read_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run; None if it is not finished.

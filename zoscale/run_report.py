@@ -123,6 +123,9 @@ def conclude(config: RunConfig, summary: dict[str, Any], made: Plan, directory: 
         f"validation {name}: {validation['before'][name]:.4f} before, {validation['chosen'][name]:.4f} after "
         f"({validation['before']['count']} examples)"
     )
+    if dev := summary["dev"]:
+        unchanged = ", as they were before training" if dev["best_step"] == 0 else ""
+        print(f"weights: of step {dev['best_step']} of {summary['steps']}, the best on dev{unchanged}")
     peaks = [_mb(rank["peak_memory_bytes"]) for rank in summary["ranks"]]
     session, since = summary["session"], summary["resumed_at_step"]
     if session["steps"]:

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -53,6 +54,13 @@ def submit_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def _time_limit(text: str) -> str:
+    """For `argparse`: a time as sbatch takes it."""
+    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|unlimited|infinite", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"expected a time such as 90, 12:00:00 or 2-12 (days-hours), got {text!r}")
+    return text
+
+
 def _request(options: argparse.Namespace, runs: Sequence[RunConfig]) -> slurm.Request:
     ranks, gpus = options.processes_per_node, options.gpus_per_node
     if ranks and 0 < gpus < ranks:
@@ -89,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", type=at_least(1), default=1, metavar="N", help="nodes of a run (default: 1)")
     add("--gpus-per-node", type=at_least(0), default=0, metavar="G", help="GPUs of a node (default: 0, CPUs only)")
     add("--processes-per-node", type=at_least(1), metavar="P", help="ranks on a node (default: G, or 1)")
-    add("--time", metavar="LIMIT", help="time limit as SLURM writes it, such as 12:00:00 (default: the partition's)")
+    add("--time", type=_time_limit, metavar="LIMIT",
+        help="time limit as SLURM writes it, such as 12:00:00 (default: the partition's)")  # fmt: skip
     add("--sweep", action="append", default=[], metavar="KEY=V1,V2,...",
         help="train with each of the values, as a job array; given more than once: all combinations")  # fmt: skip
     add("--max-parallel", type=at_least(1), metavar="N", help="runs of a sweep at the same time (default: no limit)")

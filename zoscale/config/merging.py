@@ -4,7 +4,7 @@ Knows no particular configuration: the root is any dataclass whose fields are va
 or `Method`s (sections whose further keys are the keyword-only arguments of the class that `name` picks).
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,14 @@ class Given:
 
     Args:
         whole: dotted keys of mappings that are one value; see `Schema`.
+        left_out: filled with the keys that were given before another method was chosen, which has none such.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     whole: Container[str] = ()
+    left_out: list[str] = field(default_factory=list)
+    _order: dict[str, int] = field(default_factory=dict)
 
     def add(self, tree: Mapping[str, Any], source: str, at: str = "") -> None:
         """Merge `tree` over the values: mappings key by key, anything else, and what is `whole`, as a whole.
@@ -34,6 +37,7 @@ class Given:
             source: where they come from.
             at: the dotted key that was named, if one was: a key below one that is `whole` goes into that.
         """
+        self._order.setdefault(source, len(self._order))
         self.values = self._merged(self.values, tree, source, "", at)
 
     def _merged(self, base: Any, tree: Mapping[str, Any], source: str, prefix: str, at: str) -> dict[str, Any]:
@@ -47,6 +51,10 @@ class Given:
             new = Text.as_mapping(value) if isinstance(old, dict) else value
             merged[key] = self._merged(old, new, source, dotted + ".", at) if isinstance(new, dict) else new
         return merged
+
+    def is_before(self, key: str, other: str) -> bool:
+        """Whether `other` was given, and by a later place than that which gave `key`."""
+        return other in self.sources and self._order[self.source(key)] < self._order[self.sources[other]]
 
     def source(self, key: str) -> str:
         """Where the value of `key` comes from."""
@@ -94,9 +102,13 @@ class Schema:
         tree = dict(_mapping(section, given, f"{section}.name=..."))
         name = self._method_name(section, tree.pop("name", self.default_name(section, given)), given)
         fields = fields_of(self.tables[section][name], keyword_only=True)
-        for arg in tree:
-            if arg not in fields:
-                self._refuse_argument_of_another(section, name, arg, given)
+        for arg in [arg for arg in tree if arg not in fields]:
+            owners = self._owners(section, arg)
+            if owners and given.is_before(f"{section}.{arg}", self._chooser(section, given)):
+                given.left_out.append(f"{section}.{arg}")
+                del tree[arg]
+            elif owners:
+                raise self._argument_of_others(section, name, arg, owners, given)
         fields = self._known(section + ".", tree, fields, given)
         tree = {**self._default_options(section, fields, given, values), **tree}
         args = {arg: _value(f"{section}.{arg}", spec, tree, given) for arg, spec in fields.items()}
@@ -104,7 +116,7 @@ class Schema:
 
     def default_name(self, section: str, given: Given) -> Any:
         """The name that a method section takes if none is given, `MISSING` if there is none."""
-        names = (getattr(company, section, None) for company in self._companies(given))
+        names = (getattr(company, section, None) for _, company in self._companies(given))
         return next((name for name in names if name is not None), self.defaults.get(section, MISSING))
 
     def _default_options(
@@ -112,7 +124,7 @@ class Schema:
     ) -> dict[str, Any]:
         """The options of a method section whose defaults are others with what is chosen elsewhere."""
         beside = [options for key, options in self.brings.items() if values[key] is not None]
-        beside += [getattr(company, "options", {}) for company in self._companies(given)]
+        beside += [getattr(company, "options", {}) for _, company in self._companies(given)]
         brought = (options.get(section, {}) for options in beside)
         return {arg: value for options in brought for arg, value in options.items() if arg in fields}
 
@@ -127,23 +139,33 @@ class Schema:
         """That of the root."""
         return getattr(self.root, "brings", {})
 
-    def _companies(self, given: Given) -> Iterator[Any]:
-        """`goes_with` of the classes that are chosen."""
+    def _companies(self, given: Given) -> Iterator[tuple[str, Any]]:
+        """By section, `goes_with` of the classes that are chosen."""
         for other, table in self.tables.items():
             chosen = table.get(_given_name(other, given) or self.defaults.get(other, ""))
             if (company := getattr(chosen, "goes_with", None)) is not None:
-                yield company
+                yield other, company
 
-    def _refuse_argument_of_another(self, section: str, name: str, arg: str, given: Given) -> None:
-        methods = self.tables[section].items()
-        owners = [other for other, cls in methods if arg in fields_of(cls, keyword_only=True)]
-        if owners:
-            key, chosen_by = f"{section}.{arg}", given.source(f"{section}.name")
-            raise ConfigError(
-                f"an argument of {section} {name} (chosen by {chosen_by})",
-                f"{key} (from {given.source(key)}), which belongs to {', '.join(owners)}",
-                f"remove {key}, or choose {section}.name={owners[0]}",
-            )
+    def _chooser(self, section: str, given: Given) -> str:
+        """The key that chooses a section's method: its own name, or that of a method which it goes with."""
+        if _given_name(section, given) is None:
+            for other, company in self._companies(given):
+                if getattr(company, section, None) is not None:
+                    return f"{other}.name"
+        return f"{section}.name"
+
+    def _owners(self, section: str, arg: str) -> list[str]:
+        """The methods of a section that have an argument."""
+        return [name for name, cls in self.tables[section].items() if arg in fields_of(cls, keyword_only=True)]
+
+    @staticmethod
+    def _argument_of_others(section: str, name: str, arg: str, owners: Sequence[str], given: Given) -> ConfigError:
+        key, chosen_by = f"{section}.{arg}", given.source(f"{section}.name")
+        return ConfigError(
+            f"an argument of {section} {name} (chosen by {chosen_by})",
+            f"{key} (from {given.source(key)}), which belongs to {', '.join(owners)}",
+            f"remove {key}, or choose {section}.name={owners[0]}",
+        )
 
     def _method_name(self, section: str, name: Any, given: Given) -> str:
         key, table = f"{section}.name", self.tables[section]

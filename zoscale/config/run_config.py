@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -206,7 +207,11 @@ def parse(
     if "--help" in line.flags:
         print(help_text(schema, f"usage: {command} {_USAGE}"))
         raise SystemExit(0)
-    config: RunConfig = _filled(schema, line.given(base or {}, schema.whole))
+    given = line.given(base or {}, schema.whole)
+    config: RunConfig = _filled(schema, given)
+    if given.left_out and os.environ.get("RANK", "0") == "0":
+        left_out = ", ".join(f"{key} (from {given.source(key)})" for key in given.left_out)
+        print(f"{command}: left out, because what was chosen later has none: {left_out}", file=sys.stderr)
     if "--print-config" in line.flags:
         print(config.to_yaml(), end="")
         raise SystemExit(0)

@@ -152,7 +152,8 @@ class MultipleChoice(_Choice):
             return str(value)
         if not str(value).isdecimal() or int(value) >= len(listed):
             expected = f"a field {self.answer!r} that is an option, or its number from 0 to {len(listed) - 1}"
-            raise ConfigError(expected, repr(value), "correct the data or task.answer")
+            got = f"{value!r} ({type(value).__name__})"
+            raise ConfigError(expected, got, "correct the data, where all answers have one type, or task.answer")
         return listed[int(value)]
 
 
