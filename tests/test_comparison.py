@@ -63,6 +63,13 @@ def two(*, second: tuple[float, ...] = (0.5, 0.5, 0.5, 0.55, 0.6)) -> list[Run]:
     return runs + [run("sgd", seed, second, per_step=0.05) for seed in range(3)]
 
 
+def test_groups_that_were_asked_other_questions_are_told() -> None:
+    asked = [{"task.path": name, "data.num_dev": "10"} for name in ("one", "two")]
+    runs = [run(name, 0, (0.5, 0.6), params=params) for name, params in zip(("a", "b"), asked, strict=True)]
+    (note,) = (note for note in compare(runs, "x", None).notes if "other examples" in note)
+    assert note.startswith("The groups were scored on other examples or prompts (task.path): some may be easier.")
+
+
 def verdict(comparison: Comparison, unit: str) -> dict[str, Any]:
     (found,) = [found for found in comparison.to_dict()["verdicts"] if found["per"] == unit]
     return found
@@ -203,6 +210,7 @@ def test_one_seed_is_said_to_be_one() -> None:
     comparison = compare(two()[:4], "both", None)
     assert verdict(comparison, "forward equivalent")["certainty"] == "one seed only"
     assert "sgd has one seed: nothing is known of its noise." in comparison.notes
+    assert not any("other examples" in note for note in comparison.notes)
     again = compare([*two()[:4], two()[3]], "both", None)
     assert verdict(again, "forward equivalent")["certainty"] == "one seed only", "a repeated seed is no second seed"
     assert "sgd has 2 runs and 1 different seeds; every run counts." in again.notes

@@ -230,6 +230,8 @@ class Trainer:
     def _restore_best(self, final: Evaluation) -> Evaluation:
         """Validation with the weights that were best on dev; the engine keeps those weights."""
         steps = self.config.train.steps
+        if self._best.score is not None:
+            self.tracker.log(steps, {"train/best_step": float(self._best.score.step)})
         if self._best.score is None or self._best.score.step == steps:
             return final
         with self.watchdog.slow("loading the best weights"):

@@ -11,6 +11,8 @@ from zoscale.comparison.verdict import Goal, Verdict, judge
 from zoscale.config import ConfigError
 
 _BROKEN = ("FAILED", "KILLED")
+_EXAM = ("data.num_dev", "data.num_validation", "data.num_demonstrations")
+"""Parameters beside the task's that decide what a model is asked in an evaluation."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,9 @@ def _chosen(run: Run, metric: str) -> float | None:
 
 
 def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> Iterable[str]:
+    exam = {key for group in groups for key in group.params if key.startswith("task.") or key in _EXAM}
+    if other := sorted(key for key in exam if len({group.params.get(key) for group in groups}) > 1):
+        yield f"The groups were scored on other examples or prompts ({', '.join(other)}): some may be easier."
     for group in groups:
         if len(group.seeds) == 1:
             yield f"{group.label} has one seed: nothing is known of its noise."
