@@ -15,8 +15,8 @@ import torch
 from processes import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from zoscale.assembly import find_objective
-from zoscale.config import ConfigError, DataConfig, parse
+from zoscale.assembly import check_methods, find_objective
+from zoscale.config import ConfigError, DataConfig, RunConfig, parse
 from zoscale.data.batch import MicroBatch
 from zoscale.data.splits import Encoder, Splits, evaluation_batches
 from zoscale.engine import ZeroOrderEngine
@@ -444,6 +444,25 @@ def test_the_loss_of_chosen_options_is_one_minus_the_mean_score(
     assert found[0] == found[1] and found[0].count == 4
     loss, _ = objective(torch.full_like(engine.answers.answer_logprobs(batches[0]), torch.nan), batches[0])
     assert loss.isnan(), "broken weights are no choice"
+
+
+def test_the_metric_that_chooses_is_one_of_those_that_are_evaluated() -> None:
+    """The task's own, another of them, or the score that is trained for; the name of a run without one stays."""
+
+    def chosen(*options: str) -> tuple[str, RunConfig]:
+        config = parse(["model.id=launch/tiny_opt/model", *options], TABLES, DEFAULTS)
+        return check_methods(config).select_by, config
+
+    usual, config = chosen("task.name=sst2")
+    assert usual == "accuracy" and "select_by" not in config.identity()["train"]
+    other, chosen_config = chosen("task.name=sst2", "train.select_by=loss")
+    assert other == "loss" and chosen_config.hash != config.hash
+    score_of = "objective=test_tasks:length"
+    generates = ["task.name=squad", f"task.path={ROOT}/tests/samples/squad", "task.max_new_tokens=4", score_of]
+    assert chosen(*generates)[0] == "f1"
+    assert chosen(*generates, "train.select_by=test_tasks:length")[0] == "test_tasks:length"
+    with pytest.raises(ConfigError, match=r"train.select_by of accuracy, .*, got 'acuracy': did you mean accuracy"):
+        chosen("task.name=sst2", "train.select_by=acuracy")
 
 
 def test_a_function_that_returns_no_number_is_an_error_of_the_user() -> None:

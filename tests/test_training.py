@@ -361,15 +361,22 @@ def test_the_start_of_a_run_tells_what_there_is() -> None:
     assert enough == "data: 8 train, 2 dev (held out of train; chooses the step), 1 validation"
 
 
-def test_the_end_of_a_run_tells_of_skipped_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_end_of_a_run_tells_whose_weights_are_left_and_of_skipped_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = parse([*QUICKSTART, f"output_dir={tmp_path}"], TABLES, DEFAULTS)
     accuracy = {"accuracy": 0.5, "count": 8}
     summary = {
         "validation": {"before": accuracy, "chosen": accuracy}, "ranks": [], "session": {"steps": 0},
-        "resumed_at_step": None, "steps": 6, "skipped_steps": 0,
+        "resumed_at_step": None, "steps": 6, "skipped_steps": 0, "dev": None,
     }  # fmt: skip
     made, directory = SimpleNamespace(task=SimpleNamespace(select_by="accuracy")), RunDirectory(tmp_path)
     conclude(config, summary, made, directory, "here")  # type: ignore[arg-type]
-    assert "skipped" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "skipped" not in printed and "weights" not in printed
+    for step, told in ((0, "weights: of step 0 of 6, the best on dev, as they were before training\n"),
+                       (4, "weights: of step 4 of 6, the best on dev\n")):  # fmt: skip
+        conclude(config, summary | {"dev": {"best_step": step}}, made, directory, "here")  # type: ignore[arg-type]
+        assert told in capsys.readouterr().out
     conclude(config, summary | {"skipped_steps": 5}, made, directory, "here")  # type: ignore[arg-type]
     assert "skipped: 5 of 6 steps, whose loss was not finite" in capsys.readouterr().out

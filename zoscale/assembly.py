@@ -38,6 +38,7 @@ from zoscale.nvme import check_offload
 from zoscale.objectives import OBJECTIVES, ChosenLoss, GeneratedLoss, Objective, language_modeling
 from zoscale.optim import ShardedOptimizer
 from zoscale.optim.first_order import FIRST_ORDER
+from zoscale.progress import examined
 from zoscale.shard_groups import GroupedAccelerator, cut_up
 from zoscale.shards import ShardedParam, TensorSpec
 from zoscale.step import Engine
@@ -144,7 +145,7 @@ def check_methods(config: RunConfig) -> Task:
         ConfigError: what was expected.
     """
     try:
-        task: Task = build(config.task, TASKS)
+        task: Task = examined(config, build(config.task, TASKS))
         probe, estimator = build(config.probe, TABLES["probe"]), build(config.estimator, TABLES["estimator"])
         rule: type[ShardedOptimizer] = TABLES["optimizer"][config.optimizer.name]
         rule.check_company(probe, estimator)

@@ -1,8 +1,11 @@
-"""What the loop keeps of its own progress: `BestOnDev`, the step that a run leaves, and `Skips`, the steps it lost."""
+"""What the loop keeps of its own progress: `BestOnDev`, the step that a run leaves, by which metric, and `Skips`."""
 
 from dataclasses import dataclass
 
+from zoscale.config import ConfigError, RunConfig, did_you_mean, show
 from zoscale.evaluate import Evaluation
+from zoscale.objectives import OBJECTIVES
+from zoscale.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,27 @@ class BestOnDev:
         if new == old and not self._metric.endswith("loss"):
             return bool(a.metrics.get("loss", 0.0) < b.metrics.get("loss", 0.0))
         return bool(new < old) if self._metric.endswith("loss") else bool(new > old)
+
+
+def evaluated(config: RunConfig, task: Task) -> tuple[str, ...]:
+    """The metrics of an evaluation: the task's, and the score that is trained for."""
+    is_known = config.objective in OBJECTIVES or config.objective in task.metrics
+    return task.metrics if is_known else (*task.metrics, config.objective)
+
+
+def examined(config: RunConfig, task: Task) -> Task:
+    """The task with the metric that chooses the weights.
+
+    Raises:
+        ConfigError: if it is not evaluated.
+    """
+    if (metric := config.train.select_by) is not None:
+        known = evaluated(config, task)
+        if metric not in known:
+            remedy = did_you_mean(metric, known, "choose one of them")
+            raise ConfigError(f"train.select_by of {', '.join(known)}", show(metric), remedy)
+        task.select_by = metric
+    return task
 
 
 class Skips:

@@ -14,9 +14,8 @@ from zoscale.data.splits import Encoder, Splits, evaluation_batches
 from zoscale.data.train_batches import TrainBatches
 from zoscale.evaluate import Evaluation, evaluate
 from zoscale.fingerprint import check_replicas
-from zoscale.objectives import OBJECTIVES
 from zoscale.preemption import Preempted, stop_on_signals
-from zoscale.progress import BestOnDev, Score, Skips
+from zoscale.progress import BestOnDev, Score, Skips, evaluated
 from zoscale.recovery.journal_format import Record
 from zoscale.recovery.ledger import Ledger
 from zoscale.recovery.resume import Log
@@ -70,8 +69,7 @@ class Trainer:
             splits.train, encoder, config.data, config.seed, gold_only=gold_only, multiple=multiple
         )
         size = config.train.eval_micro_batch_size
-        extra = () if config.objective in OBJECTIVES or config.objective in task.metrics else (config.objective,)
-        self.metrics = (*task.metrics, *extra)
+        self.metrics = evaluated(config, task)
         self.dev = evaluation_batches(splits.dev, encoder, size)
         self.validation = evaluation_batches(splits.validation, encoder, size)
         self.meters = RunMeters(engine, tracker.past)

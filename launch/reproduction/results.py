@@ -61,7 +61,7 @@ class Results:
             if cell.config.data.num_dev == 0:
                 got = "data.num_dev=0"
                 raise ConfigError("dev examples, which choose the learning rate", got, "raise data.num_dev")
-            self.goal = Goal(f"dev/{select_by(cell.config.task)}")
+            self.goal = Goal(f"dev/{select_by(cell.config)}")
 
     @property
     def metric(self) -> str:

@@ -78,7 +78,7 @@ class Runner:
         if summary is None:
             return f"FAILED: {last_words(self.logs, cell)}"
         found = summary["dev"] or summary["validation"]["chosen"]
-        metric = select_by(cell.config.task)
+        metric = select_by(cell.config)
         return f"{metric} on {'dev' if summary['dev'] else 'validation'} {found[metric]:.4f}"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from reproduction.protocol import check_options, check_scheme, varied_lr
-from zoscale.config import ConfigError, Method, RunConfig, build, parse, read_yaml
+from zoscale.config import ConfigError, RunConfig, build, parse, read_yaml
 from zoscale.config.schema import fields_of
 from zoscale.estimators import Estimator
 from zoscale.methods import DEFAULTS, TABLES
@@ -180,10 +180,10 @@ def cost_of_step(config: RunConfig) -> int:
     return forward_equivalents(estimator.num_candidates + trials - estimator.num_backwards, estimator.num_backwards)
 
 
-def select_by(task: Method) -> str:
+def select_by(config: RunConfig) -> str:
     """The metric that chooses between weights, and here between learning rates."""
-    made: Any = build(task, TABLES["task"])
-    return str(made.select_by)
+    made: Any = build(config.task, TABLES["task"])
+    return config.train.select_by or str(made.select_by)
 
 
 def preset_file(name: str) -> Path:

@@ -23,7 +23,7 @@ from zoscale.config.sections import (
     TrackingConfig,
     TrainConfig,
 )
-from zoscale.config.strict_yaml import ConfigError, first_line, load_yaml, one_line, show
+from zoscale.config.strict_yaml import ConfigError, did_you_mean, first_line, load_yaml, one_line, show
 
 __all__ = [
     "CheckpointConfig",
@@ -41,6 +41,7 @@ __all__ = [
     "at_least",
     "build",
     "check_adapter",
+    "did_you_mean",
     "exit_with",
     "first_line",
     "flatten",

@@ -144,6 +144,8 @@ class RunConfig:
             del tree[key]
         tree["mesh"] = {"candidates": tree["mesh"]["candidates"]}
         del tree["train"]["log_every"]
+        if tree["train"]["select_by"] is None:  # as before there was such a key
+            del tree["train"]["select_by"]
         for key in ("timeout_minutes", "stall_seconds", "threads"):
             del tree["runtime"][key]
         return tree

@@ -85,6 +85,8 @@ class TrainConfig:
         log_every: Steps between log lines.
         eval_micro_batch_size: Examples per forward pass in an evaluation.
         max_skipped_in_row: Consecutive steps that a non-finite loss may skip before the run stops.
+        select_by: Metric on dev that chooses the weights which the run leaves, the highest, of a loss the lowest; null
+            is the task's own.
     """
 
     steps: int = 1000
@@ -92,6 +94,7 @@ class TrainConfig:
     log_every: int = 10
     eval_micro_batch_size: int = 16
     max_skipped_in_row: int = 20
+    select_by: str | None = None
 
 
 @dataclass(frozen=True)
