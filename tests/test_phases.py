@@ -217,3 +217,24 @@ def test_a_run_that_is_resumed_after_its_last_step_keeps_its_totals() -> None:
     assert (found["device_hours"], found["tokens_per_second"]) == (pytest.approx(2.0), pytest.approx(80.0, rel=0.01))
     assert (found["session"]["steps"], found["session"]["seconds"]) == (0, 7.0)
     assert found["session"]["steps_per_second"] == found["session"]["tokens_per_second"] == 0.0
+
+
+@pytest.mark.parametrize(("world_size", "named"), [(64, 64), (65, 33), (1024, 64)])
+def test_of_very_many_ranks_some_are_logged_and_the_extremes_of_all(
+    world_size: int, named: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ZeroOrderEngine(model_of("opt"))
+    meters, (slowest, fullest) = RunMeters(engine), (world_size - 3, world_size - 2)
+
+    def gathered(value: tuple[dict[str, float], int]) -> list[Any]:
+        own, tokens = value
+        rows = [own | {"tokens_per_second": 9.0, "peak_memory_bytes": 5.0} for _ in range(world_size)]
+        rows[slowest]["tokens_per_second"], rows[fullest]["peak_memory_bytes"] = 1.0, 7.0
+        return [(row, tokens) for row in rows]
+
+    monkeypatch.setattr(engine.mesh, "gather_objects", gathered)
+    found = meters.take()
+    assert sum(name.endswith("/memory_bytes") for name in found) == named
+    assert found["train/tokens_per_second"] == 9.0 * (world_size - 1) + 1.0
+    extremes = (found.get("train/slowest_rank"), found.get("train/peak_memory_bytes"))
+    assert extremes == ((None, None) if world_size == 64 else (slowest, 7.0))

@@ -10,6 +10,8 @@ from zoscale.models.generation import Generator
 from zoscale.phases import PHASES, PhaseTimer, timed
 from zoscale.step import Engine, StepResult
 
+MANY = 64  # ranks that are logged one by one
+
 
 class RunMeters:
     """This rank's meters and the collectives that bring all ranks' numbers together.
@@ -69,7 +71,7 @@ class RunMeters:
     def take(self) -> dict[str, float]:
         """Rates and the split of the time since the last call and memory, by rank as `rank_<r>/...`; running totals.
 
-        A collective.
+        Of more than `MANY` ranks every so many are named, and of all the slowest and the highest peak. A collective.
         """
         rates, memory, num_steps = self.throughput.rates(), self.memory.read(), max(1, self._steps - self._steps_taken)
         self.throughput.reset()
@@ -85,7 +87,12 @@ class RunMeters:
         }
         totals = self.throughput.totals()
         ranks, tokens = zip(*self.mesh.gather_objects((own, totals.tokens)), strict=True)
-        named = {f"rank_{rank}/{name}": value for rank, row in enumerate(ranks) for name, value in row.items()}
+        stride = -(-len(ranks) // MANY)
+        chosen = [(rank, row) for rank, row in enumerate(ranks) if rank % stride == 0]
+        named = {f"rank_{rank}/{name}": value for rank, row in chosen for name, value in row.items()}
+        if stride > 1:
+            named["train/slowest_rank"] = float(min(range(len(ranks)), key=lambda r: ranks[r]["tokens_per_second"]))
+            named["train/peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in ranks)
         named["train/tokens_per_second"] = sum(row["tokens_per_second"] for row in ranks)
         return named | self._running_totals(totals.seconds, sum(tokens))
 
