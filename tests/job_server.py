@@ -41,6 +41,7 @@ def start_rank(job: dict[str, Any], rank: int, port: int) -> int:
             os.dup2(log, stream)
         os.close(0)
         torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored in the background
         exec(job.get("plant", ""), {"rank": rank})
         own = job["argv"][rank] if isinstance(job["argv"][0], list) else job["argv"]
         status = cli.main(own) if own[0] in cli.COMMANDS else cli.train(own)

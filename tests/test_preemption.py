@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,14 @@ from zoscale.mesh import Mesh
 from zoscale.noise.fused import _compile
 from zoscale.preemption import Preempted, end_on_signals, stop_on_signals
 from zoscale.tasks.sources import Source
+
+
+@pytest.fixture(autouse=True)
+def from_a_terminal() -> Iterator[None]:
+    """Where tests run in the background, Ctrl-C is ignored, and ignored signals stay so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("number", "left"), [(signal.SIGTERM, False), (signal.SIGUSR1, True), (signal.SIGINT, False)])
@@ -63,6 +72,15 @@ def test_a_second_interrupt_ends_the_process_where_it_is(tmp_path: Path, monkeyp
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
     assert not (tmp_path / "mark").exists()
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As Ctrl-C by what runs in the background."""
+    mesh = Mesh(ranks=(0, 1))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_on_signals(mesh, tmp_path / "mark"):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not mesh.stop_wanted
 
 
 def test_a_failure_after_sigterm_leaves_no_mark(tmp_path: Path) -> None:
