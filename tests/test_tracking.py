@@ -175,12 +175,13 @@ def test_a_store_that_is_slow_is_not_given_up(store: Path, monkeypatch: pytest.M
 
     def log_batch(client: object, run_id: str, metrics: tuple[object, ...] = (), **others: object) -> None:
         if metrics:
-            time.sleep(0.2)
+            time.sleep(0.3)
             requests.append(len(metrics))
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_batch", log_batch)
     monkeypatch.setattr(mlflow_store, "_MAX_METRICS", 10)
-    tracker = start(store / "late", patience=0.6)
+    tracker = start(store / "late", patience=1.5)
+    assert tracker._sender is not None and tracker._sender.opened.wait(60)
     for step in range(10):
         tracker.log(step, {f"rank_{rank}/loss": 1.0 for rank in range(10)})
     tracker.finish()
