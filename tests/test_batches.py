@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import datasets
 import pytest
@@ -418,6 +419,25 @@ def test_the_fingerprint_names_all_tokens_and_an_error_its_example(words: PreTra
     wrong = [*train, Example("the film", (" sublime", " dreadful"))]
     with pytest.raises(ConfigError, match="different tokens in example 4 of dev, 'the film', got the same for"):
         encoder.fingerprint(Splits(train, wrong, []))
+
+
+def test_texts_are_read_in_lists_for_the_fingerprint(
+    words: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By as many threads as there are cores; texts that may lose demonstrations are read one by one."""
+    monkeypatch.setattr(splits, "_AHEAD", 2)
+    train = [Example(f"the film {'so ' * n}It was", (" bad", " great"), n % 2) for n in range(5)]
+    counted = mock.MagicMock(wraps=words, pad_token_id=words.pad_token_id)
+    encoder = Encoder(counted, 64)
+    counted.reset_mock()
+    found = encoder.fingerprint(Splits(train, [], []))
+    assert [len(call.args[0]) for call in counted.call_args_list] == [6, 6, 3]
+    monkeypatch.setattr(splits, "_AHEAD", 100)
+    assert Encoder(words, 64).fingerprint(Splits(train, [], [])) == found
+    shots = [replace(train[0], shots=(len("the film "),))]
+    counted.reset_mock()
+    encoder.fingerprint(Splits(shots, [], []))
+    assert counted.call_count and all(isinstance(call.args[0], str) for call in counted.call_args_list)
 
 
 def test_options_of_long_prompts_have_rows_of_their_own(

@@ -2,7 +2,7 @@
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ T = TypeVar("T")
 _ROOM = 128  # columns up to which rows may become wider than the longest sequence, so that more fit in
 _WIDEST = 512  # of packed rows: beyond, their masks are no small part of a pass's memory
 _TRIED = 8  # numbers of rows: the fewest that hold all tokens, and more
+_AHEAD = 1024  # examples whose texts are made token ids at a time, where all are
 _BRANCHES = 4096  # columns up to which options of a prompt part in one row: a mask has their square
 _WORTH = 0.95  # of the tokens that are run without, above which rows are not packed
 _LONGER = "raise it, or take a model with more positions"
@@ -127,6 +128,7 @@ class Encoder:
         self.vocabulary = vocabulary
         self._truncated: set[bytes] = set()  # digests of rows
         self._left_out: dict[Example, int] = {}
+        self._ahead: dict[str, list[int]] = {}
         pad = int(tokenizer.pad_token_id or 0)
         self._pad = pad if vocabulary is None or pad < vocabulary else 0  # masked, whatever it is
         special: list[int] = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
@@ -150,17 +152,25 @@ class Encoder:
         """
         digest = hashlib.sha256()
         for name in ("train", "dev", "validation"):
-            for number, example in enumerate(getattr(splits, name), start=1):
-                try:
-                    item = self.encode(example, gold_only=False)
-                except ConfigError as error:
-                    expected, got, remedy = error.args
-                    where = f"in example {number} of {name}, {show(example.prompt)}"
-                    raise ConfigError(f"{expected} {where}", got, remedy) from error
-                digest.update((", " if number > 1 else "[").encode())
-                digest.update(repr((item.rows, item.gold, item.question)).encode())
-            digest.update(b"]" if getattr(splits, name) else b"[]")
+            between = "["
+            for item in self._all_of(name, getattr(splits, name)):
+                digest.update(f"{between}{(item.rows, item.gold, item.question)!r}".encode())
+                between = ", "
+            digest.update(b"]" if between == ", " else b"[]")
         return digest.hexdigest()[:16]
+
+    def _all_of(self, split: str, examples: Sequence[Example]) -> Iterator[Encoded]:
+        """Encode them all; an error names the example."""
+        for number, example in enumerate(examples):
+            if number % _AHEAD == 0:
+                self._ahead = self._ids_of(examples[number : number + _AHEAD])
+            try:
+                yield self.encode(example, gold_only=False)
+            except ConfigError as error:
+                expected, got, remedy = error.args
+                where = f"in example {number + 1} of {split}, {show(example.prompt)}"
+                raise ConfigError(f"{expected} {where}", got, remedy) from error
+        self._ahead = {}
 
     def micro_batch(self, examples: Sequence[Example], *, gold_only: bool) -> MicroBatch:
         """One micro-batch of examples, with all their options or only the right one."""
@@ -235,9 +245,15 @@ class Encoder:
             remedy = "choose the model's own tokenizer (model.tokenizer), or a model with all of its tokens"
             raise ConfigError(f"token ids below {self.vocabulary}, of which the model has an embedding", got, remedy)
 
+    def _ids_of(self, examples: Sequence[Example]) -> dict[str, list[int]]:
+        """Token ids of their texts: a list of texts is read by as many threads as there are cores."""
+        plain = [example for example in examples if not example.shots]  # of which nothing may have to go
+        texts = list({text for one in plain for text in (one.prompt, *(one.prompt + end for end in one.options))})
+        return dict(zip(texts, self.tokenizer(texts)["input_ids"], strict=True)) if texts else {}
+
     def _ids(self, text: str) -> list[int]:
         """Token ids of a text that goes on: without the end that some tokenizers (BART's) put behind every text."""
-        ids: list[int] = self.tokenizer(text)["input_ids"]
+        ids: list[int] = self._ahead[text] if text in self._ahead else self.tokenizer(text)["input_ids"]
         return ids[: len(ids) - self._num_appended]
 
     def _with_fitting_shots(self, example: Example) -> Example:
