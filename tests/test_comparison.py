@@ -63,6 +63,12 @@ def two(*, second: tuple[float, ...] = (0.5, 0.5, 0.5, 0.55, 0.6)) -> list[Run]:
     return runs + [run("sgd", seed, second, per_step=0.05) for seed in range(3)]
 
 
+def test_a_parameter_that_is_null_counts_as_one_that_an_older_version_did_not_have() -> None:
+    new, old = run("a", 0, (0.5, 0.6), params={"train.select_by": "None"}), run("a", 1, (0.5, 0.6))
+    assert len(group_runs([new, old])) == 1
+    assert len(group_runs([new, run("a", 1, (0.5, 0.6), params={"train.select_by": "loss"})])) == 2
+
+
 def test_groups_that_were_asked_other_questions_are_told() -> None:
     asked = [{"task.path": name, "data.num_dev": "10"} for name in ("one", "two")]
     runs = [run(name, 0, (0.5, 0.6), params=params) for name, params in zip(("a", "b"), asked, strict=True)]

@@ -206,8 +206,8 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def _deciding(run: Run) -> dict[str, str]:
-    """The parameters that decide results or speed, and where the run ran."""
-    params = {name: value for name, value in run.params.items() if not _NOT_COMPUTED.match(name)}
+    """The parameters that decide results or speed, and where the run ran; null is as if there were none, as before."""
+    params = {name: value for name, value in run.params.items() if value != "None" and not _NOT_COMPUTED.match(name)}
     return params | {name: run.tags[name] for name in ("world_size", "device") if name in run.tags}
 
 
