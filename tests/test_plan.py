@@ -114,8 +114,8 @@ def test_so_are_adamw_s_step_and_its_whole_memory(measured: dict[str, Any]) -> N
 @pytest.mark.parametrize(("ranks", "method"), [(1, "first_order"), (2, "zero_order")])
 def test_so_are_the_seconds_that_are_timed_here(tmp_path: Path, ranks: int, method: str) -> None:
     """A model of twelve blocks, from two and eight. A neighbour may disturb a timing: within a tenth once of four."""
-    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump({**SHAPES, "num_hidden_layers": 12}))
-    command = ["launch/measure_memory.py", "--config", str(tmp_path / "shapes.yaml"), "--rows", "16", "--tokens", "32"]
+    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump({**SHAPES, "num_hidden_layers": 12, "vocab_size": 8000}))
+    command = ["launch/measure_memory.py", "--config", str(tmp_path / "shapes.yaml"), "--rows", "8", "--tokens", "32"]
     command += ["--micro-batches", str(2 * ranks), "--deepspeed", "ds_configs/zero3_cpu.json", "--steps", "5", "--full"]
     command += ["--method", method, "--timed", "--json", str(tmp_path / "seconds.json")]
     ratios: list[float] = []
