@@ -74,6 +74,19 @@ def test_a_second_interrupt_ends_the_process_where_it_is(tmp_path: Path, monkeyp
     assert not (tmp_path / "mark").exists()
 
 
+def test_an_interrupt_that_is_handed_on_does_not_disturb_the_end(tmp_path: Path) -> None:
+    """The run may be closing its files by then."""
+    done = []
+    with pytest.raises(Preempted), end_on_signals(tmp_path / "mark"):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("closed")
+    assert done == ["closed"]
+
+
 def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
     """As Ctrl-C by what runs in the background."""
     mesh = Mesh(ranks=(0, 1))

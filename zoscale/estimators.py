@@ -101,9 +101,10 @@ class GradientEstimate:
         for number, segment, rho in self._terms(group):
             segment.add_to(totals[number], rho)
             del segment  # before the next is drawn
-        if len(self.directions) == 1:
+        if len(self.directions) == 1 or not totals:
             return totals
-        return [total.div_(total.new_full((), len(self.directions))) for total in totals]  # CUDA: no reciprocal
+        count = totals[0].new_full((), len(self.directions))  # CUDA multiplies by the reciprocal of a Python number
+        return [total.div_(count) for total in totals]
 
     def signs(self, group: Sequence[Piece]) -> list[SignTerms | None]:
         """Every rho_k z_k on each piece; None where some are no signs as bits, or are made by kernels."""

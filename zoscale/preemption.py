@@ -87,6 +87,8 @@ def _heeding(mark: Path, what: Callable[[], None]) -> Iterator[None]:
             interrupts.append(time.monotonic())
             if interrupts[-1] > interrupts[0] + _ECHO:
                 raise KeyboardInterrupt
+            if len(interrupts) > 1:
+                return
         what()
 
     before = {number: signal.getsignal(number) for number in _SIGNALS}

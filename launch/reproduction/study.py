@@ -12,6 +12,7 @@ from zoscale.config.schema import fields_of
 from zoscale.estimators import Estimator
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.passes import forward_equivalents
+from zoscale.progress import examined
 
 HERE = Path(__file__).parent
 PRESETS = HERE / "presets"
@@ -182,8 +183,7 @@ def cost_of_step(config: RunConfig) -> int:
 
 def select_by(config: RunConfig) -> str:
     """The metric that chooses between weights, and here between learning rates."""
-    made: Any = build(config.task, TABLES["task"])
-    return config.train.select_by or str(made.select_by)
+    return examined(config, build(config.task, TABLES["task"])).select_by
 
 
 def preset_file(name: str) -> Path:

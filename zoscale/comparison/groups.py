@@ -206,7 +206,7 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def _deciding(run: Run) -> dict[str, str]:
-    """The parameters that decide results or speed, and where the run ran; null is as if there were none, as before."""
+    """The parameters that decide results or speed, and where the run ran; what is null, older runs may not have."""
     params = {name: value for name, value in run.params.items() if value != "None" and not _NOT_COMPUTED.match(name)}
     return params | {name: run.tags[name] for name in ("world_size", "device") if name in run.tags}
 
