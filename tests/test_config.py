@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,11 +13,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import own_methods
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zoscale import methods
+from zoscale import methods, provenance
 from zoscale.config import (
     CheckpointConfig,
     ConfigError,
@@ -241,6 +243,63 @@ def test_overrides_are_read_in_the_type_of_their_field(override: str, value: Any
     for part in override.partition("=")[0].split("."):
         found = found[part]
     assert_same(found, value)
+
+
+# ------------------------------------------------------------ classes of the user's
+
+OWN = [f"{section}.name=own_methods:{name}" for section, name in (
+    ("task", "Reviews"), ("probe", "Draws"), ("estimator", "Losses"), ("optimizer", "Clipped"),
+)]  # fmt: skip
+
+
+def test_classes_of_the_users_are_methods_like_any_other() -> None:
+    argv = [MODEL, *OWN, "optimizer.limit=0.5", "estimator.num_directions=2"]
+    config = parse(argv, methods.TABLES, methods.DEFAULTS)
+    assert (config.optimizer.args["limit"], config.estimator.args["num_directions"]) == (0.5, 2)
+    assert RunConfig.from_dict(config.to_dict(), methods.TABLES, methods.DEFAULTS) == config
+    assert type(build(config.probe, methods.TABLES["probe"])) is own_methods.Draws
+    with pytest.raises(ConfigError, match=r"optimizer\.limit to be float, got 'wide'"):
+        parse([*argv, "optimizer.limit=wide"], methods.TABLES, methods.DEFAULTS)
+
+
+def test_their_modules_are_part_of_the_code_that_a_run_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = parse([MODEL], methods.TABLES, methods.DEFAULTS)
+    assert provenance.code(usual) == provenance.code()
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = []
+    for text in ("def f(answer, accepted): return 1", "def f(answer, accepted): return 0"):
+        (tmp_path / "of_mine.py").write_text(text)
+        config = parse([MODEL, *OWN, "objective=of_mine:f"], methods.TABLES, methods.DEFAULTS)
+        assert config.modules == ["of_mine", "own_methods"]
+        codes.append(provenance.code(config))
+    assert codes[0] != codes[1]
+    assert all(code.startswith(f"{provenance.code()}, of_mine ") and ", own_methods " in code for code in codes)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.name=nowhere:Rule", "a module 'nowhere' on the Python path, got No module named 'nowhere'"),
+        ("optimizer.name=broken_of_mine:Rule", "'broken_of_mine' that can be imported, got ZeroDivisionError"),
+        ("optimizer.name=own_methods:Nothing", "subclass of zoscale.optim.base.ZeroOrderOptimizer, got nothing"),
+        ("optimizer.name=own_methods:NO_CLASS", "subclass of zoscale.optim.base.ZeroOrderOptimizer, got 1"),
+        ("optimizer.name=own_methods:Draws", "subclass of zoscale.optim.base.ZeroOrderOptimizer, got"),
+        ("optimizer.name=own_methods:Lacking", "zoscale.optim.base.ZeroOrderOptimizer asks for, got no direction"),
+        ("optimizer.name=own methods:Rule", "module:name, of a module and of what it holds"),
+        ("optimizer.name=:Rule", "module:name, of a module and of what it holds"),
+        ("optimizer.name=zosgd", "jaguar_muon, fo_sgd, fo_adamw, module:Class, got 'zosgd'"),
+        ("probe.name=own_methods:Odd", "options of own_methods:Odd that can be written, got Odd: 'name' picks"),
+        ("probe={name: layers, inner: {name: 'own_methods:Clipped'}}", "subclass of zoscale.probes.base.Probe"),
+    ],
+)
+def test_classes_that_are_no_methods_are_refused(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_of_mine.py").write_text("1 / 0")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config = parse([MODEL, override], methods.TABLES, methods.DEFAULTS)
+        build(config.probe, methods.TABLES["probe"])
 
 
 # ------------------------------------------------------------ methods

@@ -25,6 +25,7 @@ KINDS = {
         "optimizer.name=zo_sgd", "optimizer.lr=1e-4", "estimator.name=one_sided", "probe.name=gaussian",
         "train.steps=6",
     ],
+    "own": ["optimizer.name=own_methods:Clipped", "probe.name=own_methods:Draws", "train.steps=6"],
 }  # fmt: skip
 
 

@@ -413,9 +413,9 @@ def no_number(answer: str, accepted: Sequence[str]) -> Any:
         ("macro_f1", "cb", "or accuracy or .* got macro_f1, one number for all examples together: .* train on one of"),
         ("f1a", "multirc", "got f1a, one number for all examples together"),
         ("nowhere:f", "rte", "a module 'nowhere'"),
-        (":f", "rte", "a module ''"),
-        ("test_tasks:a:b", "rte", "no name of a module and of a function in it"),
-        (".metrics:f", "rte", "a module '.metrics'"),
+        (":f", "rte", "module:name, .* got ':f'"),
+        ("test_tasks:a:b", "rte", "module:name, .* got 'test_tasks:a:b'"),
+        (".metrics:f", "rte", "module:name, .* got '.metrics:f'"),
         ("test_tasks:nothing", "rte", "a function 'nothing'"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zoscale.config import Table
 from zoscale.grouping import alike
 from zoscale.noise.segments import Segment, SignTerms
 from zoscale.noise.sums import Sum
@@ -295,9 +296,12 @@ class Backpropagation(_Exact):
         super().__init__()
 
 
-ESTIMATORS: dict[str, type[Estimator]] = {
-    "two_point": TwoPoint,
-    "one_sided": OneSided,
-    "fzoo": NormalizedOneSided,
-    "forward_grad": ForwardGrad,
-}
+ESTIMATORS: Table[Estimator] = Table(
+    {
+        "two_point": TwoPoint,
+        "one_sided": OneSided,
+        "fzoo": NormalizedOneSided,
+        "forward_grad": ForwardGrad,
+    },
+    Estimator,
+)

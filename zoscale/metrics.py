@@ -1,7 +1,6 @@
 """Scores of an answer's text, by name; any function of the user's; and metrics of all answers together."""
 
 import functools
-import importlib
 import re
 import string
 from collections import Counter
@@ -9,7 +8,7 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, imported
 
 Score = Callable[[str, Sequence[str]], float]
 """From the model's answer and the accepted ones to a number; higher is better, 1 is right."""
@@ -104,12 +103,7 @@ def score(name: str) -> Score:
     module, colon, function = name.partition(":")
     if not colon:
         raise ConfigError(f"one of {', '.join(METRICS)}, or module:function", name, "correct the name")
-    try:
-        if not all(part.isidentifier() for part in (*module.split("."), function)):
-            raise ImportError("no name of a module and of a function in it")
-        found: Any = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ConfigError(f"a module {module!r} on the Python path", str(error), "set PYTHONPATH") from error
+    found = imported(name)
     if not callable(found):
         raise ConfigError(f"a function {function!r} in {module}", "none", "correct the name")
     return _checked(name, found)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -49,13 +50,18 @@ def _git(*words: str) -> str:
     ).stdout.strip()
 
 
-def code() -> str:
-    """Version and content of the package that runs: two installations with the same text agree."""
+def code(config: RunConfig | None = None) -> str:
+    """Version and content of the package that runs, and of the modules that `config` names: equal for equal text."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes())
-    return f"{_version('zoscale')} {digest.hexdigest()[:16]}"
+    found = [f"{_version('zoscale')} {digest.hexdigest()[:16]}"]
+    for module in () if config is None else config.modules:
+        spec = importlib.util.find_spec(module)
+        if spec and spec.origin and Path(spec.origin).is_file():
+            found.append(f"{module} {hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]}")
+    return ", ".join(found)
 
 
 def copy_code(folder: Path) -> None:

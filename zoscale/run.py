@@ -82,7 +82,7 @@ def _facts(config: RunConfig, made: Plan) -> dict[str, object]:
         **config.flatten(),
         "architecture": made.architecture.to_json_string(),
         "examples": made.data,
-        "zoscale": provenance.code(),
+        "zoscale": provenance.code(config),
         **provenance.libraries(),
     }
 

@@ -24,6 +24,7 @@ from zoscale.config.sections import (
     TrainConfig,
 )
 from zoscale.config.strict_yaml import ConfigError, did_you_mean, first_line, load_yaml, one_line, show
+from zoscale.config.table import Table, imported
 
 __all__ = [
     "CheckpointConfig",
@@ -36,6 +37,7 @@ __all__ = [
     "RunConfig",
     "RuntimeConfig",
     "ScheduleConfig",
+    "Table",
     "TrackingConfig",
     "TrainConfig",
     "at_least",
@@ -45,6 +47,7 @@ __all__ = [
     "exit_with",
     "first_line",
     "flatten",
+    "imported",
     "load_yaml",
     "one_line",
     "parse",

@@ -11,6 +11,7 @@ from typing import Any
 from zoscale.config.merging import Given, Schema
 from zoscale.config.schema import MISSING, Field, Method, fields_of, is_section
 from zoscale.config.strict_yaml import ConfigError, Text, load_yaml, plain, show
+from zoscale.config.table import choices
 
 COMMAND_LINE = "the command line"
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -100,7 +101,7 @@ def help_text(schema: Schema, usage: str) -> str:
             blocks.append(_block(f"{key}: {_summary(cls)}", f"{key}.", cls, fields_of(cls).values()))
             continue
         default = schema.defaults.get(key, "none, it must be set") + _goes_with(schema, key)
-        blocks.append(f"{key}.name: {', '.join(schema.tables[key])} (default: {default})\n")
+        blocks.append(f"{key}.name: {choices(schema.tables[key])} (default: {default})\n")
         notes = _other_defaults(schema, key)
         for name, method in schema.tables[key].items():
             arguments = fields_of(method, keyword_only=True).values()

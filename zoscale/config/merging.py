@@ -10,6 +10,7 @@ from typing import Any
 
 from zoscale.config.schema import MISSING, Field, Method, conform, fields_of, is_section, type_name
 from zoscale.config.strict_yaml import ConfigError, Text, did_you_mean, show
+from zoscale.config.table import choices
 
 Tables = Mapping[str, Mapping[str, type]]
 
@@ -169,12 +170,12 @@ class Schema:
 
     def _method_name(self, section: str, name: Any, given: Given) -> str:
         key, table = f"{section}.name", self.tables[section]
-        choices = f"{key} to be one of {', '.join(table)}"
+        wanted = f"{key} to be one of {choices(table)}"
         if name is MISSING:
-            raise ConfigError(choices, "nothing", f"set {key}")
+            raise ConfigError(wanted, "nothing", f"set {key}")
         if not isinstance(name, str) or name not in table:
             got = f"{show(name)} (from {given.source(key)})"
-            raise ConfigError(choices, got, did_you_mean(str(name), table, "choose one of them"))
+            raise ConfigError(wanted, got, did_you_mean(str(name), table, "choose one of them"))
         return str(name)
 
     def _known(self, prefix: str, tree: Mapping[str, Any], fields: dict[str, Field], given: Given) -> dict[str, Field]:

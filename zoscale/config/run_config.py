@@ -14,7 +14,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar
@@ -34,6 +34,7 @@ from zoscale.config.sections import (
     TrainConfig,
 )
 from zoscale.config.strict_yaml import ConfigError, did_you_mean, dump_yaml, plain, show
+from zoscale.config.table import choices
 
 T = TypeVar("T")
 DEFAULT_ADAPTERS: dict[str, dict[str, Any]] = {
@@ -132,7 +133,7 @@ class RunConfig:
         Left out, because they change where results go, how long one waits or who computes, not what is computed:
         name, output_dir, resume, overwrite, checkpoint, tracking, train.log_every, of mesh all but candidates, which
         shapes the passes, and of runtime all but deepspeed and noise. Of a model, tokenizer or DeepSpeed file the path
-        counts, not its content; of a function its name. Equal numbers count alike: 1 is 1.0.
+        counts, not its content; of a function or class of the user's its name. Equal numbers count alike: 1 is 1.0.
         """
         text = json.dumps(_canonical(self.identity()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -154,6 +155,12 @@ class RunConfig:
     def run_dir(self) -> Path:
         """The folder of this run: same configuration, same folder."""
         return Path(self.output_dir) / f"{self.name}-{self.hash}"
+
+    @property
+    def modules(self) -> list[str]:
+        """Those of the user's that are named, as `module:Class` and `module:function`."""
+        named = (value for key, value in self.flatten().items() if key == "objective" or key.endswith(".name"))
+        return sorted({value.partition(":")[0] for value in named if isinstance(value, str) and ":" in value})
 
     def flatten(self) -> dict[str, str | int | float | bool | None]:
         """Dotted keys to scalars, as MLflow parameters are; lists and empty mappings as JSON text."""
@@ -254,11 +261,11 @@ def exit_with(error: ConfigError, command: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def build(method: Method, table: Mapping[str, Callable[..., T]], *positional: Any) -> T:
+def build(method: Method, table: Mapping[str, type[T]], *positional: Any) -> T:
     """The object that `method` names: its class in `table`, called with `positional` and its arguments."""
     if method.name not in table:
         remedy = did_you_mean(method.name, table, "choose one of them")
-        raise ConfigError(f"one of {', '.join(table)}", show(method.name), remedy)
+        raise ConfigError(f"one of {choices(table)}", show(method.name), remedy)
     return table[method.name](*positional, **plain(method.args, method.name))
 
 

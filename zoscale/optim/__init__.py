@@ -1,5 +1,6 @@
 """Update rules. Adding one: a class with `update` (`ElementwiseOptimizer`: `direction`), and a row in the table."""
 
+from zoscale.config import Table
 from zoscale.optim.base import ZeroOrderOptimizer
 from zoscale.optim.elementwise import ElementwiseOptimizer
 from zoscale.optim.jaguar import JaguarMuon, JaguarSignSGD
@@ -11,20 +12,23 @@ from zoscale.optim.zo_muon import ZOMuon, ZOMuonSubspace
 from zoscale.optim.zo_sgd import FZOO, ZOSGD, ZOSGDMomentum
 from zoscale.optim.zo_sign import ZOMuonOrthogonal, ZOSignRho, ZOSignSGD
 
-OPTIMIZERS: dict[str, type[ZeroOrderOptimizer]] = {
-    "zo_sgd": ZOSGD,
-    "zo_sgd_momentum": ZOSGDMomentum,
-    "zo_sgd_conservative": ZOSGDConservative,
-    "zo_sign_sgd": ZOSignSGD,
-    "zo_sign_rho": ZOSignRho,
-    "zo_adam": ZOAdam,
-    "fzoo": FZOO,
-    "zo_muon": ZOMuon,
-    "zo_muon_orthogonal": ZOMuonOrthogonal,
-    "zo_muon_subspace": ZOMuonSubspace,
-    "jaguar_sign_sgd": JaguarSignSGD,
-    "jaguar_muon": JaguarMuon,
-}
+OPTIMIZERS: Table[ZeroOrderOptimizer] = Table(
+    {
+        "zo_sgd": ZOSGD,
+        "zo_sgd_momentum": ZOSGDMomentum,
+        "zo_sgd_conservative": ZOSGDConservative,
+        "zo_sign_sgd": ZOSignSGD,
+        "zo_sign_rho": ZOSignRho,
+        "zo_adam": ZOAdam,
+        "fzoo": FZOO,
+        "zo_muon": ZOMuon,
+        "zo_muon_orthogonal": ZOMuonOrthogonal,
+        "zo_muon_subspace": ZOMuonSubspace,
+        "jaguar_sign_sgd": JaguarSignSGD,
+        "jaguar_muon": JaguarMuon,
+    },
+    ZeroOrderOptimizer,
+)
 
 __all__ = [
     "FZOO",

@@ -5,13 +5,14 @@ whole. Values and supports are pure functions of (seed; step, k, tensor id, elem
 class with `draw`, and a row in the table of `layers.py`.
 """
 
+from zoscale.config import Table
 from zoscale.probes.base import Direction, DrawnDirection, Patch, Piece, Probe, pieces
 from zoscale.probes.dense import Gaussian, Rademacher
 from zoscale.probes.factored import FactoredDirection, Orthogonal, Subspace, SubspaceDirection, product_slice
 from zoscale.probes.jaguar import Block, Coordinate, Entry, JaguarDirection, JaguarProbe, Row, Signs, Tensors
 from zoscale.probes.layers import PROBES_OF_ALL_LAYERS, Layers, LayersDirection
 
-PROBES: dict[str, type[Probe]] = {**PROBES_OF_ALL_LAYERS, "layers": Layers}
+PROBES: Table[Probe] = Table({**PROBES_OF_ALL_LAYERS, "layers": Layers}, Probe)
 
 __all__ = [
     "PROBES",

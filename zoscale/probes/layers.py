@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoscale.config import Method, build
+from zoscale.config import Method, Table, build
 from zoscale.config.merging import Given, Schema
 from zoscale.noise.generator import Domain, Key, Noise
 from zoscale.noise.segments import Segment
@@ -19,17 +19,20 @@ from zoscale.probes.factored import Orthogonal, Subspace
 from zoscale.probes.jaguar import Block, Coordinate, Entry, Row, Tensors, check_share, portion
 from zoscale.shards import TensorSpec
 
-PROBES_OF_ALL_LAYERS: dict[str, type[Probe]] = {
-    "gaussian": Gaussian,
-    "rademacher": Rademacher,
-    "coordinate": Coordinate,
-    "entry": Entry,
-    "row": Row,
-    "block": Block,
-    "tensors": Tensors,
-    "orthogonal": Orthogonal,
-    "subspace": Subspace,
-}
+PROBES_OF_ALL_LAYERS: Table[Probe] = Table(
+    {
+        "gaussian": Gaussian,
+        "rademacher": Rademacher,
+        "coordinate": Coordinate,
+        "entry": Entry,
+        "row": Row,
+        "block": Block,
+        "tensors": Tensors,
+        "orthogonal": Orthogonal,
+        "subspace": Subspace,
+    },
+    Probe,
+)
 
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.)")  # up to the first number in the name
 

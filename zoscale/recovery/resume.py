@@ -26,7 +26,7 @@ def header_of(config: RunConfig, engine: Engine, data: str) -> Header:
         seed=config.seed,
         config=config.to_dict(),
         config_hash=config.hash,
-        code=code(),
+        code=code(config),
         model=fingerprint.of_model(engine.model, engine.mesh, trainable=False),
         trainable=fingerprint.of_model(engine.model, engine.mesh, trainable=True),
         data=data,
