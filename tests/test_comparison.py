@@ -256,8 +256,9 @@ def test_metrics_are_those_that_were_logged() -> None:
     assert compare(runs, "loss", "train/loss").goal.metric == "train/loss"
     with pytest.raises(ConfigError, match=r"got f2: choose with --metric, of: .*dev/f1"):
         compare(runs, "f2", "f2")
+    unscored = {"train/loss": {0: 1.0}, "adapters/weight/model.layers.0.q_proj": {0: 1.0}}
     with pytest.raises(ConfigError, match="a run that has been evaluated, got none"):
-        compare([Run("1", "new", "RUNNING", {}, {"select_by": "f1"}, {"train/loss": {0: 1.0}})], "new", None)
+        compare([Run("1", "new", "RUNNING", {}, {"select_by": "f1"}, unscored)], "new", None)
     mixed = [runs[0], run("a", 1, (0.5,))]
     with pytest.raises(ConfigError, match="got accuracy, f1: choose with --metric, of: accuracy, f1, loss"):
         compare(mixed, "mixed", None)

@@ -101,6 +101,8 @@ def test_network(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
     assert "GLOO_SOCKET_IFNAME=nowhere0: no such interface -> unset" in wrong("network", setup)
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^nowhere0,lo")
+    assert doctor.check_network(setup).remedy is None, "all interfaces but those"
 
     def unknown(*_: object) -> None:
         raise socket.gaierror("Name or service not known")

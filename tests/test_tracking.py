@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from zoscale.tracking import mlflow_sender, mlflow_store
-from zoscale.tracking.tracker import NullTracker, Record, Tracker, read_metrics
+from zoscale.tracking.tracker import NullTracker, Record, Tracker, import_run, read_metrics
 
 mlflow = pytest.importorskip("mlflow")
 REPO = Path(__file__).resolve().parents[1]
@@ -210,6 +210,19 @@ def test_import_completes_a_run_without_duplicates(store: Path) -> None:
         refused = subprocess.run([*command[:3], *wrong], cwd=REPO, capture_output=True, text=True)
         assert refused.returncode == status and message in refused.stderr
         assert "Traceback" not in refused.stderr and "secret" not in refused.stderr
+
+
+def test_import_tells_how_a_run_ended(store: Path) -> None:
+    """One that goes on, or was killed, is not ended by sending what there is."""
+    run_dir = store / "ended"
+    tracker = start(run_dir, experiment="ends", enabled=False)
+    tracker.log(1, {"loss": 3.0})
+    tracker.finish()
+    client = sqlite(run_dir)
+    for mark, status in ((None, "RUNNING"), ("told_to_stop", "KILLED"), ("summary.json", "FINISHED")):
+        if mark is not None:
+            (run_dir / mark).write_text("{}")
+        assert client.get_run(import_run(run_dir)).info.status == status
 
 
 def test_disabled_and_null_trackers_write_no_store(tmp_path: Path) -> None:

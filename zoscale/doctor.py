@@ -104,7 +104,8 @@ def check_network(setup: Setup) -> Finding:
         return Finding(f"host name {name} is not known: {error}", f"add '127.0.1.1 {name}' to /etc/hosts")
     present = psutil.net_if_addrs()
     for variable in _INTERFACES:
-        for wanted in filter(None, os.environ.get(variable, "").lstrip("^=").split(",")):
+        names = os.environ.get(variable, "")
+        for wanted in [] if names.startswith("^") else filter(None, names.lstrip("=").split(",")):  # ^: all but those
             if not any(interface.startswith(wanted) for interface in present):
                 remedy = f"unset {variable}, or name one of {', '.join(present)}"
                 return Finding(f"{variable}={wanted}: no such interface", remedy)

@@ -82,7 +82,10 @@ class Trainer:
         self._has_scored = False
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluate once on validation with the weights that were best on dev, and write the summary.
+        """Train; evaluate on validation before it, at its end and with the weights that were best on dev.
+
+        Returns:
+            The summary.
 
         Raises:
             Diverged: if replicas hold different weights.

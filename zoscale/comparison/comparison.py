@@ -120,7 +120,12 @@ def _evaluated(run: Run) -> Iterable[str]:
     """Full names of a run's evaluation metrics; those of validation without `before` and `final`."""
     for name in run.metrics:
         split, *_, metric = name.split("/")
-        if "/" in name and split not in ("train", "system") and not split.startswith("rank_") and metric != "seconds":
+        if (
+            "/" in name
+            and split not in ("train", "system", "adapters")
+            and not split.startswith("rank_")
+            and metric != "seconds"
+        ):
             yield f"{split}/{metric}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from zoscale.config import ConfigError
 from zoscale.tracking.mlflow_store import Card, check_database, short_waits, shown
-from zoscale.tracking.tracker import read_metrics
+from zoscale.tracking.tracker import read_metrics, status_of
 
 Series = Mapping[int, float]
 """Values of a metric by step, ascending."""
@@ -137,10 +137,8 @@ def _from_directory(path: Path) -> Run:
     for record in read_metrics(path):
         for name, value in record.metrics.items():
             metrics.setdefault(name, {})[record.step] = value
-    marks = {"summary.json": "FINISHED", "told_to_stop": "KILLED"}  # as a store has it
-    status = next((status for name, status in marks.items() if (path / name).exists()), "UNFINISHED")
     ordered = {name: dict(sorted(series.items())) for name, series in metrics.items()}
-    return Run(str(path), card.run_name, status, card.params, card.tags, ordered)
+    return Run(str(path), card.run_name, status_of(path) or "UNFINISHED", card.params, card.tags, ordered)
 
 
 def _id_in_store(folder: Path) -> str:

@@ -3,6 +3,7 @@
 `journal_format` has its bytes.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ class JournalWriter:
         try:
             written = os.write(self._file, content)
             if written != len(content):
-                raise OSError(28, "No space left on device", str(self.path))
+                raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
             self._size += len(content)
             self._unsynced += 1
             if self._unsynced >= self._sync_every:

@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="run directory")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--merge", action="store_true", help="the whole model, for transformers")
-    kind.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, for PEFT")
+    kind.add_argument("--adapter", action="store_true", help="the adapter alone, for PEFT")
     parser.add_argument(
         "--out", metavar="DIR", help="folder to write (default: RUN/export/adapter or RUN/export/merged)"
     )

@@ -55,17 +55,24 @@ def _past(path: Path) -> list[Record]:
     return list(read_metrics(path.parent))
 
 
-def import_run(run_dir: Path, *, uri: str | None = None, status: str = "FINISHED") -> str:
+def status_of(run_dir: Path) -> str | None:
+    """How a run ended, as MLflow has it: FINISHED, KILLED (it was told to stop) or None (it goes on, or broke off)."""
+    marks = {"summary.json": "FINISHED", "told_to_stop": "KILLED"}
+    return next((status for name, status in marks.items() if (run_dir / name).exists()), None)
+
+
+def import_run(run_dir: Path, *, uri: str | None = None) -> str:
     """Send a run's parameters and all of `metrics.jsonl` to MLflow; returns the run id.
 
-    A run that was partly sent is completed, without duplicates, if the store is the same. Artifacts are not
-    sent. Raises whatever MLflow raises.
+    A run that was partly sent is completed, without duplicates, if the store is the same, and ended there if it has
+    ended. Artifacts are not sent. Raises whatever MLflow raises.
     """
     card = Card(**json.loads((run_dir / "tracking.json").read_text(encoding="utf-8")))
     with short_waits():
         client, run = open_run(run_dir, store_uri(run_dir, uri), card)
     send_records(client, run.info.run_id, read_metrics(run_dir), known=sent_before(client, run))
-    client.set_terminated(run.info.run_id, status)
+    if (status := status_of(run_dir)) is not None:
+        client.set_terminated(run.info.run_id, status)
     return str(run.info.run_id)
 
 
