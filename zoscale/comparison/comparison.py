@@ -120,12 +120,8 @@ def _evaluated(run: Run) -> Iterable[str]:
     """Full names of a run's evaluation metrics; those of validation without `before` and `final`."""
     for name in run.metrics:
         split, *_, metric = name.split("/")
-        if (
-            "/" in name
-            and split not in ("train", "system", "adapters")
-            and not split.startswith("rank_")
-            and metric != "seconds"
-        ):
+        is_other = split in ("train", "system", "adapters") or split.startswith("rank_") or metric == "seconds"
+        if "/" in name and not is_other:
             yield f"{split}/{metric}"
 
 
