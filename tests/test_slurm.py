@@ -237,7 +237,7 @@ def test_a_node_whose_processes_die_fails_the_job(cluster: Cluster, tmp_path: Pa
     assert "failed with status" in text
     assert "back into the queue" not in text
     assert any(words in text for words in LOST), "SLURM says that it lost the node, in the words of what it met first"
-    assert "rank 0: RuntimeError" in job_log(tmp_path, job)
+    assert "rank 0: RuntimeError" in job_log(tmp_path, job), text[-3000:]
     run_dir = run_dir_of(tmp_path)
     assert run_dir is not None and not (run_dir / "told_to_stop").exists()
 

@@ -239,6 +239,26 @@ class TestJudge:
         assert one is not None and one[1] == [2]
         assert one[0].endswith("the others wait in a collective at the same beat")
 
+    @pytest.mark.parametrize("place", ["torch.cuda.streams:245 (synchronize)", "transformers.generation.utils:9 (f)"])
+    def test_among_equal_beats_those_that_entered_fewer_passes_are_to_blame(self, place: str) -> None:
+        """On a GPU the others wait anywhere within the next pass: their host runs ahead of its gathers."""
+        seen = sights(57, 57, 57, place=place, entered=58)
+        seen[2] = change(seen[2], place="data:5 (read)", entered=57)
+        verdict = judge(seen, 30)
+        assert verdict is not None and verdict[1] == [2] and "others wait in a collective" in verdict[0]
+        seen[0] = change(seen[0], beat=56)
+        verdict = judge(seen, 30)
+        assert verdict is not None and verdict[1] == [0], "beats count first"
+        seen[2] = change(seen[2], beat=56)
+        verdict = judge(seen, 30)
+        assert verdict is not None and verdict[1] == [2]
+
+    def test_waiting_for_an_event_of_a_gpu_is_waiting_for_others(self) -> None:
+        seen = sights(57, 57, place="torch.cuda.streams:245 (synchronize)")
+        seen[1] = change(seen[1], place="data:5 (read)")
+        verdict = judge(seen, 30)
+        assert verdict is not None and verdict[1] == [1]
+
     def test_a_silent_rank_is_blamed_before_the_fewest_beats(self) -> None:
         seen = sights(58, 57)
         verdict = judge({0: replace(seen[0], quiet=31.0), 1: seen[1]}, 30)

@@ -106,7 +106,7 @@ def _watched(config: RunConfig, made: Plan, engine: Engine, directory: RunDirect
     watchdog = Watchdog(
         rank=mesh.rank, world_size=mesh.world_size, stall_seconds=limits.stall_seconds, slow_seconds=slow_seconds
     )
-    engine.answers.head.register_forward_pre_hook(lambda *_: watchdog.beat())  # each forward calls it, generating too
+    engine.answers.watch(watchdog.enter, watchdog.beat)
     with watchdog:
         log = say(mesh)
         ledger = Ledger(directory, config, engine, header_of(config, engine, made.data), log, watchdog.move)

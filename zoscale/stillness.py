@@ -5,17 +5,21 @@ from dataclasses import dataclass
 
 TICK = 1.0  # seconds between two looks
 
-_WAITING = ("torch.distributed", "deepspeed", "zoscale.mesh")
-"""Modules in which a rank waits for others: gloo's collectives block, those on GPUs where their result is read."""
+_WAITING = ("torch.distributed", "torch.cuda", "deepspeed", "zoscale.mesh")
+"""Modules in which a rank waits for others: collectives of gloo block, on a GPU whatever reads an event or a result."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a rank tells the others; `limit` seconds without a move (a beat, a phase entered or left) are normal."""
+    """What a rank tells the others; `limit` seconds without a move (a beat, a phase entered or left) are normal.
+
+    A pass is `entered` where it begins and has its beat where it ends.
+    """
 
     limit: float
     phase: str = "start"
     beat: int = 0
+    entered: int = 0
     moves: int = 0
     post: int = 0
     ended: str = ""
@@ -67,9 +71,9 @@ class Stillness:
 def judge(sights: Mapping[int, Sight], stall_seconds: float) -> tuple[str, Sequence[int]] | None:
     """A sentence on the ranks that hold the job up, and these ranks; None if all is well.
 
-    The silent ones: their whole process stands still. Else those of the fewest beats, once they are over their
-    limits; where all beats are equal, those that are not in a collective while others are. A rank in a slow phase
-    and within its limit excuses all: they may wait for it.
+    The silent ones: their whole process stands still. Else those of the fewest beats, and of these those that entered
+    the fewest passes, once they are over their limits; where all are equal, those that are not in a collective while
+    others are. A rank in a slow phase and within its limit excuses all: they may wait for it.
     """
     seen = {rank: sight for rank, sight in sights.items() if sight.state.ended != "finished"}
     limits = {rank: s.state.limit if s.state.phase and not s.stopped else stall_seconds for rank, s in seen.items()}
@@ -77,12 +81,13 @@ def judge(sights: Mapping[int, Sight], stall_seconds: float) -> tuple[str, Seque
     if silent:
         return "; ".join(seen[rank].tell(rank, "been silent", seen[rank].quiet) for rank in silent[:8]), silent
     beats = sorted({sight.state.beat for sight in seen.values()})
-    behind = [rank for rank, sight in seen.items() if sight.state.beat == beats[0]]
+    come = {rank: (sight.state.beat, sight.state.entered) for rank, sight in seen.items()}
+    behind = [rank for rank in seen if come[rank] == min(come.values())]
     in_time = [rank for rank, sight in seen.items() if sight.idle <= sight.state.limit]
     if not seen or any(rank in behind or seen[rank].state.phase for rank in in_time):
         return None
     busy = [rank for rank in behind if not seen[rank].state.place.startswith(_WAITING)]
-    blamed = busy if len(beats) == 1 and busy else behind
+    blamed = busy if len(behind) == len(seen) and busy else behind
     told = [seen[rank].tell(rank, "made no progress", seen[rank].idle) for rank in blamed[:8]]
     if len(beats) > 1:
         told.append(f"the others are at {' to '.join(map(str, sorted({beats[1], beats[-1]})))}")

@@ -60,7 +60,7 @@ class Watchdog:
             raise ValueError(f"expected 0 < stall_seconds <= slow_seconds, got {got}: raise slow_seconds")
         self.rank, self.world_size = rank, world_size
         self.stall_seconds, self.slow_seconds = stall_seconds, slow_seconds
-        self._beats, self._num_turns, self._num_posts = 0, 0, 0
+        self._beats, self._num_entered, self._num_turns, self._num_posts = 0, 0, 0, 0
         self._beaten: float | None = None  # the last beat, if no phase has begun or ended since
         self._longest, self._repeated = 0.0, 0.0
         self._phase, self._ended, self._lost = "", "", ""
@@ -106,6 +106,10 @@ class Watchdog:
         if self._beats == 1:
             self._post()  # now: the others still expect a slow start
 
+    def enter(self) -> None:
+        """Tell that a pass begins whose beat is yet to come: on a GPU ranks wait within it for those that have not."""
+        self._num_entered += 1
+
     def move(self) -> None:
         """Tell of progress that is no beat, where ranks do not count alike."""
         self._num_turns += 1
@@ -134,7 +138,7 @@ class Watchdog:
     def _state(self) -> State:
         phase = "" if self._ended else self._phase or ("" if self._beats else "start")
         limit = self.slow_seconds if phase else max(self.stall_seconds, PATIENCE * self._longest, 2 * self._repeated)
-        counts = self._beats, self._beats + self._num_turns, self._num_posts
+        counts = self._beats, self._num_entered, self._beats + self._num_turns, self._num_posts
         frame = sys._current_frames()[self._main]
         while frame.f_back and frame.f_globals.get("__name__") in (__name__, "contextlib"):
             frame = frame.f_back  # `beat` and `slow` post too

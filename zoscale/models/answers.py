@@ -1,6 +1,6 @@
 """`AnswerModel`: answers of any causal language model, with its head on the answers' positions only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,6 +31,15 @@ class AnswerModel:
             raise ValueError(f"expected a causal LM with an output embedding, got {type(model).__name__}")
         self.head: nn.Module = head
         self._dtype = next(head.parameters()).dtype
+
+    def watch(self, enter: Callable[[], None], leave: Callable[[], None]) -> None:
+        """From now on call `enter` where a pass begins, before anything is gathered, and `leave` where it ends.
+
+        Each pass calls the input embedding and the head, one of a generated token too.
+        """
+        if (embedding := self.model.get_input_embeddings()) is not None:  # type: ignore[operator]
+            embedding.register_forward_pre_hook(lambda *_: enter(), prepend=True)
+        self.head.register_forward_pre_hook(lambda *_: leave())
 
     def answer_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probability of each answer token: float32 [A]."""
