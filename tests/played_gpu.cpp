@@ -229,6 +229,11 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   const auto out = at::scaled_dot_product_attention(on_host(q), on_host(k), on_host(v), host_mask, dropout, causal, scale, grouped);
   return alias(out, device(), true);
 }
+// The product of 16-bit matrices with a result in 32 bits, which a CPU does not have.
+Tensor mm_dtype(const Tensor& a, const Tensor& b, at::ScalarType dtype) {
+  TORCH_CHECK(a.is_cuda() && b.is_cuda(), "a product with tensors of the CPU");
+  return alias(at::mm(on_host(a).to(dtype), on_host(b).to(dtype)), device(), true);
+}
 
 struct Guard final : public c10::impl::DeviceGuardImplInterface {
   using Stream = c10::Stream;
@@ -288,6 +293,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
   m.impl("set_.source_Tensor", TORCH_FN(at::native::set_tensor_));
   m.impl("scaled_dot_product_attention", attention);
+  m.impl("mm.dtype", mm_dtype);
 }
 TORCH_LIBRARY_IMPL(aten, AutogradCUDA, m) { m.impl("scaled_dot_product_attention", attention); }
 

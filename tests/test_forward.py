@@ -25,7 +25,9 @@ from zoscale.evaluate import evaluate
 from zoscale.forward.sequential import SequentialForward, perturbed
 from zoscale.mesh import Mesh
 from zoscale.models import answers as answers_module
+from zoscale.models import wide_head
 from zoscale.models.answers import AnswerModel
+from zoscale.models.wide_head import wide_logits, widen
 from zoscale.noise.generator import Noise
 from zoscale.noise.segments import Segment
 from zoscale.objectives import classification, language_modeling
@@ -155,6 +157,50 @@ def test_logits_are_not_copied_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(answers_module, "_AT_ONCE", 32 * 4096)
     assert highest_point(lambda: answers_module._logsumexp(logits)) < 0.5 * logits.nbytes
     assert torch.equal(answers_module._logsumexp(logits), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_16_bit_heads_are_not_rounded(
+    kind: Kind, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log-probabilities that float64 gives for the hidden states and weights at hand; without derivatives only."""
+    monkeypatch.setattr(wide_head, "_ROWS", 16)
+    model = tiny(kind).to(dtype)
+    (batch, _) = batches()
+    answers, plain = AnswerModel(model, model), AnswerModel(model, model, wide_logits=False)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    hidden: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: hidden.append(args[0][0]))
+    with torch.no_grad():
+        ours, theirs = answers.answer_logprobs(batch), plain.answer_logprobs(batch)
+        logits = hidden[0].double() @ head.weight.double().T
+        expected = logits.log_softmax(-1)[batch.answer_position, batch.answer_token]
+        assert model(input_ids=batch.input_ids).logits.dtype == dtype, "the model's own forward is as it was"
+    handle.remove()
+    torch.testing.assert_close(ours.double(), expected, atol=2e-6, rtol=0)
+    assert (theirs - expected).abs().max() > 2e-4, "with 16-bit logits"
+    assert torch.equal(answers.answer_logprobs(batch), theirs), "where derivatives are taken"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads_in_wrappers_of_peft_are_wide_too(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter of the head, or a trained copy of it."""
+    monkeypatch.setattr(wide_head, "_ROWS", 16)
+    for options in ({"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):
+        torch.manual_seed(0)
+        base = tiny("llama")
+        base.lm_head = nn.Linear(base.config.hidden_size, VOCABULARY, bias=bias)
+        model = get_peft_model(base, LoraConfig(r=2, **options)).to(torch.bfloat16)  # type: ignore[arg-type]
+        head = model.get_output_embeddings()
+        widen(head)
+        x = torch.randn(3, base.config.hidden_size).bfloat16()
+        with torch.no_grad():
+            with wide_logits(True):
+                wide = head(x)
+            assert wide.dtype == torch.float32 and head(x).dtype == torch.bfloat16
+            torch.testing.assert_close(wide.double(), copy.deepcopy(head).double()(x.double()), atol=2e-3, rtol=0)
+            assert torch.equal(wide.bfloat16(), head(x)) or (wide.bfloat16() - head(x)).abs().max() < 2e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)

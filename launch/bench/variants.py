@@ -15,6 +15,7 @@ from zoscale.data.batch import IGNORED, MicroBatch
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import TwoPoint
 from zoscale.forward.sequential import Forward, SequentialForward
+from zoscale.models.answers import AnswerModel
 from zoscale.models.loading import add_adapter, load_model, read_model_config
 from zoscale.models.sizes import ModelSize, count_parameters
 from zoscale.optim import JaguarSignSGD
@@ -102,10 +103,11 @@ def _rows(cell: Cell, rank: int, vocabulary: int) -> dict[str, Tensor]:
 def _bare(engine: ZeroOrderEngine, own: MicroBatch, copies: int) -> Callable[[], None]:
     """The model's own forward of all K x B rows at once, the head on one contiguous matrix of answer positions."""
     rows = own.repeat(copies)
+    answers = AnswerModel(engine.answers.module, engine.answers.model, wide_logits=False)
 
     @torch.no_grad()
     def step() -> None:
-        engine.answers.answer_logprobs(rows)
+        answers.answer_logprobs(rows)
 
     return step
 

@@ -77,7 +77,7 @@ class TangentForward:
             for shard in self.shards
         }
         call = cast(Callable[..., Any], partial(_call, self.model.model, duals))
-        return AnswerModel(cast(nn.Module, call), self.model.model)
+        return AnswerModel(cast(nn.Module, call), self.model.model, wide_logits=False)
 
 
 def _tangent(loss: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from zoscale.forward.fan import Rows
 from zoscale.forward.scratch import Draws
+from zoscale.models import wide_head
+from zoscale.models.wide_head import WideHead
 from zoscale.noise.fused import on_device
 from zoscale.probes import Direction
 from zoscale.shards import ShardedParam, TensorSpec, chunk
@@ -110,7 +112,8 @@ class LinearUnit(Unit):
     def forward(self, original: Callable[..., Any], rows: Rows, draws: Draws, *args: Any, **kwargs: Any) -> Any:
         (x,) = args
         parts = rows.by_candidate(x)
-        result = x.new_empty(*parts.shape[:2], self._outputs)
+        is_wide = isinstance(self.linear, WideHead) and self.linear.is_wide
+        result = x.new_empty(*parts.shape[:2], self._outputs, dtype=torch.float32 if is_wide else None)
         outlines = iter(self.outlines)
         for first, last in self._spans():
             slabs = {param: (param.data[first:last].reshape(-1), next(outlines)) for param in self.weights}
@@ -159,8 +162,10 @@ class PatchedUnit(Unit):
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
-    """A linear layer's result [N, rows], put where it belongs: the bits of `functional.linear` without a copy."""
-    if bias is None:
+    """A linear layer's result [N, rows], put where it belongs: the bits of its own forward without a copy."""
+    if out.dtype != x.dtype:
+        wide_head.multiply(x, weight, bias, out=out)
+    elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)

@@ -14,6 +14,7 @@ from zoscale.forward.scratch import Draws
 from zoscale.forward.units import LinearUnit, LookupUnit, Unit, Weights
 from zoscale.lanes import lane
 from zoscale.models.sizes import blocks_of
+from zoscale.models.wide_head import WideHead
 from zoscale.shards import trainable_specs
 
 _OWN_WAYS = frozenset(
@@ -66,7 +67,7 @@ def _is_out_of_order(modules: Mapping[str, nn.Module], name: str, blocks: frozen
 
 def _unit(module: nn.Module, weights: Weights, inputs: Set[nn.Module]) -> Unit:
     """The cheapest way to run a module; `inputs` are those that look up the rows' tokens."""
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, WideHead.forward):
         return LinearUnit(module, weights)
     is_table = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
     if is_table and module.max_norm is None and module in inputs:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zoscale.data.batch import MicroBatch
 from zoscale.lanes import lane
 from zoscale.models.attention import padding_unmasked
+from zoscale.models.wide_head import wide_logits, widen
 from zoscale.shards import end_without_backward, order_gathers_after_writes
 
 _AT_ONCE = 2**26  # logits that are held in float32 at a time
@@ -21,15 +22,18 @@ class AnswerModel:
     Args:
         module: what is called: the model itself, or the engine that wraps it.
         model: the Hugging Face (or PEFT) model inside; its output embedding is the head.
+        wide_logits: whether the head's products are taken as float32 where no derivatives are asked for.
     """
 
-    def __init__(self, module: nn.Module, model: nn.Module) -> None:
+    def __init__(self, module: nn.Module, model: nn.Module, *, wide_logits: bool = True) -> None:
         self.module = module
         self.model = model
         head = getattr(model, "get_output_embeddings", lambda: None)()
         if head is None:
             raise ValueError(f"expected a causal LM with an output embedding, got {type(model).__name__}")
         self.head: nn.Module = head
+        self.wide_logits = wide_logits
+        widen(head)
         self._dtype = next(head.parameters()).dtype
 
     def watch(self, enter: Callable[[], None], leave: Callable[[], None]) -> None:
@@ -50,7 +54,13 @@ class AnswerModel:
                 self.model.eval()
         masks = padding_unmasked() if batch.is_right_padded else nullcontext()
         inputs = batch.model_inputs(self._dtype)
-        with _answer_positions(self.head, batch), masks, _prefix_noted(self.model), _virtual_seen(self.model, inputs):
+        with (
+            wide_logits(self.wide_logits and not torch.is_grad_enabled()),
+            _answer_positions(self.head, batch),
+            masks,
+            _prefix_noted(self.model),
+            _virtual_seen(self.model, inputs),
+        ):
             called = self.module if is_first else self.model
             output = called(**inputs, use_cache=False)
         if is_first and not torch.is_grad_enabled():
