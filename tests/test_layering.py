@@ -21,7 +21,7 @@ LAYERS = [
     {"forward", "methods", "nvme", "progress", "scoring"},
     {"backward", "rehearsal", "runtime"},
     {"step"},
-    {"engine", "first_order", "release", "run_meters"},
+    {"engine", "first_order", "release", "rounding", "run_meters"},
     {"assembly", "smoke"},
     {"plan", "recovery", "submit"},
     {"doctor", "run_report", "trainer"},

@@ -142,7 +142,7 @@ def steps() -> None:
     counts: set[int] = set()
     launch = streams._launch_alike
     torch.compile = lambda function, **_: function
-    zoscale.shards.CHUNK = 64  # z in registers is cut larger
+    zoscale.shards.CHUNK, zoscale.shards._TIMES_ON_A_GPU = 64, 1  # z in registers is cut larger
     streams.MANY = 2
 
     def counted(name: str, found: Sequence[tuple[Sequence[Stream], Any]], *rest: Any) -> None:
@@ -207,7 +207,7 @@ def rehearses() -> None:
 
 def together() -> None:
     """All weights: the values that many slabs are given in one launch are those of each by itself."""
-    zoscale.shards.CHUNK = 2**20
+    zoscale.shards.CHUNK, zoscale.shards._TIMES_ON_A_GPU = 2**20, 16
     counts: list[int] = []
     launch = streams._launch_alike
 

@@ -12,6 +12,7 @@ from zoscale.preemption import Preempted, end_on_signals
 from zoscale.recovery.ledger import Ledger
 from zoscale.recovery.resume import check_finished, header_of
 from zoscale.release.export import save_trained, write_origin
+from zoscale.rounding import check_rounding
 from zoscale.run_directory import RunDirectory, as_json, write_json
 from zoscale.run_report import conclude, describe, say
 from zoscale.shard_groups import shard_size_of
@@ -63,6 +64,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
                 config, made.architecture, accelerator, objective=made.objective, tokenizer=made.encoder.tokenizer
             )
             check_groups(config, engine)
+            check_rounding(engine, say(mesh))
         except ConfigError:
             if is_new and mesh.is_main:
                 directory.leave_unused()

@@ -43,7 +43,7 @@ def orthogonalize(
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPS)).reshape(-1, *x.shape[-2:])
     for _ in range(default if num_iterations is None else num_iterations):
         gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram, x, beta=a)
     return (x.mT if tall else x).reshape(matrix.shape)
 
 

@@ -50,9 +50,10 @@ class ZOMuonOrthogonal(ZOSignRho):
     """x <- x - lr (sign(rho) U V^T + weight_decay x), z = U V^T orthonormal (arXiv 2506.04430, Algorithm 4).
 
     The estimate along an orthogonal direction is orthogonal already; with q directions their mean is taken.
+    Entries of z are about 1 / sqrt(max(m, n)), and tau is larger accordingly: else 16 bits lose them.
     """
 
-    goes_with = Company("orthogonal", "two_point")
+    goes_with = Company("orthogonal", "two_point", {"estimator": {"tau": 0.1}})
     needs = frozenset({"probe"})
 
     def __init__(
