@@ -483,19 +483,30 @@ def test_passes_go_side_by_side_as_far_as_their_hidden_states_may_wait() -> None
     assert alone.rounds == alone.passes == 32
 
 
-def test_what_is_offloaded_is_not_in_the_gpu_memory() -> None:
-    """One GPU: shards in the host's memory, or of the frozen base only buffers; blocks are uploaded once per pass."""
+def test_what_is_offloaded_is_not_in_the_gpu_memory(tmp_path: Path) -> None:
+    """One GPU: shards in the host's memory, or of the frozen base only buffers; blocks are uploaded once per pass.
+
+    Of page-locked memory torch takes the next power of two for each slice: 64 MiB for an embedding of 39.
+    """
 
     def of(file: str, **changes: Any) -> dict[str, Any]:
-        return plan_of(1, 8, adapter=LORA, runtime={"deepspeed": str(ROOT / "ds_configs" / file)}, **changes)
+        model = {"config": {**SHAPES, "num_hidden_layers": 6}, "dtype": "float32"}
+        runtime = {"deepspeed": str(ROOT / "ds_configs" / file)}
+        return plan_of(1, 8, adapter=LORA, model=model, runtime=runtime, **changes)
 
     plain, cpu, nvme = (of(f"zero3{name}.json") for name in ("", "_offload", "_nvme"))
+    not_pinned = tmp_path / "paged.json"
+    not_pinned.write_text((ROOT / "ds_configs/zero3_offload.json").read_text().replace("true\n", "false\n"))
+    assert '"pin_memory": false' in not_pinned.read_text()
     held = {name: plain["zero_order"]["memory"][name] for name in ("weights", "fp32 master", "optimizer state")}
     frozen = plain["parameters"] * 4
-    assert plain["host"] == {} and cpu["host"] == held
-    in_files = 3 * 2 * 256 * 4096 * 4
-    assert nvme["host"]["weights"] == held["weights"] - in_files, "small ones and the embedding stay"
-    assert nvme["host"]["buffers of NVMe"] == (2 * 6 + 2) * 256 * 4096 * 4, "two blocks, tokens and positions"
+    assert plain["host"] == {} and of(str(not_pinned))["host"] == held
+    rounding = cpu["host"]["weights"] - held["weights"]
+    assert cpu["host"] == {**held, "weights": held["weights"] + rounding}
+    assert rounding > 2**26 - 40_000 * 256 * 4, "that of the embedding, and of small ones"
+    in_files = 6 * 2 * 256 * 4096 * 4
+    assert nvme["host"]["weights"] == cpu["host"]["weights"] - in_files, "small ones and the embedding stay"
+    assert (2 * 6 + 2) * 256 * 4096 * 4 < nvme["host"]["buffers of NVMe"] == 2**26, "two blocks, tokens and positions"
     for plan in (cpu, nvme):
         column = plan["zero_order"]
         assert "leave mesh.shard_size as it is: 1 of 1 ranks share a copy, offloaded" in table(plan)

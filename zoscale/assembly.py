@@ -296,7 +296,8 @@ def build_model(
     is_grouped = isinstance(accelerator, GroupedAccelerator)
     is_sharded = accelerator is not None and accelerator.distributed_type == DistributedType.DEEPSPEED
     if accelerator is None or not (is_grouped or is_sharded):
-        return add_adapter(load_model(config, architecture), adapter, trainable)
+        gpu = accelerator.device if accelerator is not None and accelerator.device.type == "cuda" else None
+        return add_adapter(load_model(config, architecture, gpu), adapter, trainable)
     if config.id is not None and not is_grouped:
         with _no_zero(accelerator):
             types = loaded_types(config, architecture)

@@ -99,12 +99,13 @@ def can_merge_rows(architecture: Any, config: ModelConfig, longest: int) -> bool
     )
 
 
-def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
+def load_model(config: ModelConfig, architecture: Any, device: torch.device | None = None) -> PreTrainedModel:
     """The model, each rank holding its shard from the start if ZeRO-3 is active.
 
     Args:
         config: of the model.
         architecture: from `read_model_config`.
+        device: that weights which are read go to one by one, not as a whole model from the host's memory.
 
     Raises:
         ConfigError: if there are no safetensors weights and pickles were not allowed, the weights cannot be read, some
@@ -112,7 +113,7 @@ def load_model(config: ModelConfig, architecture: Any) -> PreTrainedModel:
     """
     if config.id is None:
         return new_model(config, architecture)
-    loaded, missing = _read_weights(config, architecture)
+    loaded, missing = _read_weights(config, architecture, **({} if device is None else {"device_map": {"": device}}))
     if config.untie_head:
         missing = _fill_untied(loaded, missing)
     if missing:

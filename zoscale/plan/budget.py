@@ -39,6 +39,7 @@ class Job:
         bucket: gradients that AdamW's ranks reduce together, in elements; None = as `first_order` chooses.
         sub_group: elements that AdamW updates at once.
         offload: where shards lie between passes: none (on the device), cpu or nvme.
+        pinned: whether that is page-locked memory of CUDA's, of which torch takes powers of two.
     """
 
     ranks: int
@@ -58,6 +59,7 @@ class Job:
     bucket: int | None
     sub_group: int
     offload: str = "none"
+    pinned: bool = False
 
     @property
     def turns(self) -> int:
@@ -159,13 +161,14 @@ class Gathers:
         """(gathered, activations) in bytes at the highest point of each phase of a pass.
 
         A block of several tensors is gathered flat and then cut into its tensors, which takes it twice for a moment;
-        with prefetching, the next block lies beside it as well. A tied embedding stays for the whole pass. A backward
-        pass begins with the head's weights and all activations, and gathers as a forward pass does.
+        with prefetching, the next block lies beside it as well. The host of a GPU is a block ahead: the one before,
+        which still runs, is not free. A tied embedding stays for the whole pass. A backward pass begins with the head's
+        weights and all activations, and gathers as a forward pass does.
         """
         times = 2 if job.copies else 1
         kept = self.embedding if self.is_tied else 0
         blocks = [(kept + 2 * self.block, activations.blocks if job.prefetch else 0)]
-        blocks.append((kept + self.block, activations.blocks))
+        blocks.append((kept + (1 if job.copies else 3) * self.block, activations.blocks))
         ends = [(kept, activations.outside)] if self.is_tied else [(self.head, activations.outside)]
         ends.append((kept if self.is_tied else self.head * times, 0))
         phases = {"embedding": [(self.embedding * times, 0)], "blocks": blocks, "head": ends}
@@ -215,10 +218,13 @@ def host_memory(shapes: ModelShapes, job: Job, shard_size: int, buffers: Buffers
         return {}
     trainable = [weight for weight in shapes.weights if weight.trainable]
     if job.offload == "cpu":
-        return _held(shapes.weights, trainable, job, shard_size)
+        return _held(shapes.weights, trainable, job, shard_size, job.pinned)
     kept = [weight for weight in shapes.weights if weight.trainable or not _is_in_a_file(weight, shard_size, buffers)]
     width = min(weight.width for weight in shapes.weights)
-    return {**_held(kept, trainable, job, shard_size), "buffers of NVMe": buffers.number * buffers.elements * width}
+    return {
+        **_held(kept, trainable, job, shard_size, job.pinned),
+        "buffers of NVMe": _rounded(buffers.number * buffers.elements * width, job.pinned),
+    }
 
 
 def _is_in_a_file(weight: Weight, shard_size: int, buffers: Buffers) -> bool:
@@ -226,14 +232,20 @@ def _is_in_a_file(weight: Weight, shard_size: int, buffers: Buffers) -> bool:
     return slice_ * weight.width >= SMALLEST and slice_ <= buffers.elements
 
 
-def _held(weights: Sequence[Weight], trainable: Sequence[Weight], job: Job, shard_size: int) -> dict[str, int]:
+def _held(
+    weights: Sequence[Weight], trainable: Sequence[Weight], job: Job, shard_size: int, pinned: bool = False
+) -> dict[str, int]:
     """What lies there between passes."""
     slices = sum(-(-weight.numel // shard_size) for weight in trainable)
     return {
-        "weights": sum(_shard(weight, shard_size) for weight in weights),
+        "weights": sum(_rounded(_shard(weight, shard_size), pinned) for weight in weights),
         "fp32 master": slices * _FP32 * job.master,
         "optimizer state": round(slices * _FP32 * job.state),
     }
+
+
+def _rounded(num_bytes: int, pinned: bool) -> int:
+    return 1 << (num_bytes - 1).bit_length() if pinned and num_bytes else num_bytes
 
 
 def first_order_memory(shapes: ModelShapes, job: Job, activations: Footprint) -> Memory:

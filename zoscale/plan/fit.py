@@ -93,6 +93,7 @@ def job_of(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, c
         bucket=zero.get("reduce_bucket_size"),
         sub_group=int(zero.get("sub_group_size", 1e9)),
         offload=offload_device(filled),
+        pinned=not copies and bool((zero.get("offload_param") or {}).get("pin_memory")),
     )
 
 
