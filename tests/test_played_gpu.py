@@ -28,6 +28,26 @@ ASKED = (
     "test_no_step_waits_on_a_gpu or test_a_batch_may_be_on_the_gpu_already or test_memory_on_a_gpu_is_the_allocator_s"
     " or test_prompts_go_to_the_gpu_by_themselves"
 )
+LOADED = """
+import torch
+from accelerate import Accelerator
+from zoscale.assembly import build_model
+from zoscale.config import ModelConfig
+from zoscale.models.loading import read_model_config
+from zoscale.placement import WholeAccelerator
+config = ModelConfig(id="launch/tiny_opt/model", dtype="bfloat16")
+accelerator = WholeAccelerator(dtype="bfloat16")
+moved, to = [], torch.nn.Module.to
+torch.nn.Module.to = lambda module, *where, **how: moved.append(type(module).__name__) or to(module, *where, **how)
+torch.manual_seed(0)
+model = build_model(config, read_model_config(config), {"r": 8, "target_modules": ["q_proj"]}, accelerator)
+torch.manual_seed(0)
+alone = build_model(config, read_model_config(config), {"r": 8, "target_modules": ["q_proj"]}, None)
+pairs = list(zip(model.parameters(), alone.parameters(), strict=True))
+print({str(own.device) for own, _ in pairs}, {str(other.device) for _, other in pairs})
+print(all(own.dtype == other.dtype and torch.equal(own.cpu(), other) for own, other in pairs))
+print(any("For" in name for name in moved))
+"""
 JOB = [
     "--config", "launch/recipes/quickstart.yaml", "train.steps=4", "train.eval_every=0",
     "train.log_every=1", "data.num_dev=0", "data.num_validation=16", "tracking.mlflow=false",
@@ -58,6 +78,12 @@ def test_what_is_asked_of_a_gpu_holds(two: dict[str, str]) -> None:
     files = ["tests/test_synchronisation.py", "tests/test_weight_fan.py", "tests/test_meters.py"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-k", ASKED, *files]
     assert " 7 passed" in run(command, **two).stdout
+
+
+def test_a_whole_model_goes_to_its_gpu_weight_by_weight(two: dict[str, str]) -> None:
+    """Not as a copy in the memory of the host, of which each rank would have one; adapters begin as they do there."""
+    found = run([sys.executable, "-c", LOADED], **two, HF_HUB_OFFLINE="1").stdout.splitlines()[-3:]
+    assert found == ["{'cuda:0'} {'cpu'}", "True", "False"]
 
 
 @pytest.mark.parametrize(

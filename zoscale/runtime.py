@@ -60,7 +60,7 @@ class Runtime:
     dtype: str = "float32"
     deepspeed: Mapping[str, Any] | None = None
     shard_size: int | None = None
-    timeout_minutes: float = 10.0
+    timeout_minutes: float = 30.0
     threads: int | None = None
 
 

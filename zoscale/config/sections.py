@@ -194,7 +194,7 @@ class RuntimeConfig:
     """
 
     deepspeed: str | None = None
-    timeout_minutes: float = 10.0
+    timeout_minutes: float = 30.0
     stall_seconds: float = 30.0
     threads: int | None = None
     noise: Literal["auto", "eager", "compiled"] = "auto"
