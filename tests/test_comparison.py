@@ -247,6 +247,31 @@ def test_less_loss_is_better() -> None:
     assert comparison.metrics == ("dev/accuracy", "dev/loss"), "seconds are no metric of the model"
 
 
+def test_validation_is_judged_by_what_a_run_leaves() -> None:
+    """The weights that dev chose, else the last; neither the untuned model's nor the better of several."""
+    best = {"validation/best/accuracy": {40: 0.7}, "validation/final/accuracy": {40: 0.8}}
+    worse = {"validation/before/accuracy": {0: 0.9}, "validation/final/accuracy": {39: 0.6}}
+    curve = (0.5, 0.6, 0.7, 0.8, 0.9)
+    runs = [run("a", seed, curve, metrics=best) for seed in range(4)]
+    runs += [run("b", seed, curve, metrics=worse, per_step=0.09) for seed in range(4)]
+    comparison = compare(runs, "x", "validation/accuracy")
+    found = verdict(comparison, "forward equivalent")
+    assert {s["label"]: s["value"]["mean"] for s in found["standings"]} == {"a": 0.7, "b": 0.6}
+    assert (found["best"], found["certainty"], found["budget"], found["target"]) == ("a", "clear", 160.0, None)
+    assert [group["best"]["mean"] for group in comparison.to_dict()["groups"]] == [0.7, 0.6]
+    slower = verdict(comparison, "second")
+    assert slower["certainty"] == "unequal costs", "what b reaches in as much time is not known"
+    assert slower["explanation"].startswith("a has paid 4, more than b: ")
+    assert [row[1] for row in tables.verdict_table(comparison)[1:]] == ["a", "-", "-"]
+    begun = Run("1", "new", "RUNNING", {}, {}, {"validation/before/accuracy": {0: 0.5}})
+    assert (
+        "Left out, as they have no validation/accuracy: new."
+        in compare([*runs, begun], "x", "validation/accuracy").notes
+    )
+    with pytest.raises(ConfigError, match="a run that has been evaluated, got none"):
+        compare([begun], "x", "validation/accuracy")
+
+
 def test_metrics_are_those_that_were_logged() -> None:
     """Any name will do; the one that chose the weights is the default."""
     curves = {seed: {"dev/f1": {0: 0.1, 10: 0.2 + seed}} for seed in (0, 1)}

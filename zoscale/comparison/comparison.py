@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zoscale.comparison.groups import AXES, Group, differences, evaluations, group_runs
+from zoscale.comparison.groups import AXES, Group, differences, evaluations, group_runs, results
 from zoscale.comparison.numbers import Spread
 from zoscale.comparison.runs import Run
 from zoscale.comparison.verdict import Goal, Verdict, judge
@@ -43,7 +43,7 @@ class Comparison:
     def outcome(self, group: Group) -> tuple[Spread | None, Spread | None]:
         """The goal's metric on validation: before training, and of the weights that were chosen."""
         name = self.goal.metric.split("/", 1)[-1]
-        chosen = Spread.of(_chosen(run, name) for run in group.runs)
+        chosen = Spread.of(value for run in group.runs for value in results(run, f"validation/{name}").values())
         return group.last(f"validation/before/{name}"), chosen
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def compare(runs: Sequence[Run], title: str, metric: str | None) -> Comparison:
         ConfigError: if no run has logged the metric, or the runs do not agree on one.
     """
     goal = Goal(_full_name(runs, metric if metric is not None else _selection(runs)))
-    measured = [run for run in runs if evaluations(run, goal.metric)]
+    measured = [run for run in runs if results(run, goal.metric)]
     kept = [run for run in measured if run.status not in _BROKEN] or measured
     groups = group_runs(kept)
     verdicts = [verdict for axis in AXES if (verdict := judge(groups, axis, goal)) is not None]
@@ -108,7 +108,7 @@ def _selection(runs: Sequence[Run]) -> str:
 def _full_name(runs: Sequence[Run], metric: str) -> str:
     """Of dev, where the weights are chosen, if a run has one; else of validation."""
     for name in (metric, f"dev/{metric}", f"validation/{metric}"):
-        if any(evaluations(run, name) for run in runs):
+        if any(results(run, name) for run in runs):
             return name
     names = sorted({name for run in runs for name in _evaluated(run)})
     if not names:
@@ -117,20 +117,17 @@ def _full_name(runs: Sequence[Run], metric: str) -> str:
 
 
 def _evaluated(run: Run) -> Iterable[str]:
-    """Full names of a run's evaluation metrics; those of validation without `before` and `final`."""
+    """Full names of a run's evaluation metrics; those of validation without `best` and `final`."""
     for name in run.metrics:
-        split, *_, metric = name.split("/")
-        is_other = split in ("train", "system", "adapters") or split.startswith("rank_") or metric == "seconds"
+        split, *when, metric = name.split("/")
+        is_other = (
+            when == ["before"]
+            or split in ("train", "system", "adapters")
+            or split.startswith("rank_")
+            or metric == "seconds"
+        )
         if "/" in name and not is_other:
             yield f"{split}/{metric}"
-
-
-def _chosen(run: Run, metric: str) -> float | None:
-    """`best` is there only if the best weights were not the last."""
-    for when in ("best", "final"):
-        if series := run.metrics.get(f"validation/{when}/{metric}"):
-            return series[max(series)]
-    return None
 
 
 def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> Iterable[str]:
@@ -156,7 +153,7 @@ def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> 
 
 def _left_out(runs: Sequence[Run], goal: Goal) -> Iterable[str]:
     """Notes on runs that are in no group."""
-    broken = [run for run in runs if evaluations(run, goal.metric)]
+    broken = [run for run in runs if results(run, goal.metric)]
     for status, names in _by_status(broken).items():
         yield f"{status}: {', '.join(names)}. Left out, as a comparison goes as far as its shortest run."
     if empty := [run.name for run in runs if run not in broken]:

@@ -175,11 +175,23 @@ def _thinned(steps: list[int]) -> list[int]:
 
 
 def evaluations(run: Run, metric: str) -> Series:
-    """The finite values of a metric; `validation/X` is made of `validation/before/X` and `validation/final/X`."""
+    """The points of a curve: finite; `validation/X` is made of `validation/before/X` and `validation/final/X`."""
     parts = metric.split("/", 1)
     names = [metric] if metric in run.metrics else [f"{parts[0]}/{when}/{parts[-1]}" for when in ("before", "final")]
     found = {step: value for name in names for step, value in run.metrics.get(name, {}).items()}
     return {step: value for step, value in sorted(found.items()) if np.isfinite(value)}
+
+
+def results(run: Run, metric: str) -> Series:
+    """What a run may be judged by: the values of a metric; of `validation/X` one, of the weights that it has left."""
+    if metric in run.metrics:
+        return evaluations(run, metric)
+    split, _, name = metric.partition("/")
+    for when in ("best", "final"):  # `best` is there only if the best weights were not the last
+        if series := run.metrics.get(f"{split}/{when}/{name}"):
+            last = max(series)
+            return {last: series[last]} if np.isfinite(series[last]) else {}
+    return {}
 
 
 def smooth(series: Series, window: int) -> Series:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
 
-from zoscale.comparison.groups import Axis, Group, evaluations
+from zoscale.comparison.groups import Axis, Group, results
 from zoscale.comparison.numbers import Spread, short
 from zoscale.comparison.runs import Run
+
+_EQUAL = 1.05  # costs up to this ratio are: the last step may not fit into a budget
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Goal:
         return a != b and self.better(a, b) == a
 
     def best_so_far(self, run: Run) -> dict[int, float]:
-        """The best value up to each evaluation: what the run would have left there."""
-        series = evaluations(run, self.metric)
+        """The best value up to each evaluation: what the run would have left there; of validation what it has left."""
+        series = results(run, self.metric)
         return dict(zip(series, accumulate(series.values(), self.better), strict=True))
 
     def best(self, group: Group) -> Spread | None:
@@ -98,10 +100,10 @@ class Verdict:
 
     Args:
         axis: the cost.
-        budget: the largest cost that every run has reached.
+        budget: the largest cost that every run has reached; of what is known at the ends of runs only, of any run.
         target: the value that every group's mean reaches, if it is better than all of them started.
         standings: best first; groups whose cost was not logged are left out.
-        certainty: `clear`, `within the seeds' band`, `one seed only`, `tie`, or `nothing to compare`.
+        certainty: `clear`, `within the seeds' band`, `one seed only`, `unequal costs`, `tie`, or `nothing to compare`.
         explanation: why.
     """
 
@@ -123,7 +125,9 @@ def judge(groups: Sequence[Group], axis: Axis, goal: Goal) -> Verdict | None:
     known = [group for group in groups if all(paid[group.label])]
     if not known:
         return None
-    budget = min(max(cost for cost, _ in costs) for group in known for costs in paid[group.label])
+    ends = [costs[-1][0] for group in known for costs in paid[group.label]]
+    at_ends = all(goal.metric not in run.metrics for group in known for run in group.runs)
+    budget = max(ends) if at_ends else min(ends)
     target = _target(known, goal)
     standings = []
     for group in known:
@@ -133,7 +137,8 @@ def judge(groups: Sequence[Group], axis: Axis, goal: Goal) -> Verdict | None:
             standings.append(Standing(group, _by_seed(group, values), value, cost))
     sign = 1 if goal.lower_is_better else -1
     standings.sort(key=lambda standing: (sign * standing.value.mean, standing.group.label))
-    return Verdict(axis, budget, target, tuple(standings), *_certainty(standings, goal))
+    certainty = (_unequal(standings, paid) if at_ends else None) or _certainty(standings, goal)
+    return Verdict(axis, budget, target, tuple(standings), *certainty)
 
 
 def _paid(run: Run, axis: Axis, goal: Goal) -> list[tuple[float, float]]:
@@ -169,6 +174,19 @@ def _cost_to(target: float | None, runs: Sequence[Sequence[tuple[float, float]]]
     costs = [next((cost for cost, value in run if not goal.beats(target, value)), None) for run in runs]
     known = [cost for cost in costs if cost is not None]
     return sum(known) / len(known) if len(known) == len(costs) else None
+
+
+def _unequal(
+    standings: Sequence[Standing], paid: Mapping[str, Sequence[Sequence[tuple[float, float]]]]
+) -> tuple[str, str] | None:
+    """What is known at the ends only: whether the best has paid more there than another."""
+    ends = {s.group.label: [costs[-1][0] for costs in paid[s.group.label]] for s in standings}
+    first, *others = ends
+    cheaper = [label for label in others if max(ends[first]) > _EQUAL * min(ends[label])]
+    if not cheaper:
+        return None
+    much = f"{first} has paid {short(max(ends[first]))}, more than {_and(cheaper)}"
+    return "unequal costs", f"{much}: what the latter would reach for as much is not known"
 
 
 def _certainty(standings: Sequence[Standing], goal: Goal) -> tuple[str, str]:
