@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from zoscale.comparison import tables
@@ -15,6 +16,7 @@ from zoscale.comparison.comparison import Comparison, compare
 from zoscale.comparison.groups import AXES, group_runs, smooth
 from zoscale.comparison.numbers import Spread, mebibytes, short, spread
 from zoscale.comparison.runs import Run, read_runs
+from zoscale.comparison.verdict import chance_of_separation
 from zoscale.config import ConfigError
 
 STEPS = (0, 10, 20, 30, 40)
@@ -56,11 +58,11 @@ def run(
     )
 
 
-def two(*, second: tuple[float, ...] = (0.5, 0.5, 0.5, 0.55, 0.6)) -> list[Run]:
-    """A method of three seeds, and one that is worse and takes half as long per step."""
-    good = [(0.5, 0.6, 0.7, 0.8, value) for value in (0.79, 0.81, 0.83)]
+def two(*, second: tuple[float, ...] = (0.5, 0.5, 0.5, 0.55, 0.6), seeds: int = 3) -> list[Run]:
+    """A method of some seeds, and one that is worse and takes half as long per step."""
+    good = [(0.5, 0.6, 0.7, 0.8, value) for value in (0.79, 0.81, 0.83, 0.82)[:seeds]]
     runs = [run("muon", seed, curve) for seed, curve in enumerate(good)]
-    return runs + [run("sgd", seed, second, per_step=0.05) for seed in range(3)]
+    return runs + [run("sgd", seed, second, per_step=0.05) for seed in range(seeds)]
 
 
 def test_a_parameter_that_is_null_counts_as_one_that_an_older_version_did_not_have() -> None:
@@ -174,21 +176,38 @@ def test_a_backward_pass_is_two_forward_passes() -> None:
 
 
 def test_a_clear_verdict() -> None:
-    comparison = compare(two(), "both", None)
+    comparison = compare(two(seeds=4), "both", None)
     assert comparison.goal.metric == "dev/accuracy"
     found = verdict(comparison, "forward equivalent")
     assert (found["best"], found["certainty"], found["budget"]) == ("muon", "clear", 160.0)
     assert found["standings"][0]["value"] == {
-        "mean": pytest.approx(0.81333, abs=1e-4),
+        "mean": pytest.approx(0.815),
         "low": 0.8,
         "high": 0.83,
-        "num": 3,
+        "num": 4,
     }
     assert found["target"] == 0.6
     assert [s["cost_to_target"] for s in found["standings"]] == [40.0, 160.0]
     text = "\n".join(tables.explanations(comparison))
-    assert "muon is better than sgd on 3 of 3 shared seeds (mean difference 0.213)" in text
+    assert "muon is better than sgd on 4 of 4 shared seeds (mean difference 0.215)" in text
     assert "dev/accuracy 0.6000 takes, in forward equivalents: muon 40, sgd 160" in text
+
+
+def test_few_seeds_are_never_clear() -> None:
+    """The chance that equal groups separate is at most 5 % from four seeds each on, and is told."""
+    seeds = lambda name, num: [one for one in two(seeds=4) if one.params["optimizer.name"] == name][:num]  # noqa: E731
+    for num, other, chance in ((2, 2, "33%"), (3, 3, "10%"), (3, 4, "6%"), (2, 4, "13%")):
+        found = verdict(compare([*seeds("muon", num), *seeds("sgd", other)], "x", None), "forward equivalent")
+        assert found["certainty"] == "separate, few seeds"
+        assert found["explanation"].endswith(f"which of two equal groups one does by chance in {chance} of cases")
+    found = verdict(compare(two(seeds=4), "x", None), "forward equivalent")
+    assert found["certainty"] == "clear" and found["explanation"].endswith("(4 seeds each): by chance 2.9%")
+    third = [run("adam", seed, (0.5, 0.5, 0.5, 0.5, 0.6)) for seed in range(2)]
+    found = verdict(compare([*two(seeds=4), *third], "x", None), "forward equivalent")
+    assert found["certainty"] == "separate, few seeds", "of the group that has the fewest"
+    draws = np.random.default_rng(0).permuted(np.tile(np.arange(6.0), (20_000, 1)), axis=1)
+    separate = (draws[:, :3].min(1) > draws[:, 3:].max(1)) | (draws[:, :3].max(1) < draws[:, 3:].min(1))
+    assert separate.mean() == pytest.approx(chance_of_separation(3, 3), abs=0.01)
 
 
 def test_the_same_seconds_are_not_the_same_steps() -> None:
@@ -240,7 +259,7 @@ def test_a_method_that_never_learns_sets_no_target() -> None:
 
 
 def test_less_loss_is_better() -> None:
-    comparison = compare(two(), "both", "loss")
+    comparison = compare(two(seeds=4), "both", "loss")
     assert comparison.goal.lower_is_better
     found = verdict(comparison, "forward equivalent")
     assert (found["best"], found["certainty"], found["target"]) == ("muon", "clear", pytest.approx(0.4))

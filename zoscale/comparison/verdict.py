@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import comb
 from statistics import fmean
 
 from zoscale.comparison.groups import Axis, Group, results
 from zoscale.comparison.numbers import Spread, short
 from zoscale.comparison.runs import Run
 
+_RARE = 0.05  # chance of what is called clear
 _EQUAL = 1.05  # costs up to this ratio are: the last step may not fit into a budget
 
 
@@ -103,7 +105,8 @@ class Verdict:
         budget: the largest cost that every run has reached; of what is known at the ends of runs only, of any run.
         target: the value that every group's mean reaches, if it is better than all of them started.
         standings: best first; groups whose cost was not logged are left out.
-        certainty: `clear`, `within the seeds' band`, `one seed only`, `unequal costs`, `tie`, or `nothing to compare`.
+        certainty: `clear`, `separate, few seeds`, `within the seeds' band`, `one seed only`, `unequal costs`, `tie`, or
+            `nothing to compare`.
         explanation: why.
     """
 
@@ -195,15 +198,24 @@ def _certainty(standings: Sequence[Standing], goal: Goal) -> tuple[str, str]:
     first, second = standings[:2]
     if first.value.mean == second.value.mean:
         return "tie", f"{first.group.label} and {second.group.label} reach the same mean"
-    single = [s.group.label for s in (first, second) if len(s.group.seeds) < 2]
+    single = [s.group.label for s in (first, second) if len(s.by_seed) < 2]
     if single:
         return "one seed only", f"{_and(single)}: one seed, so nothing is known of the noise"
     worst = goal.worst_of(first.value)
     overlapping = [s.group.label for s in standings[1:] if not goal.beats(worst, goal.best_of(s.value))]
     if overlapping:
         return "within the seeds' band", f"the worst seed does not beat the best seed of {_and(overlapping)}"
-    counts = _and(sorted({str(len(s.group.seeds)) for s in standings}))
-    return "clear", f"its worst seed ({short(worst)}) beats every seed of the others ({counts} seeds each)"
+    counts = _and(sorted({str(len(s.by_seed)) for s in standings}))
+    chance = max(chance_of_separation(len(first.by_seed), len(s.by_seed)) for s in standings[1:])
+    parted = f"its worst seed ({short(worst)}) beats every seed of the others ({counts} seeds each)"
+    if chance > _RARE:
+        return "separate, few seeds", f"{parted}, which of two equal groups one does by chance in {chance:.0%} of cases"
+    return "clear", f"{parted}: by chance {chance:.1%}"
+
+
+def chance_of_separation(n: int, m: int) -> float:
+    """Of groups of n and m seeds of one distribution, that all of one beat all of the other: 2 n! m! / (n + m)!."""
+    return 2 / comb(n + m, n)
 
 
 def _and(items: Sequence[str]) -> str:
