@@ -351,10 +351,29 @@ def test_a_run_that_broke_off_does_not_end_the_comparison() -> None:
     """Its folder may end before training: nothing could be said of the others at that cost."""
     broken = [run("sgd", 3, (0.5,), status="FAILED"), run("muon", 3, (0.5, 0.6), status="KILLED")]
     whole, with_broken = compare(two(), "x", None), compare([*two(), *broken], "x", None)
-    assert with_broken.verdicts == whole.verdicts and with_broken.groups == whole.groups
+    assert [group.runs for group in with_broken.groups] == [group.runs for group in whole.groups]
+    assert [verdict.budget for verdict in with_broken.verdicts] == [verdict.budget for verdict in whole.verdicts]
     notes = " ".join(with_broken.notes)
     assert "FAILED: sgd-3. Left out" in notes and "KILLED: muon-3. Left out" in notes
     assert [len(group.runs) for group in compare(broken, "x", None).groups] == [1, 1], "unless all did"
+
+
+def test_a_failed_seed_counts() -> None:
+    """What diverged is in no mean, so no verdict is clear; one that was told to stop, or ran again, is no failure."""
+    seeds = [one for one in two(seeds=4) if (one.params["optimizer.name"], one.seed) != ("sgd", "3")]
+    diverged, stopped = ([*seeds, run("sgd", 3, (0.5,), status=status)] for status in ("FAILED", "KILLED"))
+    failed = compare(diverged, "x", None)
+    found = verdict(failed, "forward equivalent")
+    assert found["certainty"] == "failed seeds" and found["explanation"].endswith("seeds failed: sgd (3 of 4) are left")
+    assert [row[1] for row in tables.result_table(failed)] == ["seeds", "4", "3 of 4"]
+    assert [group["failed_seeds"] for group in failed.to_dict()["groups"]] == [[], ["3"]]
+    assert "sgd has 3 of 4 seeds, seed 3 failed: its figures are of those that did not." in failed.notes
+    unscored = Run("1", "early", "FAILED", diverged[-1].params, diverged[-1].tags, {})
+    assert verdict(compare([*seeds, unscored], "x", None), "forward equivalent") == found
+    assert verdict(compare(stopped, "x", None), "forward equivalent")["certainty"] == "separate, few seeds"
+    again = compare([*diverged, two(seeds=4)[-1]], "x", None)
+    assert verdict(again, "forward equivalent")["certainty"] == "clear"
+    assert [group.num_seeds for group in compare(diverged[-1:], "x", None).groups] == ["0 of 1"]
 
 
 def test_differences_are_only_what_differs() -> None:

@@ -4,13 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zoscale.comparison.groups import AXES, Group, differences, evaluations, group_runs, results
+from zoscale.comparison.groups import AXES, BROKEN, Group, differences, evaluations, group_runs, results
 from zoscale.comparison.numbers import Spread
 from zoscale.comparison.runs import Run
 from zoscale.comparison.verdict import Goal, Verdict, judge
 from zoscale.config import ConfigError
 
-_BROKEN = ("FAILED", "KILLED")
 _EXAM = ("data.num_dev", "data.num_validation", "data.num_demonstrations")
 """Parameters beside the task's that decide what a model is asked in an evaluation."""
 
@@ -63,6 +62,7 @@ class Comparison:
         return {
             "label": group.label,
             "seeds": group.seeds,
+            "failed_seeds": list(group.failed),
             "runs": [{"id": run.id, "name": run.name, "status": run.status} for run in group.runs],
             "validation": {"before": _spread(before), "chosen": _spread(chosen)},
             "best": _spread(self.goal.best(group)),
@@ -74,7 +74,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run], title: str, metric: str | None) -> Comparison:
-    """Group the runs and judge them. Runs that broke off are left out, unless all did.
+    """Group the runs and judge them. Runs that broke off are left out, unless all did; a failed seed is remembered.
 
     Args:
         runs: at least one.
@@ -87,8 +87,8 @@ def compare(runs: Sequence[Run], title: str, metric: str | None) -> Comparison:
     """
     goal = Goal(_full_name(runs, metric if metric is not None else _selection(runs)))
     measured = [run for run in runs if results(run, goal.metric)]
-    kept = [run for run in measured if run.status not in _BROKEN] or measured
-    groups = group_runs(kept)
+    kept = [run for run in measured if run.status not in BROKEN] or measured
+    groups = group_runs(kept, [run for run in runs if run not in kept])
     verdicts = [verdict for axis in AXES if (verdict := judge(groups, axis, goal)) is not None]
     split = goal.metric.rpartition("/")[0]
     names = {name for run in kept for name in _evaluated(run) if name.rpartition("/")[0] == split} | {goal.metric}
@@ -139,6 +139,9 @@ def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> 
             yield f"{group.label} has one seed: nothing is known of its noise."
         if len(group.runs) > len(group.seeds):
             yield f"{group.label} has {len(group.runs)} runs and {len(group.seeds)} different seeds; every run counts."
+        if group.failed:
+            told = f"seed{'s' * (len(group.failed) > 1)} {', '.join(group.failed)} failed"
+            yield f"{group.label} has {group.num_seeds} seeds, {told}: its figures are of those that did not."
         if len(ends := {max(evaluations(run, goal.metric)) for run in group.runs}) > 1:
             yield f"The runs of {group.label} have different lengths; its curves end at step {min(ends)}."
     for status, names in _by_status(run for group in groups for run in group.runs).items():

@@ -68,7 +68,7 @@ def result_table(comparison: Comparison) -> list[Row]:
         rows.append(
             [
                 group.label,
-                str(len(group.seeds)),
+                group.num_seeds,
                 spread(before),
                 spread(chosen),
                 spread(comparison.goal.best(group)),

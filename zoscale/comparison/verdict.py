@@ -105,8 +105,8 @@ class Verdict:
         budget: the largest cost that every run has reached; of what is known at the ends of runs only, of any run.
         target: the value that every group's mean reaches, if it is better than all of them started.
         standings: best first; groups whose cost was not logged are left out.
-        certainty: `clear`, `separate, few seeds`, `within the seeds' band`, `one seed only`, `unequal costs`, `tie`, or
-            `nothing to compare`.
+        certainty: `clear`, `separate, few seeds`, `failed seeds`, `within the seeds' band`, `one seed only`,
+            `unequal costs`, `tie`, or `nothing to compare`.
         explanation: why.
     """
 
@@ -206,8 +206,10 @@ def _certainty(standings: Sequence[Standing], goal: Goal) -> tuple[str, str]:
     if overlapping:
         return "within the seeds' band", f"the worst seed does not beat the best seed of {_and(overlapping)}"
     counts = _and(sorted({str(len(s.by_seed)) for s in standings}))
-    chance = max(chance_of_separation(len(first.by_seed), len(s.by_seed)) for s in standings[1:])
     parted = f"its worst seed ({short(worst)}) beats every seed of the others ({counts} seeds each)"
+    if failed := [f"{s.group.label} ({s.group.num_seeds})" for s in standings if s.group.failed]:
+        return "failed seeds", f"{parted}, but some seeds failed: {_and(failed)} are left"
+    chance = max(chance_of_separation(len(first.by_seed), len(s.by_seed)) for s in standings[1:])
     if chance > _RARE:
         return "separate, few seeds", f"{parted}, which of two equal groups one does by chance in {chance:.0%} of cases"
     return "clear", f"{parted}: by chance {chance:.1%}"
