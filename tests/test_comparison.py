@@ -258,6 +258,20 @@ def test_a_method_that_never_learns_sets_no_target() -> None:
     assert all(standing["cost_to_target"] is None for standing in found["standings"])
 
 
+def test_the_cost_of_equal_quality_is_that_of_what_all_runs_reach() -> None:
+    """The worst seed of the worst group is below its mean, and has a cost too."""
+    sgd = [(0.5, 0.5, 0.55, 0.6, 0.66), (0.5, 0.5, 0.5, 0.55, 0.6), (0.5, 0.56, 0.6, 0.6, 0.69)]
+    runs = [*two()[:3], *(run("sgd", seed, curve) for seed, curve in enumerate(sgd))]
+    comparison = compare(runs, "x", None)
+    found = verdict(comparison, "forward equivalent")
+    assert (found["target"], [s["cost_to_target"] for s in found["standings"]]) == (0.6, [40.0, 120.0])
+    assert "takes, in forward equivalents: muon 40, sgd 120" in "".join(tables.explanations(comparison))
+    unlogged = {name: {5: 1.0, 30: 30.0} for axis in AXES for name in axis.metrics}
+    late = run("sgd", 0, (0.5, 0.5, 0.5, 0.6, 0.7), metrics=unlogged)
+    found = verdict(compare([*two()[:3], late], "x", None), "forward equivalent")
+    assert found["target"] == 0.6, "what is reached where the cost is not known any more, is not"
+
+
 def test_less_loss_is_better() -> None:
     comparison = compare(two(seeds=4), "both", "loss")
     assert comparison.goal.lower_is_better

@@ -63,7 +63,7 @@ class Standing:
         group: the group.
         by_seed: the best value within the budget, the mean of the runs of a seed.
         value: the same over the runs.
-        cost_to_target: mean cost after which a run has reached the target; None if one of them does not.
+        cost_to_target: mean cost after which a run has reached the target; None if there is none.
     """
 
     group: Group
@@ -103,7 +103,7 @@ class Verdict:
     Args:
         axis: the cost.
         budget: the largest cost that every run has reached; of what is known at the ends of runs only, of any run.
-        target: the value that every group's mean reaches, if it is better than all of them started.
+        target: the value that every run reaches, the best of the worst one, if it is better than all of them started.
         standings: best first; groups whose cost was not logged are left out.
         certainty: `clear`, `separate, few seeds`, `failed seeds`, `within the seeds' band`, `one seed only`,
             `unequal costs`, `tie`, or `nothing to compare`.
@@ -131,7 +131,7 @@ def judge(groups: Sequence[Group], axis: Axis, goal: Goal) -> Verdict | None:
     ends = [costs[-1][0] for group in known for costs in paid[group.label]]
     at_ends = all(goal.metric not in run.metrics for group in known for run in group.runs)
     budget = max(ends) if at_ends else min(ends)
-    target = _target(known, goal)
+    target = _target([costs for group in known for costs in paid[group.label]], goal)
     standings = []
     for group in known:
         values = [_within(costs, budget) for costs in paid[group.label]]
@@ -163,20 +163,17 @@ def _by_seed(group: Group, values: Sequence[float | None]) -> dict[str, float]:
     return {seed: fmean(members) for seed, members in found.items()}
 
 
-def _target(groups: Sequence[Group], goal: Goal) -> float | None:
-    """The least of what the groups reach on the mean, if none of them started there."""
-    reached = [best.mean for group in groups if (best := goal.best(group)) is not None]
+def _target(runs: Sequence[Sequence[tuple[float, float]]], goal: Goal) -> float | None:
+    """The best of the worst run, which all reach, if none of them started there."""
+    reached = [run[-1][1] for run in runs]
     target = max(reached) if goal.lower_is_better else min(reached)
-    starts = [next(iter(goal.best_so_far(run).values())) for group in groups for run in group.runs]
-    return target if all(goal.beats(target, start) for start in starts) else None
+    return target if all(goal.beats(target, run[0][1]) for run in runs) else None
 
 
 def _cost_to(target: float | None, runs: Sequence[Sequence[tuple[float, float]]], goal: Goal) -> float | None:
     if target is None:
         return None
-    costs = [next((cost for cost, value in run if not goal.beats(target, value)), None) for run in runs]
-    known = [cost for cost in costs if cost is not None]
-    return sum(known) / len(known) if len(known) == len(costs) else None
+    return fmean(next(cost for cost, value in run if not goal.beats(target, value)) for run in runs)
 
 
 def _unequal(
