@@ -258,6 +258,19 @@ def test_a_method_that_never_learns_sets_no_target() -> None:
     assert all(standing["cost_to_target"] is None for standing in found["standings"])
 
 
+def test_unequal_numbers_of_evaluations_are_told() -> None:
+    """Only as far as they count: a run that goes on is not better for it."""
+    often = {"dev/accuracy": {step: 0.5 + step / 400 for step in range(0, 41, 5)}}
+    runs = [*two(), *(run("adam", seed, (0.5, 0.5, 0.5, 0.5, 0.6), metrics=often) for seed in range(2))]
+    (note,) = (note for note in compare(runs, "x", None).notes if "unequally often" in note)
+    assert note.startswith("Evaluated unequally often up to the same forward equivalents: muon 5, ")
+    assert "adam 9" in note and "by chance" in note
+    longer = {"dev/accuracy": dict.fromkeys(range(0, 101, 10), 0.5), "train/forwards": {5: 20.0, 100: 400.0}}
+    for equal in (two(), [*two(), run("adam", 0, (0.5,) * 5, metrics=longer)]):
+        assert not any("unequally often" in note for note in compare(equal, "x", None).notes)
+    assert not any("unequally often" in note for note in compare(runs, "x", "validation/accuracy").notes)
+
+
 def test_the_cost_of_equal_quality_is_that_of_what_all_runs_reach() -> None:
     """The worst seed of the worst group is below its mean, and has a cost too."""
     sgd = [(0.5, 0.5, 0.55, 0.6, 0.66), (0.5, 0.5, 0.5, 0.55, 0.6), (0.5, 0.56, 0.6, 0.6, 0.69)]

@@ -64,6 +64,8 @@ def test_every_run_of_a_preset_can_be_configured(preset: str, command: str) -> N
         for cell in cells:
             paid = cell.config.train.steps * cost_of_step(cell.config)
             assert made.forwards - cost_of_step(cell.config) < paid <= made.forwards, "equal forwards"
+            evaluations = -(-cell.config.train.steps // cell.config.train.eval_every)
+            assert evaluations == made.tree["evaluations"], "equal chances to be the best"
         assert {scheme for scheme, _ in Results(made).pairs()} == set(made.schemes)
     for cell in {cell.method + cell.scheme: cell for cell in cells}.values():
         check_methods(cell.config)
@@ -105,7 +107,7 @@ def test_options_of_the_command_line(tmp_path: Path) -> None:
     ]  # fmt: skip
     config = cells[0].config
     assert (config.model.id, config.task.name, config.task.args["path"]) == ("M", "sst2", "D")
-    assert (config.train.steps, config.train.eval_every, config.data.num_dev) == (50, 6, 7)
+    assert (config.train.steps, config.train.eval_every, config.data.num_dev) == (50, 7, 7)
     assert config.run_dir.parent == tmp_path / "runs"
     for wrong, message in (
         (["--methods", "nothing"], "nothing"), (["--forwards", "1"], "got 1 where a step takes 3"),

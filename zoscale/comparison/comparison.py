@@ -13,6 +13,8 @@ from zoscale.config import ConfigError
 _EXAM = ("data.num_dev", "data.num_validation", "data.num_demonstrations")
 """Parameters beside the task's that decide what a model is asked in an evaluation."""
 
+_TRIES = "The best of more of them is better by chance alone."
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -144,6 +146,9 @@ def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> 
             yield f"{group.label} has {group.num_seeds} seeds, {told}: its figures are of those that did not."
         if len(ends := {max(evaluations(run, goal.metric)) for run in group.runs}) > 1:
             yield f"The runs of {group.label} have different lengths; its curves end at step {min(ends)}."
+    if verdicts and len({num for standing in verdicts[0].standings for num in standing.num_evaluations}) > 1:
+        tries = (f"{s.group.label} {_range(s.num_evaluations)}" for s in verdicts[0].standings)
+        yield f"Evaluated unequally often up to the same {verdicts[0].axis.unit}s: {', '.join(tries)} times. {_TRIES}"
     for status, names in _by_status(run for group in groups for run in group.runs).items():
         yield f"{status}: {', '.join(names)}."
     judged = {standing.group.label for verdict in verdicts for standing in verdict.standings}
@@ -152,6 +157,11 @@ def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> 
     commits = sorted({run.tags["git_commit"] for group in groups for run in group.runs if "git_commit" in run.tags})
     if len(commits) > 1:
         yield f"The runs are of different commits: {', '.join(commits)}."
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _left_out(runs: Sequence[Run], goal: Goal) -> Iterable[str]:

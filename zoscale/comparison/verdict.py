@@ -63,12 +63,14 @@ class Standing:
         group: the group.
         by_seed: the best value within the budget, the mean of the runs of a seed.
         value: the same over the runs.
+        num_evaluations: within the budget, of each run: the more there are, the better is the best of them by chance.
         cost_to_target: mean cost after which a run has reached the target; None if there is none.
     """
 
     group: Group
     by_seed: Mapping[str, float]
     value: Spread
+    num_evaluations: tuple[int, ...]
     cost_to_target: float | None
 
 
@@ -137,7 +139,8 @@ def judge(groups: Sequence[Group], axis: Axis, goal: Goal) -> Verdict | None:
         values = [_within(costs, budget) for costs in paid[group.label]]
         if (value := Spread.of(values)) is not None:
             cost = _cost_to(target, paid[group.label], goal)
-            standings.append(Standing(group, _by_seed(group, values), value, cost))
+            tries = tuple(sum(cost <= budget for cost, _ in costs) for costs in paid[group.label])
+            standings.append(Standing(group, _by_seed(group, values), value, tries, cost))
     sign = 1 if goal.lower_is_better else -1
     standings.sort(key=lambda standing: (sign * standing.value.mean, standing.group.label))
     certainty = (_unequal(standings, paid) if at_ends else None) or _certainty(standings, goal)
