@@ -44,6 +44,8 @@ ROOT = Path(__file__).parent
 MODEL = ModelConfig(id=str(ROOT / "tiny_opt/model"), dtype="float32")
 ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 BATCH, HELD_OUT = 16, 0.4
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365)
+"""Quantiles of 97.5 % of Student's t for 1, 2, ... degrees of freedom; the last serves for more."""
 _SENTENCES, _NOISE, _USERS, _ORDER = range(4)  # what a draw is for
 
 
@@ -217,28 +219,29 @@ def describe(residuals: Tensor) -> dict[str, Any]:
 
 
 def verdict(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The factor by which the standard deviation changes in a round (fit of its logarithm), and what it says.
+    """The factor by which the standard deviation changes in a round, and what it says.
 
-    A point (standard deviation 0) is the end of a positive loop.
+    Its logarithm is the mean of the changes of log(std) from the first round on; that of round 0 is the warm-up's. A
+    round starts where the last one ended, so the changes may be independent, and the levels are not: a line fitted to
+    them would look more certain than it is. A point (standard deviation 0) is the end of a positive loop.
     """
     if any(entry["std"] == 0 for entry in rounds):
         loop = "positive: the residuals are a delta function"
-        return {"loop": loop, "factor_per_round": 0.0, "standard_error_of_log": None, "change": 0.0}
-    logs = torch.tensor([math.log(entry["std"]) for entry in rounds[1:]], dtype=torch.float64)
-    times = torch.arange(len(logs), dtype=torch.float64) - (len(logs) - 1) / 2
-    spread = float(times.square().sum())
-    slope = float((times * logs).sum()) / spread if spread else 0.0
-    rest = logs - logs.mean() - slope * times
-    deviation = math.sqrt(float(rest.square().sum()) / max(1, len(logs) - 2) / spread) if spread else math.inf
-    change = rounds[-1]["std"] / rounds[0]["std"]
-    if slope + 2 * deviation < 0 and change < 0.5:
+        none = {"standard_error_of_log": None, "num_changes": 0}
+        return {"loop": loop, "factor_per_round": 0.0, **none, "change": 0.0}
+    changes = torch.tensor([math.log(entry["std"]) for entry in rounds[1:]], dtype=torch.float64).diff()
+    num, change = len(changes), rounds[-1]["std"] / rounds[0]["std"]
+    mean = float(changes.mean()) if num else math.nan
+    error = float(changes.std()) / math.sqrt(num) if num > 1 else math.inf
+    band = STUDENT[min(num - 1, len(STUDENT)) - 1] * error if num > 1 else math.inf
+    if mean + band < 0 and change < 0.5:
         loop = "positive: the residuals shrink towards a delta function"
-    elif slope - 2 * deviation > 0 and change > 2:
+    elif mean - band > 0 and change > 2:
         loop = "negative: the residuals spread, their density falls towards zero"
     else:
         loop = "neither within these rounds"
-    error = deviation if spread else None
-    return {"loop": loop, "factor_per_round": math.exp(slope), "standard_error_of_log": error, "change": change}
+    known = {"standard_error_of_log": error if num > 1 else None, "num_changes": num}
+    return {"loop": loop, "factor_per_round": math.exp(mean) if num else None, **known, "change": change}
 
 
 def plot(loops: Sequence[dict[str, Any]], file: Path) -> None:

@@ -142,15 +142,22 @@ class Probe:
         for i, index in enumerate(indices):
             m = index.shape[0] if index.ndim > 1 else 1
             n = index.size // m
-            rows = draw(i, SUPPORT).choice(m, max(1, math.floor(self.rows * m)))
-            cols = draw(i, SUPPORT2).choice(n, max(1, math.floor(self.cols * n)))
+            rows = draw(i, SUPPORT).choice(m, portion(self.rows, m))
+            cols = draw(i, SUPPORT2).choice(n, portion(self.cols, n))
             supports.append(np.isin(index // n, rows) & np.isin(index % n, cols))
         return supports
 
     def tensors(self, indices: Arrays, draw: Draw) -> Arrays:
         """All entries of a random subset of the tensors."""
-        chosen = draw(0, SUPPORT).choice(len(indices), max(1, math.floor(self.fraction * len(indices))))
+        chosen = draw(0, SUPPORT).choice(len(indices), portion(self.fraction, len(indices)))
         return [np.full(index.shape, i in chosen) for i, index in enumerate(indices)]
+
+
+def portion(share: float, n: int) -> int:
+    """The whole numbers up to share * n, at least 1; what is within 1e-9 of a whole number is that number."""
+    product = share * n
+    nearest = round(product)
+    return max(1, nearest if abs(product - nearest) < 1e-9 else math.floor(product))
 
 
 NEWTON_SCHULZ = {"quintic": ((3.4445, -4.7750, 2.0315), 5), "cubic": ((1.5, -0.5, 0.0), 10)}

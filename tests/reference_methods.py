@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-from reference import SCALES, Array, Arrays, Probe, Shape, Stream, is_vector, newton_schulz
+from reference import SCALES, Array, Arrays, Probe, Shape, Stream, is_vector, newton_schulz, portion
 
 FACTOR, LAYERS = 4, 5
 Float = np.float32
@@ -70,7 +70,7 @@ class LayersProbe:
     def direction(self, shapes: Sequence[Shape], seed: int, step: int, k: int) -> Arrays:
         layers = [match.group(0) if (match := re.match(r".*?\d+(?=\.)", name)) else None for name in self.names]
         known = [layer for i, layer in enumerate(layers) if layer is not None and layer not in layers[:i]]
-        count = max(1, math.floor(self.share * len(known))) if known else 0
+        count = portion(self.share, len(known)) if known else 0
         chosen = [known[i] for i in Stream(seed, step, 0, 0, LAYERS).choice(len(known), count)] if known else []
         return [
             z if layer is None or layer in chosen else np.zeros_like(z)

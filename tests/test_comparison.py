@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from zoscale.comparison import tables
@@ -15,6 +16,7 @@ from zoscale.comparison.comparison import Comparison, compare
 from zoscale.comparison.groups import AXES, group_runs, smooth
 from zoscale.comparison.numbers import Spread, mebibytes, short, spread
 from zoscale.comparison.runs import Run, read_runs
+from zoscale.comparison.verdict import chance_of_separation
 from zoscale.config import ConfigError
 
 STEPS = (0, 10, 20, 30, 40)
@@ -56,11 +58,11 @@ def run(
     )
 
 
-def two(*, second: tuple[float, ...] = (0.5, 0.5, 0.5, 0.55, 0.6)) -> list[Run]:
-    """A method of three seeds, and one that is worse and takes half as long per step."""
-    good = [(0.5, 0.6, 0.7, 0.8, value) for value in (0.79, 0.81, 0.83)]
+def two(*, second: tuple[float, ...] = (0.5, 0.5, 0.5, 0.55, 0.6), seeds: int = 3) -> list[Run]:
+    """A method of some seeds, and one that is worse and takes half as long per step."""
+    good = [(0.5, 0.6, 0.7, 0.8, value) for value in (0.79, 0.81, 0.83, 0.82)[:seeds]]
     runs = [run("muon", seed, curve) for seed, curve in enumerate(good)]
-    return runs + [run("sgd", seed, second, per_step=0.05) for seed in range(3)]
+    return runs + [run("sgd", seed, second, per_step=0.05) for seed in range(seeds)]
 
 
 def test_a_parameter_that_is_null_counts_as_one_that_an_older_version_did_not_have() -> None:
@@ -174,21 +176,38 @@ def test_a_backward_pass_is_two_forward_passes() -> None:
 
 
 def test_a_clear_verdict() -> None:
-    comparison = compare(two(), "both", None)
+    comparison = compare(two(seeds=4), "both", None)
     assert comparison.goal.metric == "dev/accuracy"
     found = verdict(comparison, "forward equivalent")
     assert (found["best"], found["certainty"], found["budget"]) == ("muon", "clear", 160.0)
     assert found["standings"][0]["value"] == {
-        "mean": pytest.approx(0.81333, abs=1e-4),
+        "mean": pytest.approx(0.815),
         "low": 0.8,
         "high": 0.83,
-        "num": 3,
+        "num": 4,
     }
     assert found["target"] == 0.6
     assert [s["cost_to_target"] for s in found["standings"]] == [40.0, 160.0]
     text = "\n".join(tables.explanations(comparison))
-    assert "muon is better than sgd on 3 of 3 shared seeds (mean difference 0.213)" in text
+    assert "muon is better than sgd on 4 of 4 shared seeds (mean difference 0.215)" in text
     assert "dev/accuracy 0.6000 takes, in forward equivalents: muon 40, sgd 160" in text
+
+
+def test_few_seeds_are_never_clear() -> None:
+    """The chance that equal groups separate is at most 5 % from four seeds each on, and is told."""
+    seeds = lambda name, num: [one for one in two(seeds=4) if one.params["optimizer.name"] == name][:num]  # noqa: E731
+    for num, other, chance in ((2, 2, "33%"), (3, 3, "10%"), (3, 4, "6%"), (2, 4, "13%")):
+        found = verdict(compare([*seeds("muon", num), *seeds("sgd", other)], "x", None), "forward equivalent")
+        assert found["certainty"] == "separate, few seeds"
+        assert found["explanation"].endswith(f"which of two equal groups one does by chance in {chance} of cases")
+    found = verdict(compare(two(seeds=4), "x", None), "forward equivalent")
+    assert found["certainty"] == "clear" and found["explanation"].endswith("(4 seeds each): by chance 2.9%")
+    third = [run("adam", seed, (0.5, 0.5, 0.5, 0.5, 0.6)) for seed in range(2)]
+    found = verdict(compare([*two(seeds=4), *third], "x", None), "forward equivalent")
+    assert found["certainty"] == "separate, few seeds", "of the group that has the fewest"
+    draws = np.random.default_rng(0).permuted(np.tile(np.arange(6.0), (20_000, 1)), axis=1)
+    separate = (draws[:, :3].min(1) > draws[:, 3:].max(1)) | (draws[:, :3].max(1) < draws[:, 3:].min(1))
+    assert separate.mean() == pytest.approx(chance_of_separation(3, 3), abs=0.01)
 
 
 def test_the_same_seconds_are_not_the_same_steps() -> None:
@@ -239,12 +258,64 @@ def test_a_method_that_never_learns_sets_no_target() -> None:
     assert all(standing["cost_to_target"] is None for standing in found["standings"])
 
 
+def test_unequal_numbers_of_evaluations_are_told() -> None:
+    """Only as far as they count: a run that goes on is not better for it."""
+    often = {"dev/accuracy": {step: 0.5 + step / 400 for step in range(0, 41, 5)}}
+    runs = [*two(), *(run("adam", seed, (0.5, 0.5, 0.5, 0.5, 0.6), metrics=often) for seed in range(2))]
+    (note,) = (note for note in compare(runs, "x", None).notes if "unequally often" in note)
+    assert note.startswith("Evaluated unequally often up to the same forward equivalents: muon 5, ")
+    assert "adam 9" in note and "by chance" in note
+    longer = {"dev/accuracy": dict.fromkeys(range(0, 101, 10), 0.5), "train/forwards": {5: 20.0, 100: 400.0}}
+    for equal in (two(), [*two(), run("adam", 0, (0.5,) * 5, metrics=longer)]):
+        assert not any("unequally often" in note for note in compare(equal, "x", None).notes)
+    assert not any("unequally often" in note for note in compare(runs, "x", "validation/accuracy").notes)
+
+
+def test_the_cost_of_equal_quality_is_that_of_what_all_runs_reach() -> None:
+    """The worst seed of the worst group is below its mean, and has a cost too."""
+    sgd = [(0.5, 0.5, 0.55, 0.6, 0.66), (0.5, 0.5, 0.5, 0.55, 0.6), (0.5, 0.56, 0.6, 0.6, 0.69)]
+    runs = [*two()[:3], *(run("sgd", seed, curve) for seed, curve in enumerate(sgd))]
+    comparison = compare(runs, "x", None)
+    found = verdict(comparison, "forward equivalent")
+    assert (found["target"], [s["cost_to_target"] for s in found["standings"]]) == (0.6, [40.0, 120.0])
+    assert "takes, in forward equivalents: muon 40, sgd 120" in "".join(tables.explanations(comparison))
+    unlogged = {name: {5: 1.0, 30: 30.0} for axis in AXES for name in axis.metrics}
+    late = run("sgd", 0, (0.5, 0.5, 0.5, 0.6, 0.7), metrics=unlogged)
+    found = verdict(compare([*two()[:3], late], "x", None), "forward equivalent")
+    assert found["target"] == 0.6, "what is reached where the cost is not known any more, is not"
+
+
 def test_less_loss_is_better() -> None:
-    comparison = compare(two(), "both", "loss")
+    comparison = compare(two(seeds=4), "both", "loss")
     assert comparison.goal.lower_is_better
     found = verdict(comparison, "forward equivalent")
     assert (found["best"], found["certainty"], found["target"]) == ("muon", "clear", pytest.approx(0.4))
     assert comparison.metrics == ("dev/accuracy", "dev/loss"), "seconds are no metric of the model"
+
+
+def test_validation_is_judged_by_what_a_run_leaves() -> None:
+    """The weights that dev chose, else the last; neither the untuned model's nor the better of several."""
+    best = {"validation/best/accuracy": {40: 0.7}, "validation/final/accuracy": {40: 0.8}}
+    worse = {"validation/before/accuracy": {0: 0.9}, "validation/final/accuracy": {39: 0.6}}
+    curve = (0.5, 0.6, 0.7, 0.8, 0.9)
+    runs = [run("a", seed, curve, metrics=best) for seed in range(4)]
+    runs += [run("b", seed, curve, metrics=worse, per_step=0.09) for seed in range(4)]
+    comparison = compare(runs, "x", "validation/accuracy")
+    found = verdict(comparison, "forward equivalent")
+    assert {s["label"]: s["value"]["mean"] for s in found["standings"]} == {"a": 0.7, "b": 0.6}
+    assert (found["best"], found["certainty"], found["budget"], found["target"]) == ("a", "clear", 160.0, None)
+    assert [group["best"]["mean"] for group in comparison.to_dict()["groups"]] == [0.7, 0.6]
+    slower = verdict(comparison, "second")
+    assert slower["certainty"] == "unequal costs", "what b reaches in as much time is not known"
+    assert slower["explanation"].startswith("a has paid 4, more than b: ")
+    assert [row[1] for row in tables.verdict_table(comparison)[1:]] == ["a", "-", "-"]
+    begun = Run("1", "new", "RUNNING", {}, {}, {"validation/before/accuracy": {0: 0.5}})
+    assert (
+        "Left out, as they have no validation/accuracy: new."
+        in compare([*runs, begun], "x", "validation/accuracy").notes
+    )
+    with pytest.raises(ConfigError, match="a run that has been evaluated, got none"):
+        compare([begun], "x", "validation/accuracy")
 
 
 def test_metrics_are_those_that_were_logged() -> None:
@@ -307,10 +378,29 @@ def test_a_run_that_broke_off_does_not_end_the_comparison() -> None:
     """Its folder may end before training: nothing could be said of the others at that cost."""
     broken = [run("sgd", 3, (0.5,), status="FAILED"), run("muon", 3, (0.5, 0.6), status="KILLED")]
     whole, with_broken = compare(two(), "x", None), compare([*two(), *broken], "x", None)
-    assert with_broken.verdicts == whole.verdicts and with_broken.groups == whole.groups
+    assert [group.runs for group in with_broken.groups] == [group.runs for group in whole.groups]
+    assert [verdict.budget for verdict in with_broken.verdicts] == [verdict.budget for verdict in whole.verdicts]
     notes = " ".join(with_broken.notes)
     assert "FAILED: sgd-3. Left out" in notes and "KILLED: muon-3. Left out" in notes
     assert [len(group.runs) for group in compare(broken, "x", None).groups] == [1, 1], "unless all did"
+
+
+def test_a_failed_seed_counts() -> None:
+    """What diverged is in no mean, so no verdict is clear; one that was told to stop, or ran again, is no failure."""
+    seeds = [one for one in two(seeds=4) if (one.params["optimizer.name"], one.seed) != ("sgd", "3")]
+    diverged, stopped = ([*seeds, run("sgd", 3, (0.5,), status=status)] for status in ("FAILED", "KILLED"))
+    failed = compare(diverged, "x", None)
+    found = verdict(failed, "forward equivalent")
+    assert found["certainty"] == "failed seeds" and found["explanation"].endswith("seeds failed: sgd (3 of 4) are left")
+    assert [row[1] for row in tables.result_table(failed)] == ["seeds", "4", "3 of 4"]
+    assert [group["failed_seeds"] for group in failed.to_dict()["groups"]] == [[], ["3"]]
+    assert "sgd has 3 of 4 seeds, seed 3 failed: its figures are of those that did not." in failed.notes
+    unscored = Run("1", "early", "FAILED", diverged[-1].params, diverged[-1].tags, {})
+    assert verdict(compare([*seeds, unscored], "x", None), "forward equivalent") == found
+    assert verdict(compare(stopped, "x", None), "forward equivalent")["certainty"] == "separate, few seeds"
+    again = compare([*diverged, two(seeds=4)[-1]], "x", None)
+    assert verdict(again, "forward equivalent")["certainty"] == "clear"
+    assert [group.num_seeds for group in compare(diverged[-1:], "x", None).groups] == ["0 of 1"]
 
 
 def test_differences_are_only_what_differs() -> None:

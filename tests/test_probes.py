@@ -9,6 +9,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from reference import portion as oracle_portion
 from reference_methods import oracle_probe
 from torch import nn
 
@@ -33,6 +34,7 @@ from zoscale.probes import (
     Tensors,
     pieces,
 )
+from zoscale.probes.jaguar import portion
 from zoscale.shards import CHUNK, ShardedParam, TensorSpec
 
 torch.set_num_threads(1)
@@ -270,6 +272,14 @@ def test_tensors_takes_whole_tensors(share: float, count: int) -> None:
         assert len(full) == count and all(not bool(z.any()) for i, z in enumerate(zs) if i not in full)
         chosen.update(full)
     assert chosen == set(range(6)), "every tensor is chosen sooner or later"
+
+
+def test_a_portion_of_decimals_is_not_rounded_down() -> None:
+    """0.29 * 100 is below 29 in float64; what is further from a whole number is the floor, as the oracle has it."""
+    for n in (1, 2, 3, 10, 50, 64, 100, 768, 3072, 50272):
+        for percent in range(1, 101):
+            assert portion(percent / 100, n) == oracle_portion(percent / 100, n) == max(1, percent * n // 100)
+    assert [portion(share, 3000) for share in (1 / 3, 2 / 3, 0.9999, 1 - 1e-13)] == [1000, 2000, 2999, 3000]
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

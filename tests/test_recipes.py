@@ -255,6 +255,25 @@ def test_residuals_that_collapse_to_a_point(
     assert loop["verdict"]["loop"].startswith("positive") and loop["verdict"]["change"] == 0
 
 
+def test_the_factor_of_a_loop_is_the_mean_of_its_changes(repeated: ModuleType) -> None:
+    """A random walk without drift: two standard errors cover 0 as often as they should, and few rounds have none."""
+    walks = (
+        torch.randn(400, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(0.1).cumsum(1).exp()
+    )
+    found = [repeated.verdict([{"std": std} for std in walk.tolist()]) for walk in walks]
+    bounds = [2.447 * one["standard_error_of_log"] for one in found]
+    covered = [abs(math.log(one["factor_per_round"])) <= bound for one, bound in zip(found, bounds, strict=True)]
+    assert sum(covered) / len(covered) == pytest.approx(0.95, abs=0.03)
+    of = lambda *stds: repeated.verdict([{"std": std} for std in stds])  # noqa: E731
+    steady = of(8.0, 2.0, 1.0, 0.5)
+    assert steady["factor_per_round"] == pytest.approx(0.5) and steady["loop"].startswith("positive")
+    assert steady["standard_error_of_log"] == pytest.approx(0, abs=1e-12) and steady["num_changes"] == 2
+    assert of(1.0, 2.0, 4.0, 12.0)["loop"].startswith("neither"), "two changes that differ show nothing"
+    two, one = of(8.0, 2.0, 1.0), of(8.0, 2.0)
+    assert (two["factor_per_round"], two["standard_error_of_log"]) == (0.5, None) and two["loop"].startswith("neither")
+    assert one["factor_per_round"] is one["standard_error_of_log"] is None
+
+
 def test_moments_of_small_residuals(repeated: ModuleType) -> None:
     """Their fourth power is none in float64."""
     found = repeated.describe(1e-90 * torch.tensor([-1.0, 1.0], dtype=torch.float64))

@@ -22,7 +22,7 @@ from reproduction.convergence import Paid, forwards_text
 from reproduction.markdown import percent
 from reproduction.results import Choice, Results, choose
 from reproduction.runner import Runner, summary_of
-from reproduction.study import HERE, PRESETS, Study, cost_of_step, merge
+from reproduction.study import HERE, PRESETS, Cell, Study, cost_of_step, merge
 
 from zoscale.assembly import check_methods
 from zoscale.comparison.numbers import Spread
@@ -64,6 +64,8 @@ def test_every_run_of_a_preset_can_be_configured(preset: str, command: str) -> N
         for cell in cells:
             paid = cell.config.train.steps * cost_of_step(cell.config)
             assert made.forwards - cost_of_step(cell.config) < paid <= made.forwards, "equal forwards"
+            evaluations = -(-cell.config.train.steps // cell.config.train.eval_every)
+            assert evaluations == made.tree["evaluations"], "equal chances to be the best"
         assert {scheme for scheme, _ in Results(made).pairs()} == set(made.schemes)
     for cell in {cell.method + cell.scheme: cell for cell in cells}.values():
         check_methods(cell.config)
@@ -105,7 +107,7 @@ def test_options_of_the_command_line(tmp_path: Path) -> None:
     ]  # fmt: skip
     config = cells[0].config
     assert (config.model.id, config.task.name, config.task.args["path"]) == ("M", "sst2", "D")
-    assert (config.train.steps, config.train.eval_every, config.data.num_dev) == (50, 6, 7)
+    assert (config.train.steps, config.train.eval_every, config.data.num_dev) == (50, 7, 7)
     assert config.run_dir.parent == tmp_path / "runs"
     for wrong, message in (
         (["--methods", "nothing"], "nothing"), (["--forwards", "1"], "got 1 where a step takes 3"),
@@ -199,6 +201,44 @@ def test_forwards_until_a_target() -> None:
     assert forwards_text([30, 90]) == "60" and forwards_text([30, None]) == "1 of 2 runs"
     assert forwards_text([None]) == "not reached"
     assert percent(Spread.of([0.5, 0.75])) == "62.5 (50.0 to 75.0, 2 seeds)"
+    assert percent(Spread.of([0.5, 0.75]), 3) == "62.5 (50.0 to 75.0, 2 of 3 seeds)"
+    assert [percent(Spread.of([0.5]), asked) for asked in (None, 1, 3)] == ["50.0", "50.0", "50.0 (1 of 3 seeds)"]
+
+
+def leave(cell: Cell, accuracy: float, *, ended: bool = True) -> None:
+    """What a run leaves: an evaluation in the middle and one at the end; of one that diverged the first is all."""
+    steps, params = cell.config.train.steps, {"seed": str(cell.config.seed), "optimizer.name": cell.method}
+    folder = cell.config.run_dir
+    folder.mkdir(parents=True)
+    tags = {"select_by": "accuracy"}
+    card = {"experiment": "e", "run_name": f"{cell.method}-{cell.config.seed}", "params": params, "tags": tags}
+    (folder / "tracking.json").write_text(json.dumps(card))
+    rows = [
+        {"step": step, "time": 0, "metrics": {"dev/accuracy": accuracy if step else 0.5, "train/forwards": 2.0 * step}}
+        for step in ((0, steps // 2, steps) if ended else (0, steps // 2))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {"commit": "abc", "hardware": {"gpus": [], "cpus": 1, "machine": "x"}, "world_size": 1}
+    scores = {when: {"accuracy": accuracy} for when in ("before", "chosen")}
+    if ended:
+        summary = found | {"dev": {"accuracy": accuracy}, "validation": scores}
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_seeds_that_diverged_are_told(tmp_path: Path) -> None:
+    """Beside every mean that they are not in, and in the verdicts, which are not clear then."""
+    command = ["accuracy", *SMALL, "--seeds", "0,1,2,3", "--out", str(tmp_path), "tracking.mlflow=false"]
+    made = study(*command)
+    for method, lr in (("zo_sgd", 1e-2), ("jaguar_muon", 1e-2)):
+        for cell in made.cells("lora", method, made.seeds, [lr]):
+            is_good = method == "jaguar_muon"
+            leave(cell, 0.8 if is_good else 0.6, ended=is_good or cell.config.seed < 3)
+    assert reproduce.main([*command, "--report"]) == 0
+    text = (tmp_path / "accuracy.md").read_text()
+    assert "| 60.0 (60.0 to 60.0, 3 of 4 seeds) |" in text and "| 80.0 (80.0 to 80.0, 4 seeds) |" in text
+    assert "| ZO-SGD (MeZO) | 60.0 (3 of 4 seeds) |" in text and "| failed seeds |" in text
+    page = (tmp_path / "lora/report.html").read_text()
+    assert "zo_sgd has 3 of 4 seeds, seed 3 failed: its figures are of those that did not." in page
 
 
 def test_reports_say_what_is_missing(tmp_path: Path) -> None:

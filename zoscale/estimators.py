@@ -120,8 +120,10 @@ class GradientEstimate:
     def totals(self, group: Sequence[Piece]) -> list[tuple[Tensor, Tensor]]:
         """On each piece, sum_k rho_k z_k and the number of directions that visit a coordinate (z_k not zero there).
 
-        Given that a direction visits coordinate i, E[rho z_i] is the partial derivative i, whatever the support and
-        q: their mean over the visits is what JAGUAR's memory keeps.
+        Their mean over the visits is what JAGUAR's memory keeps. Given that a direction visits coordinate i, E[rho z_i]
+        is the partial derivative i, whatever the support and q, if the elements of z are uncorrelated and of variance 1
+        on the support. Of `orthogonal` and `subspace` it is scaled by their variance, of one subspace projected;
+        of signs `ones` it is the sum of the derivatives over the support.
 
         Returns:
             Per piece both, float32 of its size.

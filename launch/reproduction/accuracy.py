@@ -60,7 +60,7 @@ def accuracy_table(results: Results, published: dict[str, Any]) -> str:
         cells = [own["title"]]
         for name, scheme in schemes.items():
             cells.append(number(published.get(scheme.like, {}).get(method)))
-            cells.append(percent(results.validation(name, method)))
+            cells.append(percent(results.validation(name, method), len(results.study.seeds)))
             cells.append(lr_text(results.choice(name, method)))
         rows.append(cells)
     return table(rows)
@@ -101,8 +101,9 @@ def notes(results: Results, published: dict[str, Any]) -> list[str]:
     return [
         f"Published: {published['source']}. Elsewhere: {'; '.join(published['elsewhere'])}.",
         f"Ours: {results.metric} on validation in percent, of the weights that were best on dev; mean (range over "
-        "seeds). The learning rate is the best on dev of the first seed's runs; * marks the edge of its grid, fixed a "
-        "preset with one for the method. Methods may differ in more than that: see the settings below.",
+        "seeds) of the seeds that ended: `2 of 3 seeds` where others diverged or are missing. The learning rate is the "
+        "best on dev of the first seed's runs; * marks the edge of its grid, fixed a preset with one for the method. "
+        "Methods may differ in more than that: see the settings below.",
         f"Before training: {', '.join(before) or '-'}.",
         f"Forwards are forward equivalents: a loss of the batch is 1, a backward pass {BACKWARD} (a first-order step "
         f"{1 + BACKWARD}), an exact directional derivative 1.",

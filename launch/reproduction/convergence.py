@@ -1,12 +1,13 @@
 """What a method pays for an accuracy: forwards until it is reached, and the comparison per forward and per second."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from reproduction.markdown import table
+from reproduction.markdown import seeds, table
 from reproduction.results import Results
+from reproduction.runner import summary_of
 from reproduction.study import cost_of_step
 from zoscale.comparison import tables
 from zoscale.comparison.comparison import compare
@@ -55,6 +56,15 @@ def runs_of(results: Results, scheme: str) -> dict[str, list[Paid]]:
     return found
 
 
+def broken_of(results: Results, scheme: str) -> list[Run]:
+    """The runs that count, have begun and have no result: failed, if they were not told to stop."""
+    cells = [cell for method in results.study.methods for cell in results.of(scheme, method)]
+    folders = [cell.config.run_dir for cell in cells if summary_of(cell) is None]
+    begun = [path for path in folders if all((path / name).is_file() for name in ("tracking.json", "metrics.jsonl"))]
+    runs, _ = read_runs([str(path) for path in begun], "")
+    return [run if run.status == "KILLED" else replace(run, status="FAILED") for run in runs]
+
+
 def until_table(results: Results, runs: Mapping[str, Sequence[Paid]]) -> str:
     """Forwards of each method until the accuracies of `MARKS`: means over the seeds, if all of them get there."""
     methods, goal = results.study.methods, results.goal
@@ -63,7 +73,8 @@ def until_table(results: Results, runs: Mapping[str, Sequence[Paid]]) -> str:
     rows = [["method", f"best {results.metric} on dev", *head]]
     for method, own in runs.items():
         cells = [forwards_text([paid.forwards_until(best, goal) for paid in own]) for best in marks.values()]
-        rows.append([methods[method]["title"], f"{100 * mean_best(own, goal):.1f}", *cells])
+        few = f" ({seeds(len(own), asked)})" if len(own) < (asked := len(results.study.seeds)) else ""
+        rows.append([methods[method]["title"], f"{100 * mean_best(own, goal):.1f}{few}", *cells])
     return table(rows)
 
 
@@ -78,7 +89,8 @@ def forwards_text(costs: Sequence[int | None]) -> str:
 def write_comparison(results: Results, scheme: str, runs: Mapping[str, Sequence[Paid]], folder: Path) -> str:
     """The report of `zoscale compare` over the runs that count; returns its verdicts as Markdown."""
     title = f"{results.study.schemes[scheme].title}, equal forwards"
-    comparison = compare([paid.run for own in runs.values() for paid in own], title, results.goal.metric)
+    finished = [paid.run for own in runs.values() for paid in own]
+    comparison = compare([*finished, *broken_of(results, scheme)], title, results.goal.metric)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text(render(comparison), encoding="utf-8")
     write_pictures(comparison, folder)

@@ -48,7 +48,7 @@ def report(study: Study, logs: Path) -> Path:
     title = f"{study.methods[study.tree['method']]['title']}, {study.schemes[study.tree['scheme']].title}"
     rows = [["varied", "value", f"best {metric} on dev", f"{metric} on validation"]]
     for what, row in found.items():
-        rows += [[what, value, percent(on_dev(cells, metric)), percent(on_validation(cells, metric))]
+        rows += [[what, value, *(percent(of(cells, metric), len(cells)) for of in (on_dev, on_validation))]
                  for value, cells in row]  # fmt: skip
     draw(found, metric, study.out / "sensitivity.png")
     parts = [heading(study, f"sensitivity of {title}", every), f"lr {study.tree['lr']:g}; in percent.", "", table(rows)]

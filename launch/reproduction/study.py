@@ -158,7 +158,7 @@ class Study:
         if steps < 1:
             got = f"{self.forwards} where a step takes {cost_of_step(config)}"
             raise ConfigError(f"--forwards of a step of {method} at least", got, "raise it")
-        every = max(1, steps // self.tree["evaluations"])
+        every = -(-steps // self.tree["evaluations"])  # the last step is evaluated, too: rounded down, one more is
         train = replace(config.train, steps=steps, eval_every=every, log_every=min(config.train.log_every, every))
         return Cell(scheme, method, replace(config, train=train))
 

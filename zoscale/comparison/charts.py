@@ -120,7 +120,7 @@ def _look(number: int, group: Group) -> dict[str, Any]:
 
 
 def _seeds(group: Group) -> str:
-    return "one seed" if len(group.seeds) == 1 else f"{len(group.seeds)} seeds"
+    return "one seed" if group.num_seeds == "1" else f"{group.num_seeds} seeds"
 
 
 def _safe(text: str) -> str:

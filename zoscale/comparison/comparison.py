@@ -4,15 +4,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zoscale.comparison.groups import AXES, Group, differences, evaluations, group_runs
+from zoscale.comparison.groups import AXES, BROKEN, Group, differences, evaluations, group_runs, results
 from zoscale.comparison.numbers import Spread
 from zoscale.comparison.runs import Run
 from zoscale.comparison.verdict import Goal, Verdict, judge
 from zoscale.config import ConfigError
 
-_BROKEN = ("FAILED", "KILLED")
 _EXAM = ("data.num_dev", "data.num_validation", "data.num_demonstrations")
 """Parameters beside the task's that decide what a model is asked in an evaluation."""
+
+_TRIES = "The best of more of them is better by chance alone."
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Comparison:
     def outcome(self, group: Group) -> tuple[Spread | None, Spread | None]:
         """The goal's metric on validation: before training, and of the weights that were chosen."""
         name = self.goal.metric.split("/", 1)[-1]
-        chosen = Spread.of(_chosen(run, name) for run in group.runs)
+        chosen = Spread.of(value for run in group.runs for value in results(run, f"validation/{name}").values())
         return group.last(f"validation/before/{name}"), chosen
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +64,7 @@ class Comparison:
         return {
             "label": group.label,
             "seeds": group.seeds,
+            "failed_seeds": list(group.failed),
             "runs": [{"id": run.id, "name": run.name, "status": run.status} for run in group.runs],
             "validation": {"before": _spread(before), "chosen": _spread(chosen)},
             "best": _spread(self.goal.best(group)),
@@ -74,7 +76,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run], title: str, metric: str | None) -> Comparison:
-    """Group the runs and judge them. Runs that broke off are left out, unless all did.
+    """Group the runs and judge them. Runs that broke off are left out, unless all did; a failed seed is remembered.
 
     Args:
         runs: at least one.
@@ -86,9 +88,9 @@ def compare(runs: Sequence[Run], title: str, metric: str | None) -> Comparison:
         ConfigError: if no run has logged the metric, or the runs do not agree on one.
     """
     goal = Goal(_full_name(runs, metric if metric is not None else _selection(runs)))
-    measured = [run for run in runs if evaluations(run, goal.metric)]
-    kept = [run for run in measured if run.status not in _BROKEN] or measured
-    groups = group_runs(kept)
+    measured = [run for run in runs if results(run, goal.metric)]
+    kept = [run for run in measured if run.status not in BROKEN] or measured
+    groups = group_runs(kept, [run for run in runs if run not in kept])
     verdicts = [verdict for axis in AXES if (verdict := judge(groups, axis, goal)) is not None]
     split = goal.metric.rpartition("/")[0]
     names = {name for run in kept for name in _evaluated(run) if name.rpartition("/")[0] == split} | {goal.metric}
@@ -108,7 +110,7 @@ def _selection(runs: Sequence[Run]) -> str:
 def _full_name(runs: Sequence[Run], metric: str) -> str:
     """Of dev, where the weights are chosen, if a run has one; else of validation."""
     for name in (metric, f"dev/{metric}", f"validation/{metric}"):
-        if any(evaluations(run, name) for run in runs):
+        if any(results(run, name) for run in runs):
             return name
     names = sorted({name for run in runs for name in _evaluated(run)})
     if not names:
@@ -117,20 +119,17 @@ def _full_name(runs: Sequence[Run], metric: str) -> str:
 
 
 def _evaluated(run: Run) -> Iterable[str]:
-    """Full names of a run's evaluation metrics; those of validation without `before` and `final`."""
+    """Full names of a run's evaluation metrics; those of validation without `best` and `final`."""
     for name in run.metrics:
-        split, *_, metric = name.split("/")
-        is_other = split in ("train", "system", "adapters") or split.startswith("rank_") or metric == "seconds"
+        split, *when, metric = name.split("/")
+        is_other = (
+            when == ["before"]
+            or split in ("train", "system", "adapters")
+            or split.startswith("rank_")
+            or metric == "seconds"
+        )
         if "/" in name and not is_other:
             yield f"{split}/{metric}"
-
-
-def _chosen(run: Run, metric: str) -> float | None:
-    """`best` is there only if the best weights were not the last."""
-    for when in ("best", "final"):
-        if series := run.metrics.get(f"validation/{when}/{metric}"):
-            return series[max(series)]
-    return None
 
 
 def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> Iterable[str]:
@@ -142,8 +141,14 @@ def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> 
             yield f"{group.label} has one seed: nothing is known of its noise."
         if len(group.runs) > len(group.seeds):
             yield f"{group.label} has {len(group.runs)} runs and {len(group.seeds)} different seeds; every run counts."
+        if group.failed:
+            told = f"seed{'s' * (len(group.failed) > 1)} {', '.join(group.failed)} failed"
+            yield f"{group.label} has {group.num_seeds} seeds, {told}: its figures are of those that did not."
         if len(ends := {max(evaluations(run, goal.metric)) for run in group.runs}) > 1:
             yield f"The runs of {group.label} have different lengths; its curves end at step {min(ends)}."
+    if verdicts and len({num for standing in verdicts[0].standings for num in standing.num_evaluations}) > 1:
+        tries = (f"{s.group.label} {_range(s.num_evaluations)}" for s in verdicts[0].standings)
+        yield f"Evaluated unequally often up to the same {verdicts[0].axis.unit}s: {', '.join(tries)} times. {_TRIES}"
     for status, names in _by_status(run for group in groups for run in group.runs).items():
         yield f"{status}: {', '.join(names)}."
     judged = {standing.group.label for verdict in verdicts for standing in verdict.standings}
@@ -154,9 +159,14 @@ def _notes(groups: Sequence[Group], verdicts: Sequence[Verdict], goal: Goal) -> 
         yield f"The runs are of different commits: {', '.join(commits)}."
 
 
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def _left_out(runs: Sequence[Run], goal: Goal) -> Iterable[str]:
     """Notes on runs that are in no group."""
-    broken = [run for run in runs if evaluations(run, goal.metric)]
+    broken = [run for run in runs if results(run, goal.metric)]
     for status, names in _by_status(broken).items():
         yield f"{status}: {', '.join(names)}. Left out, as a comparison goes as far as its shortest run."
     if empty := [run.name for run in runs if run not in broken]:

@@ -18,6 +18,9 @@ _NOT_COMPUTED = re.compile(
 )
 """Parameters that change where results go or how long one waits, but neither results nor speed."""
 
+BROKEN = ("FAILED", "KILLED")
+"""Statuses of runs that broke off."""
+
 _LABEL_FIRST = ("optimizer.name", "estimator.name", "probe.name", "optimizer.lr")
 _MOST_IN_LABEL = 4
 _MOST_POINTS = 400  # of a curve
@@ -100,16 +103,24 @@ class Group:
         label: short and different from the other groups'.
         params: what the runs have in common and what decides results or speed.
         runs: at least one.
+        failed: seeds whose runs have all failed.
     """
 
     label: str
     params: Mapping[str, str]
     runs: tuple[Run, ...]
+    failed: tuple[str, ...] = ()
 
     @cached_property
     def seeds(self) -> list[str]:
         """The different seeds."""
-        return sorted({run.seed for run in self.runs}, key=lambda seed: (len(seed), seed))
+        return _seeds(self.runs)
+
+    @property
+    def num_seeds(self) -> str:
+        """How many; of how many, if some have failed: `2 of 3`."""
+        num = len(set(self.seeds).difference(self.failed))
+        return f"{num} of {num + len(self.failed)}" if self.failed else str(num)
 
     def curve(self, metric: str, axis: Axis, *, window: int = 1) -> Curve | None:
         """A metric over a cost; None if a run lacks one of them.
@@ -175,11 +186,23 @@ def _thinned(steps: list[int]) -> list[int]:
 
 
 def evaluations(run: Run, metric: str) -> Series:
-    """The finite values of a metric; `validation/X` is made of `validation/before/X` and `validation/final/X`."""
+    """The points of a curve: finite; `validation/X` is made of `validation/before/X` and `validation/final/X`."""
     parts = metric.split("/", 1)
     names = [metric] if metric in run.metrics else [f"{parts[0]}/{when}/{parts[-1]}" for when in ("before", "final")]
     found = {step: value for name in names for step, value in run.metrics.get(name, {}).items()}
     return {step: value for step, value in sorted(found.items()) if np.isfinite(value)}
+
+
+def results(run: Run, metric: str) -> Series:
+    """What a run may be judged by: the values of a metric; of `validation/X` one, of the weights that it has left."""
+    if metric in run.metrics:
+        return evaluations(run, metric)
+    split, _, name = metric.partition("/")
+    for when in ("best", "final"):  # `best` is there only if the best weights were not the last
+        if series := run.metrics.get(f"{split}/{when}/{name}"):
+            last = max(series)
+            return {last: series[last]} if np.isfinite(series[last]) else {}
+    return {}
 
 
 def smooth(series: Series, window: int) -> Series:
@@ -188,14 +211,17 @@ def smooth(series: Series, window: int) -> Series:
     return {step: float(np.mean(values[max(0, place + 1 - window) : place + 1])) for place, step in enumerate(series)}
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order of their first runs, with labels made of what differs."""
+def group_runs(runs: Sequence[Run], left_out: Sequence[Run] = ()) -> list[Group]:
+    """Groups in the order of their first runs, with labels made of what differs; of those left out, who has failed."""
     found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
-        found.setdefault(tuple(sorted(_deciding(run).items())), []).append(run)
+        found.setdefault(_key(run), []).append(run)
     params = [dict(key) for key in found]
-    names = _labels(params)
-    return [Group(name, own, tuple(members)) for name, own, members in zip(names, params, found.values(), strict=True)]
+    labelled = zip(_labels(params), params, found.items(), strict=True)
+    return [
+        Group(name, own, tuple(members), _failed([*members, *(run for run in left_out if _key(run) == key)]))
+        for name, own, (key, members) in labelled
+    ]
 
 
 def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
@@ -203,6 +229,20 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     names = dict.fromkeys(name for group in groups for name in group.params)
     rows = {name: [group.params.get(name, "-") for group in groups] for name in sorted(names)}
     return {name: values for name, values in rows.items() if len(set(values)) > 1}
+
+
+def _key(run: Run) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(_deciding(run).items()))
+
+
+def _seeds(runs: Iterable[Run]) -> list[str]:
+    return sorted({run.seed for run in runs}, key=lambda seed: (len(seed), seed))
+
+
+def _failed(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Seeds of which no run is more than failed; who was told to stop says nothing."""
+    others = {run.seed for run in runs if run.status not in BROKEN}
+    return tuple(seed for seed in _seeds(run for run in runs if run.status == "FAILED") if seed not in others)
 
 
 def _deciding(run: Run) -> dict[str, str]:

@@ -73,10 +73,16 @@ _PHASES = (
     "drawing them again for the update."
 )
 _METHOD = (
-    "A run is worth the best value that it has seen. Groups are compared at the largest cost that all runs have "
-    "reached. A verdict is clear only if the worst seed of the best group beats the best seed of every other; with one "
-    "seed there is no such statement. Runs of one seed see the same examples in the same order, so that they may "
-    "be compared one by one where the bands overlap.",
+    "A run is worth the best value that it has seen; by validation, which is measured at the end, that of the weights "
+    "that it has left. The best value on dev is the one that chose the weights, so it is optimistic, and the more so "
+    "the more evaluations there are: the column chosen has what these weights reach on validation, which has chosen "
+    "nothing. Groups are compared at the largest cost that all runs have reached, by validation at their ends: where "
+    "the best has paid more there than another, nothing follows.",
+    "A verdict is clear only if the worst seed of the best group beats the best seed of every other, and there are so "
+    "many seeds that groups of the same worth would part like this in at most 5 % of cases (2 n! m! / (n + m)! for n "
+    "and m seeds): four seeds each; three part by chance in 10 %, two in 33 %. A seed that failed is in no mean, and "
+    "no verdict is clear without it. With one seed there is no such statement. Runs of one seed see the same examples "
+    "in the same order, so that they may be compared one by one where the bands overlap.",
     "Seconds are those of training, without evaluations and checkpoints. A device hour is an hour of one rank: on GPUs "
     "a GPU hour. A forward pass is one candidate on the whole batch; in forward equivalents a backward pass counts as "
     f"{BACKWARD}, the standard estimate, although it costs about one where most weights are frozen.",

@@ -100,7 +100,7 @@ def _tidy(axes: Any) -> None:
 
 
 def _name(group: Group) -> str:
-    seeds = "one seed" if len(group.seeds) == 1 else f"{len(group.seeds)} seeds"
+    seeds = "one seed" if group.num_seeds == "1" else f"{group.num_seeds} seeds"
     return f"{_plain(group.label)} ({seeds})"
 
 

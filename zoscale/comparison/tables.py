@@ -20,7 +20,7 @@ def verdict_table(comparison: Comparison) -> list[Row]:
         rows.append(
             [
                 verdict.axis.unit,
-                first.group.label if others and verdict.certainty != "tie" else "-",
+                first.group.label if others and verdict.certainty not in ("tie", "unequal costs") else "-",
                 verdict.certainty,
                 spread(first.value),
                 f"{others[0].group.label}: {spread(others[0].value)}" if others else "-",
@@ -68,7 +68,7 @@ def result_table(comparison: Comparison) -> list[Row]:
         rows.append(
             [
                 group.label,
-                str(len(group.seeds)),
+                group.num_seeds,
                 spread(before),
                 spread(chosen),
                 spread(comparison.goal.best(group)),

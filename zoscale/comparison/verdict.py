@@ -3,11 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import comb
 from statistics import fmean
 
-from zoscale.comparison.groups import Axis, Group, evaluations
+from zoscale.comparison.groups import Axis, Group, results
 from zoscale.comparison.numbers import Spread, short
 from zoscale.comparison.runs import Run
+
+_RARE = 0.05  # chance of what is called clear
+_EQUAL = 1.05  # costs up to this ratio are: the last step may not fit into a budget
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Goal:
         return a != b and self.better(a, b) == a
 
     def best_so_far(self, run: Run) -> dict[int, float]:
-        """The best value up to each evaluation: what the run would have left there."""
-        series = evaluations(run, self.metric)
+        """The best value up to each evaluation: what the run would have left there; of validation what it has left."""
+        series = results(run, self.metric)
         return dict(zip(series, accumulate(series.values(), self.better), strict=True))
 
     def best(self, group: Group) -> Spread | None:
@@ -59,12 +63,14 @@ class Standing:
         group: the group.
         by_seed: the best value within the budget, the mean of the runs of a seed.
         value: the same over the runs.
-        cost_to_target: mean cost after which a run has reached the target; None if one of them does not.
+        num_evaluations: within the budget, of each run: the more there are, the better is the best of them by chance.
+        cost_to_target: mean cost after which a run has reached the target; None if there is none.
     """
 
     group: Group
     by_seed: Mapping[str, float]
     value: Spread
+    num_evaluations: tuple[int, ...]
     cost_to_target: float | None
 
 
@@ -98,10 +104,11 @@ class Verdict:
 
     Args:
         axis: the cost.
-        budget: the largest cost that every run has reached.
-        target: the value that every group's mean reaches, if it is better than all of them started.
+        budget: the largest cost that every run has reached; of what is known at the ends of runs only, of any run.
+        target: the value that every run reaches, the best of the worst one, if it is better than all of them started.
         standings: best first; groups whose cost was not logged are left out.
-        certainty: `clear`, `within the seeds' band`, `one seed only`, `tie`, or `nothing to compare`.
+        certainty: `clear`, `separate, few seeds`, `failed seeds`, `within the seeds' band`, `one seed only`,
+            `unequal costs`, `tie`, or `nothing to compare`.
         explanation: why.
     """
 
@@ -123,17 +130,21 @@ def judge(groups: Sequence[Group], axis: Axis, goal: Goal) -> Verdict | None:
     known = [group for group in groups if all(paid[group.label])]
     if not known:
         return None
-    budget = min(max(cost for cost, _ in costs) for group in known for costs in paid[group.label])
-    target = _target(known, goal)
+    ends = [costs[-1][0] for group in known for costs in paid[group.label]]
+    at_ends = all(goal.metric not in run.metrics for group in known for run in group.runs)
+    budget = max(ends) if at_ends else min(ends)
+    target = _target([costs for group in known for costs in paid[group.label]], goal)
     standings = []
     for group in known:
         values = [_within(costs, budget) for costs in paid[group.label]]
         if (value := Spread.of(values)) is not None:
             cost = _cost_to(target, paid[group.label], goal)
-            standings.append(Standing(group, _by_seed(group, values), value, cost))
+            tries = tuple(sum(cost <= budget for cost, _ in costs) for costs in paid[group.label])
+            standings.append(Standing(group, _by_seed(group, values), value, tries, cost))
     sign = 1 if goal.lower_is_better else -1
     standings.sort(key=lambda standing: (sign * standing.value.mean, standing.group.label))
-    return Verdict(axis, budget, target, tuple(standings), *_certainty(standings, goal))
+    certainty = (_unequal(standings, paid) if at_ends else None) or _certainty(standings, goal)
+    return Verdict(axis, budget, target, tuple(standings), *certainty)
 
 
 def _paid(run: Run, axis: Axis, goal: Goal) -> list[tuple[float, float]]:
@@ -155,20 +166,30 @@ def _by_seed(group: Group, values: Sequence[float | None]) -> dict[str, float]:
     return {seed: fmean(members) for seed, members in found.items()}
 
 
-def _target(groups: Sequence[Group], goal: Goal) -> float | None:
-    """The least of what the groups reach on the mean, if none of them started there."""
-    reached = [best.mean for group in groups if (best := goal.best(group)) is not None]
+def _target(runs: Sequence[Sequence[tuple[float, float]]], goal: Goal) -> float | None:
+    """The best of the worst run, which all reach, if none of them started there."""
+    reached = [run[-1][1] for run in runs]
     target = max(reached) if goal.lower_is_better else min(reached)
-    starts = [next(iter(goal.best_so_far(run).values())) for group in groups for run in group.runs]
-    return target if all(goal.beats(target, start) for start in starts) else None
+    return target if all(goal.beats(target, run[0][1]) for run in runs) else None
 
 
 def _cost_to(target: float | None, runs: Sequence[Sequence[tuple[float, float]]], goal: Goal) -> float | None:
     if target is None:
         return None
-    costs = [next((cost for cost, value in run if not goal.beats(target, value)), None) for run in runs]
-    known = [cost for cost in costs if cost is not None]
-    return sum(known) / len(known) if len(known) == len(costs) else None
+    return fmean(next(cost for cost, value in run if not goal.beats(target, value)) for run in runs)
+
+
+def _unequal(
+    standings: Sequence[Standing], paid: Mapping[str, Sequence[Sequence[tuple[float, float]]]]
+) -> tuple[str, str] | None:
+    """What is known at the ends only: whether the best has paid more there than another."""
+    ends = {s.group.label: [costs[-1][0] for costs in paid[s.group.label]] for s in standings}
+    first, *others = ends
+    cheaper = [label for label in others if max(ends[first]) > _EQUAL * min(ends[label])]
+    if not cheaper:
+        return None
+    much = f"{first} has paid {short(max(ends[first]))}, more than {_and(cheaper)}"
+    return "unequal costs", f"{much}: what the latter would reach for as much is not known"
 
 
 def _certainty(standings: Sequence[Standing], goal: Goal) -> tuple[str, str]:
@@ -177,15 +198,26 @@ def _certainty(standings: Sequence[Standing], goal: Goal) -> tuple[str, str]:
     first, second = standings[:2]
     if first.value.mean == second.value.mean:
         return "tie", f"{first.group.label} and {second.group.label} reach the same mean"
-    single = [s.group.label for s in (first, second) if len(s.group.seeds) < 2]
+    single = [s.group.label for s in (first, second) if len(s.by_seed) < 2]
     if single:
         return "one seed only", f"{_and(single)}: one seed, so nothing is known of the noise"
     worst = goal.worst_of(first.value)
     overlapping = [s.group.label for s in standings[1:] if not goal.beats(worst, goal.best_of(s.value))]
     if overlapping:
         return "within the seeds' band", f"the worst seed does not beat the best seed of {_and(overlapping)}"
-    counts = _and(sorted({str(len(s.group.seeds)) for s in standings}))
-    return "clear", f"its worst seed ({short(worst)}) beats every seed of the others ({counts} seeds each)"
+    counts = _and(sorted({str(len(s.by_seed)) for s in standings}))
+    parted = f"its worst seed ({short(worst)}) beats every seed of the others ({counts} seeds each)"
+    if failed := [f"{s.group.label} ({s.group.num_seeds})" for s in standings if s.group.failed]:
+        return "failed seeds", f"{parted}, but some seeds failed: {_and(failed)} are left"
+    chance = max(chance_of_separation(len(first.by_seed), len(s.by_seed)) for s in standings[1:])
+    if chance > _RARE:
+        return "separate, few seeds", f"{parted}, which of two equal groups one does by chance in {chance:.0%} of cases"
+    return "clear", f"{parted}: by chance {chance:.1%}"
+
+
+def chance_of_separation(n: int, m: int) -> float:
+    """Of groups of n and m seeds of one distribution, that all of one beat all of the other: 2 n! m! / (n + m)!."""
+    return 2 / comb(n + m, n)
 
 
 def _and(items: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """JAGUAR's probes: signs on a random support: one coordinate, an entry, a row, a block, whole tensors."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -268,5 +269,5 @@ def check_share(name: str, value: float) -> float:
 
 
 def portion(share: float, n: int) -> int:
-    """That share of n, at least 1."""
-    return max(1, int(share * n))
+    """floor(share * n), at least 1; what rounding alone keeps below a whole number, as 0.29 * 100, is that number."""
+    return max(1, math.floor(share * n + 1e-9))
