@@ -18,7 +18,7 @@ _WHAT = "Which method is better per forward equivalent, per second and per devic
 _SHOWN = 3  # names in a title
 
 
-def compare_command(argv: Sequence[str] | None = None) -> int:
+def compare_command(argv: Sequence[str]) -> int:
     """`zoscale compare NAME... [--metric M] [--uri URI] [--out FOLDER] [--json] [--no-log | --no-report]`.
 
     Returns:
