@@ -13,6 +13,7 @@ import reference as ref
 import torch
 from torch import Tensor, nn
 
+from zoscale.config.sections import Master
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate, OneSided, TwoPoint
 from zoscale.forward.sequential import perturbed
 from zoscale.mesh import Mesh
@@ -52,7 +53,7 @@ from zoscale.probes import (
     Tensors,
     pieces,
 )
-from zoscale.shards import CHUNK, Master, ShardedParam, TensorSpec, shard_parameters
+from zoscale.shards import CHUNK, ShardedParam, TensorSpec, shard_parameters
 
 torch.set_num_threads(1)
 

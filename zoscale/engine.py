@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from accelerate import Accelerator
@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapters.selection import Selection
+from zoscale.config.sections import CompileName, ForwardName, Master, NoiseBackend
 from zoscale.estimators import ESTIMATORS, Estimator
 from zoscale.fingerprint import check_replicas
-from zoscale.forward.choice import ForwardName, choose_forward
-from zoscale.forward.compilation import CompileName
+from zoscale.forward.choice import choose_forward
 from zoscale.forward.sequential import Forward
 from zoscale.mesh import Mesh
 from zoscale.noise.generator import Noise
@@ -23,11 +23,10 @@ from zoscale.optim.checks import check_choice
 from zoscale.placement import place
 from zoscale.probes import PROBES, Probe
 from zoscale.rehearsal import Rehearsal
-from zoscale.shards import Master, ShardedParam, shard_parameters, trainable_specs
+from zoscale.shards import ShardedParam, shard_parameters, trainable_specs
 from zoscale.step import Engine
 
 OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ShardedOptimizer]
-NoiseBackend = Literal["auto", "eager", "compiled"]
 
 _COMPILE_ABOVE = 2**20  # trainable elements from which a compiled generator pays for its compilation on a CPU
 

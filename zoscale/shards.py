@@ -4,14 +4,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from zoscale.config.sections import Master
 from zoscale.noise.segments import Segment
-
-Master = Literal["fp32", "none", "stochastic"]
 
 CHUNK = 2**20
 """Elements handled at once: bounds the temporaries of perturbing and updating (a few fp32 buffers of this size)."""

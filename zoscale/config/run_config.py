@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from zoscale.config.command_line import help_text, read_command_line
 from zoscale.config.merging import Given, Schema, Tables
@@ -26,6 +26,7 @@ from zoscale.config.sections import (
     CheckpointConfig,
     DataConfig,
     ForwardConfig,
+    Master,
     MeshConfig,
     ModelConfig,
     RuntimeConfig,
@@ -86,7 +87,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: dict[str, Any] | None = field(default_factory=dict)
     trainable: str | None = None
-    master: Literal["fp32", "none", "stochastic"] = "fp32"
+    master: Master = "fp32"
     objective: str = "classification"
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
