@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from zoscale.comparison.groups import AXES, Group, differences, evaluations, group_runs
+from zoscale.comparison.groups import AXES, Group, differences, evaluations, group_runs, last_value
 from zoscale.comparison.numbers import Spread
 from zoscale.comparison.runs import Run
 from zoscale.comparison.verdict import Goal, Verdict, judge
@@ -128,7 +128,7 @@ def _chosen(run: Run, metric: str) -> float | None:
     """`best` is there only if the best weights were not the last."""
     for when in ("best", "final"):
         if series := run.metrics.get(f"validation/{when}/{metric}"):
-            return series[max(series)]
+            return last_value(series)
     return None
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
 
-from zoscale.comparison.groups import Axis, Group, evaluations
+from zoscale.comparison.groups import Axis, Group, evaluations, last_value
 from zoscale.comparison.numbers import Spread, short
 from zoscale.comparison.runs import Run
 
@@ -40,7 +40,7 @@ class Goal:
 
     def best(self, group: Group) -> Spread | None:
         """The best value of each run."""
-        return Spread.of(_final(self.best_so_far(run)) for run in group.runs)
+        return Spread.of(last_value(self.best_so_far(run)) for run in group.runs)
 
     def worst_of(self, spread: Spread) -> float:
         """The worse end of the runs."""
@@ -190,7 +190,3 @@ def _certainty(standings: Sequence[Standing], goal: Goal) -> tuple[str, str]:
 
 def _and(items: Sequence[str]) -> str:
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
-
-
-def _final(series: dict[int, float]) -> float | None:
-    return list(series.values())[-1] if series else None
