@@ -12,12 +12,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from zoscale.cli import guarded
@@ -32,25 +30,6 @@ from zoscale.shards import ShardedParam
 
 OPT_125M: dict[str, Any] = {"model_type": "opt"}
 ADAPTER = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor")
-
-
-class Traffic:
-    """Collectives and the bytes of their outputs on this rank."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.num_bytes = 0
-        for name in COLLECTIVES:
-            setattr(dist, name, self._counted(getattr(dist, name)))
-
-    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(output: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            self.num_bytes += output.nbytes
-            return function(output, *args, **kwargs)
-
-        return counted
 
 
 def measure(config: ModelConfig, adapter: dict[str, Any] | None, repeats: int, capacity: int) -> dict[str, Any]:
@@ -79,15 +58,14 @@ def measure(config: ModelConfig, adapter: dict[str, Any] | None, repeats: int, c
         return [on_every_rank(shard) for shard in shards]
 
     def on_every_rank(shard: ShardedParam) -> Tensor:
-        whole = mesh.gather_flat(momenta[shard.spec.id].to(dtype), shard.spec.numel).view(shard.spec.shape)
-        return orthogonalize(whole).reshape(-1)[shard.offset : shard.offset + len(shard)]
+        (whole,) = mesh.gather_flats([(momenta[shard.spec.id].to(dtype), shard.spec.numel)])
+        return orthogonalize(whole.view(shard.spec.shape)).reshape(-1)[shard.offset : shard.offset + len(shard)]
 
-    traffic = Traffic()
     report: dict[str, Any] = {"world_size": mesh.world_size, "matrices": len(shards)}
     times: dict[str, list[float]] = {"owners": [], "redundant": []}
     for repeat in range(repeats + 1):
         for name, work in {"owners": owned, "redundant": redundant}.items():
-            before = traffic.calls, traffic.num_bytes
+            before = mesh.num_gathers, mesh.gathered_bytes
             mesh.barrier()
             started = time.perf_counter()
             work()
@@ -96,7 +74,7 @@ def measure(config: ModelConfig, adapter: dict[str, Any] | None, repeats: int, c
             mesh.barrier()
             if repeat > 0:  # the first one warms up
                 times[name].append(time.perf_counter() - started)
-            report[name] = {"collectives": traffic.calls - before[0], "bytes": traffic.num_bytes - before[1]}
+            report[name] = {"collectives": mesh.num_gathers - before[0], "bytes": mesh.gathered_bytes - before[1]}
     for name, taken in times.items():
         report[name]["seconds"] = statistics.median(taken)
     report["ratio"] = report["owners"]["seconds"] / report["redundant"]["seconds"]

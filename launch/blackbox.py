@@ -23,7 +23,7 @@ from torch import Tensor
 from zoscale import blackbox, provenance
 from zoscale.blackbox import ConvexSet, Simplex
 from zoscale.cli import guarded
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, at_least
 from zoscale.run_directory import write_json, write_text
 
 FIRST_TUNING_SEED = 1000
@@ -272,19 +272,17 @@ def read_command_line() -> tuple[Path, list[str], dict[str, int]]:
     """The folder of the results, the settings, and the options of all of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/blackbox"), help="folder of the results")
-    parser.add_argument("--dimension", type=int, default=100, help="d")
+    parser.add_argument("--dimension", type=at_least(2), default=100, help="d")
     parser.add_argument("--calls", type=int, default=10_000, help="oracle calls of a run; more than 4 d")
-    parser.add_argument("--seeds", type=int, default=3, help="runs per method")
-    parser.add_argument("--tuning-seeds", type=int, default=5, help="runs that choose each step size, not counted")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="runs per method")
+    parser.add_argument(
+        "--tuning-seeds", type=at_least(1), default=5, help="runs that choose each step size, not counted"
+    )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     options = vars(parser.parse_args())
     out, settings = options.pop("out"), options.pop("settings")
-    if (
-        options["dimension"] < 2
-        or min(options["seeds"], options["tuning_seeds"]) < 1
-        or options["calls"] < 4 * options["dimension"] + 2
-    ):
-        parser.error("expected --dimension >= 2, --seeds and --tuning-seeds >= 1, and --calls >= 4 * dimension + 2")
+    if options["calls"] < 4 * options["dimension"] + 2:
+        parser.error("expected --calls >= 4 * dimension + 2")
     return out, settings, options
 
 

@@ -26,7 +26,6 @@ from reproduction.study import Study
 from zoscale.cli import guarded
 from zoscale.comparison.report_run import FOLDER, log_report
 from zoscale.comparison.runs import open_experiment
-from zoscale.config import ConfigError
 from zoscale.tracking.mlflow_store import store_uri
 
 COMMANDS = {"accuracy": accuracy, "memory": memory, "sensitivity": sensitivity}
@@ -92,21 +91,21 @@ def log(study: Study, command: str, report: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Run what is not finished, and write the report; 1 if a run has failed, 2 for a mistake of the user."""
+    """Run what is not finished, and write the report; 1 if a run has failed.
+
+    Raises:
+        ConfigError: for a mistake of the user.
+    """
     given = read(argv)
     command, logs = COMMANDS[given.command], given.out / "logs"
-    try:
-        study = Study.of(given)
-        runner = Runner(study.launch, study.jobs, logs)
-        if not given.report:
-            command.run(study, runner)
-        given.out.mkdir(parents=True, exist_ok=True)
-        path = command.report(study, logs)
-        print(f"report: {path}")
-        print(log(study, given.command, path))
-    except ConfigError as error:
-        print(f"launch/reproduce.py: error: {error}", file=sys.stderr)
-        return 2
+    study = Study.of(given)
+    runner = Runner(study.launch, study.jobs, logs)
+    if not given.report:
+        command.run(study, runner)
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = command.report(study, logs)
+    print(f"report: {path}")
+    print(log(study, given.command, path))
     if runner.failed:
         print(f"{len(runner.failed)} runs have failed; what they printed is in {logs}", file=sys.stderr)
     return 1 if runner.failed else 0

@@ -53,10 +53,9 @@ def play(config: RunConfig, made: Plan, folder: Path, *, sharded: bool) -> None:
     metrics = evaluate(engine.answers, validation, engine.mesh, made.task.metrics, generator=generator).flat()
     texts = [generator.texts(batch) for batch in validation] if generator else []
     save_trained(engine, folder / "trained")
-    gather = engine.mesh.gather_flat
-    weights = {
-        s.spec.name: gather(s.truth.contiguous(), s.spec.numel).view(s.spec.shape).clone() for s in engine.shards
-    }
+    gather = engine.mesh.gather_flats
+    wholes = {s.spec: gather([(s.truth.contiguous(), s.spec.numel)])[0] for s in engine.shards}
+    weights = {spec.name: whole.view(spec.shape).clone() for spec, whole in wholes.items()}
     if engine.mesh.is_main:
         save_file(weights, folder / "weights.safetensors")
         report = {"losses": losses, "metrics": metrics, "texts": texts, "forward": type(engine.forward).__name__}

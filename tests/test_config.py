@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zoscale import methods, provenance
+from zoscale import cli, methods, provenance
 from zoscale.config import (
     CheckpointConfig,
     ConfigError,
@@ -33,9 +33,7 @@ from zoscale.config import (
     TrackingConfig,
     TrainConfig,
     build,
-    check_adapter,
     parse,
-    parse_or_exit,
     validate,
 )
 from zoscale.config.strict_yaml import dump_yaml, load_yaml
@@ -529,16 +527,9 @@ def test_a_file_that_is_no_text_is_refused_and_an_empty_one_is_fine(tmp_path: Pa
     assert read("--config", str(path)) == read()
 
 
-def test_adapter_keys_are_checked_against_the_fields_of_the_library() -> None:
-    check_adapter(None, [])
-    check_adapter({"r": 1}, ["r", "lora_alpha"])
-    with pytest.raises(ConfigError, match=r"adapter\.lora_alfa: did you mean adapter\.lora_alpha"):
-        check_adapter({"lora_alfa": 1}, ["r", "lora_alpha"])
-
-
-def test_parse_or_exit_prints_one_line_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_prints_one_line_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:  # of two mistakes, the unknown key
-        parse_or_exit(["sed=1", "optimizer.name=zosgd"], TABLES, DEFAULTS, command="zoscale train")
+        cli.train(["sed=1", "optimizer.name=zosgd"])
     err = capsys.readouterr().err
     assert caught.value.code == 2
     assert err.count("\n") == 1

@@ -80,6 +80,15 @@ def test_tracking(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "does not take runs" in wrong("tracking", Setup(tmp_path, "sqlite:////proc/nowhere/mlflow.db"))
 
 
+def test_a_store_whose_error_says_nothing(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Path) -> None:
+        raise AssertionError
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(doctor, "_write_sqlite", fails)
+    assert "does not take runs: AssertionError -> start the server" in wrong("tracking", setup)
+
+
 def test_compiler_is_missing(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from zoscale.config.sections import Master
 from zoscale.data.batch import MicroBatch
 from zoscale.data.prefixes import Row
 from zoscale.engine import ZeroOrderEngine
@@ -33,7 +34,7 @@ from zoscale.noise.segments import Segment
 from zoscale.objectives import classification, language_modeling
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD
 from zoscale.probes import PROBES, Block, Coordinate, Direction, Entry, Gaussian, Piece, Probe, Rademacher, Tensors
-from zoscale.shards import Master, ShardedParam, shard_parameters, trainable_specs
+from zoscale.shards import ShardedParam, shard_parameters, trainable_specs
 
 torch.set_num_threads(1)
 

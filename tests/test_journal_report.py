@@ -20,9 +20,9 @@ import pytest
 from processes import ROOT, environment
 from test_journal import HEADER, INF, NAN, NUM_STEPS, RECORDS, START, record, write
 
+from zoscale import cli
 from zoscale.recovery.journal import Journal, JournalWriter
 from zoscale.recovery.journal_format import Header, Record
-from zoscale.recovery.journal_report import journal_command
 
 Call = Callable[..., str]
 FULL = {
@@ -38,7 +38,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """The output of the command, which must succeed."""
 
     def call_(*arguments: object) -> str:
-        assert journal_command([*map(str, arguments)]) == 0
+        assert cli.main(["journal", *map(str, arguments)]) == 0
         out, err = capsys.readouterr()
         assert err == ""
         return out
@@ -51,7 +51,9 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Call:
     """What the command says against its arguments: one line, no traceback, nothing on stdout."""
 
     def refused_(*arguments: object) -> str:
-        assert journal_command([*map(str, arguments)]) == 2
+        with pytest.raises(SystemExit) as end:
+            cli.main(["journal", *map(str, arguments)])
+        assert end.value.code == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("zoscale journal: error: expected ") and err.count("\n") == 1
         return err
@@ -297,7 +299,7 @@ def test_a_picture_that_cannot_be_made_is_an_error(
     some(run_dir / "empty", [])
     assert "at least one step" in refused(run_dir / "empty", "--plot", run_dir / "a.png")
     assert not (run_dir / "a.png").exists()
-    assert journal_command([str(run_dir), "--plot", str(run_dir / "nowhere" / "a.png")]) == 2
+    assert cli.main(["journal", str(run_dir), "--plot", str(run_dir / "nowhere" / "a.png")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("zoscale journal: error: ") and "nowhere" in err and err.count("\n") == 1
 
@@ -319,7 +321,6 @@ def test_a_bad_path_or_file_is_one_line_on_stderr(refused: Call, run_dir: Path, 
     assert "nowhere" in refused(tmp_path / "nowhere")
     assert "journal.bin" in refused("/dev/null"), "a device may be endless"
     assert "check the path" in refused("a\0b")
-    assert "at least 0" in refused(run_dir, "--last", -1)
     path = run_dir / "journal.bin"
     content = path.read_bytes()
     path.write_bytes(content[: START + 200] + b"\0\0\0" + content[START + 200 :])
@@ -329,9 +330,9 @@ def test_a_bad_path_or_file_is_one_line_on_stderr(refused: Call, run_dir: Path, 
 
 
 def test_a_bad_option_ends_with_status_2(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], [str(run_dir), "--last", "x"], [str(run_dir), "--lost"]):
+    for arguments in ([], [str(run_dir), "--last", "x"], [str(run_dir), "--last", "-1"], [str(run_dir), "--lost"]):
         with pytest.raises(SystemExit) as caught:
-            journal_command(arguments)
+            cli.main(["journal", *arguments])
         assert caught.value.code == 2
         assert "zoscale journal: error: " in capsys.readouterr().err
 
@@ -340,10 +341,9 @@ def test_a_bad_option_ends_with_status_2(run_dir: Path, capsys: pytest.CaptureFi
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, num_steps: int) -> None:
     """`zoscale journal RUN --json | head -0`, with less and with more than a buffer of output."""
     some(tmp_path / "j", [constant(step, 0.5) for step in range(num_steps)])
-    code = "import sys; from zoscale.recovery.journal_report import journal_command; sys.exit(journal_command())"
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-c", code, str(tmp_path / "j"), "--json"]
+    command = [sys.executable, "-m", "zoscale", "journal", str(tmp_path / "j"), "--json"]
     env = environment(PYTHONUNBUFFERED="")
     done = subprocess.run(command, cwd=ROOT, env=env, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)

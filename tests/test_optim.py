@@ -13,6 +13,7 @@ import reference as ref
 import torch
 from torch import Tensor, nn
 
+from zoscale.config.sections import Master
 from zoscale.estimators import ESTIMATORS, Estimator, GradientEstimate, OneSided, TwoPoint
 from zoscale.forward.sequential import perturbed
 from zoscale.mesh import Mesh
@@ -52,7 +53,7 @@ from zoscale.probes import (
     Tensors,
     pieces,
 )
-from zoscale.shards import CHUNK, Master, ShardedParam, TensorSpec, shard_parameters
+from zoscale.shards import CHUNK, ShardedParam, TensorSpec, shard_parameters
 
 torch.set_num_threads(1)
 
@@ -850,8 +851,9 @@ def test_cubic_converges_to_one() -> None:
     )
     hard = with_singular_values((12, 6), np.geomspace(1.0, 1e-3, 6))
     assert float(torch.linalg.svdvals(orthogonalize(hard, iteration="cubic")).min()) < 0.9, "10 iterations are too few"
-    values = torch.linalg.svdvals(orthogonalize(hard, iteration="cubic", num_iterations=40))
-    torch.testing.assert_close(values, torch.ones(6), atol=1e-4, rtol=0)
+    for _ in range(4):
+        hard = orthogonalize(hard, iteration="cubic")
+    torch.testing.assert_close(torch.linalg.svdvals(hard), torch.ones(6), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("iteration", ["quintic", "cubic"])

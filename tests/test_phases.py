@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_weight_fan import model_of
 
+from zoscale.config.sections import ForwardName
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Estimator, ForwardGrad, OneSided
-from zoscale.forward.choice import ForwardName
 from zoscale.phases import PHASES, HostMark, PhaseTimer, timed
 from zoscale.run_meters import RunMeters
 

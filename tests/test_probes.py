@@ -29,12 +29,11 @@ from zoscale.probes import (
     Probe,
     Rademacher,
     Row,
-    Signs,
     Subspace,
     Tensors,
     pieces,
 )
-from zoscale.probes.jaguar import portion
+from zoscale.probes.jaguar import Signs, portion
 from zoscale.shards import CHUNK, ShardedParam, TensorSpec
 
 torch.set_num_threads(1)

@@ -152,7 +152,7 @@ def test_another_base_model_is_refused(runs: dict[str, Path], tmp_path: Path) ->
 
 def test_mistakes(runs: dict[str, Path], tmp_path: Path) -> None:
     assert "--until from 0 to 15" in replay(str(runs["sign"]), "--until", "16", expect=2)
-    assert "expected a journal at" in replay(str(tmp_path), expect=2)
+    assert "expected a run directory with journal.bin" in replay(str(tmp_path), expect=2)
     (tmp_path / "file").write_text("")
     text = replay(str(runs["sign"]), "--out", str(tmp_path / "file"), expect=2)
     assert "File exists" in text and "replayed" not in text, "told before the work"

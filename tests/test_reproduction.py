@@ -354,14 +354,13 @@ def test_runs_that_fail_are_a_status(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("lrs:\n", "lrs: [\n", "valid YAML"),
     ],
 )
-def test_mistakes_in_a_preset_are_told(
-    old: str, new: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_in_a_preset_are_told(old: str, new: str, message: str, tmp_path: Path) -> None:
     text = (PRESETS / "small.yaml").read_text()
     assert old in text
     (tmp_path / "own.yaml").write_text(text.replace(old, new, 1))
-    assert reproduce.main(["accuracy", "--preset", f"{tmp_path}/own.yaml", "--out", f"{tmp_path}/o", "--report"]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError) as caught:
+        reproduce.main(["accuracy", "--preset", f"{tmp_path}/own.yaml", "--out", f"{tmp_path}/o", "--report"])
+    assert message in str(caught.value)
 
 
 def test_a_failure_is_reported_and_an_interrupt_ends_the_commands(

@@ -278,6 +278,7 @@ def test_a_model_without_a_position_for_a_token_is_refused() -> None:
     [
         ({"peft_type": "vera"}, None, "adapter.peft_type lora, prefix_tuning"),
         ({"peft_type": "ia3", "r": 8}, None, "a field of peft.IA3Config, got adapter.r"),
+        ({"lora_alfa": 1}, None, "got adapter.lora_alfa: did you mean adapter.lora_alpha"),
         ({"peft_type": "prefix_tuning", "prefix_projection": True}, None, "prefix_projection false"),
         ({"peft_type": "prompt_tuning", "num_virtual_tokens": 0}, None, "num_virtual_tokens of at least 1, got 0"),
         ({"peft_type": "prefix_tuning", "num_virtual_tokens": "x"}, None, "num_virtual_tokens to be int, got 'x'"),

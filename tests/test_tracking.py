@@ -68,8 +68,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_everything_arrives_in_sqlite(store: Path, tmp_path: Path) -> None:
     run_dir = store / "one"
-    wide = {f"p{i}": i for i in range(230)}
-    params = {"optim": {"lr": 1e-6, "names": "x" * 7000, "empty": {}}, "none": None, "": "", "wide": wide}
+    wide = {f"wide.p{i}": i for i in range(230)}
+    params = {"optim.lr": 1e-6, "optim.names": "x" * 7000, "optim.empty": "{}", "none": None, "": "", **wide}
     (tmp_path / "plot.txt").write_text("plot")
     (tmp_path / "adapter" / "deep").mkdir(parents=True)
     (tmp_path / "adapter" / "deep" / "a.bin").write_bytes(b"a")

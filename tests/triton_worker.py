@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import zoscale.shards
 from zoscale import rehearsal
+from zoscale.config.sections import Master
 from zoscale.engine import ZeroOrderEngine
 from zoscale.estimators import Candidate, GradientEstimate, OneSided, TwoPoint
 from zoscale.forward import lora_fan
@@ -30,7 +31,7 @@ from zoscale.noise.streams import Distribution, Mask, Stream
 from zoscale.noise.sums import Sum
 from zoscale.optim import ZOSGD, JaguarMuon, JaguarSignSGD, ZOAdam
 from zoscale.probes import Block, Gaussian, Layers, Probe, Rademacher, Tensors
-from zoscale.shards import Master, ShardedParam, TensorSpec, shard_parameters
+from zoscale.shards import ShardedParam, TensorSpec, shard_parameters
 from zoscale.step import micro_batches
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

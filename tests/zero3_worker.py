@@ -119,8 +119,9 @@ def started(engine: Engine, scale: float = 0.1) -> Engine:
 
 def weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Whole truth tensors, on every rank."""
-    gather = engine.mesh.gather_flat
-    return {s.spec.name: gather(s.truth.contiguous(), s.spec.numel).view(s.spec.shape).clone() for s in engine.shards}
+    gather = engine.mesh.gather_flats
+    wholes = {s.spec: gather([(s.truth.contiguous(), s.spec.numel)])[0] for s in engine.shards}
+    return {spec.name: whole.view(spec.shape).clone() for spec, whole in wholes.items()}
 
 
 def trajectory(engine: Engine, scenario: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: `zoscale COMMAND ...`, one function per command."""
+"""The command line: `zoscale COMMAND ...`."""
 
 import atexit
 import errno
@@ -9,9 +9,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from typing import NoReturn
 
-from zoscale.config import ConfigError, exit_with, parse_or_exit
+from zoscale.config import ConfigError, parse
 
 EX_IOERR = 74
 _DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}
@@ -57,7 +58,10 @@ def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") 
     from zoscale.methods import DEFAULTS, TABLES
 
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not _LOCAL_RANK.fullmatch(word)]
-    config = parse_or_exit(words, TABLES, DEFAULTS, command=command)
+    try:
+        config = parse(words, TABLES, DEFAULTS, command=command)
+    except ConfigError as error:
+        _exit_with(error, command)
     from zoscale.fingerprint import Diverged
     from zoscale.preemption import REQUEUE, Preempted
     from zoscale.run import run
@@ -65,7 +69,7 @@ def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") 
     try:
         run(config)
     except ConfigError as error:
-        exit_with(error, command)
+        _exit_with(error, command)
     except Preempted as stopped:
         return _end(command, stopped, REQUEUE)
     except (FloatingPointError, Diverged) as error:
@@ -93,79 +97,36 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+def _exit_with(error: ConfigError, command: str) -> NoReturn:
+    """Print `error` as the user's mistake and exit with status 2."""
+    print(f"{command}: error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def _end(command: str, what: object, status: int) -> int:
     notes = getattr(what, "__notes__", [])
     print(f"{command}: rank {os.environ.get('RANK', 0)}: {' '.join([str(what), *notes])}", file=sys.stderr)
     return status
 
 
-def submit(argv: Sequence[str]) -> int:
-    """`zoscale submit`."""
-    from zoscale.submit import submit_command
-
-    return submit_command(argv)
-
-
-def evaluate(argv: Sequence[str]) -> int:
-    """`zoscale evaluate`."""
-    from zoscale.evaluation_job import evaluate_command
-
-    return evaluate_command(argv)
-
-
-def doctor(argv: Sequence[str]) -> int:
-    """`zoscale doctor`."""
-    from zoscale.doctor import doctor_command
-
-    return doctor_command(argv)
-
-
-def plan(argv: Sequence[str]) -> int:
-    """`zoscale plan`."""
-    from zoscale.plan.report import plan_command
-
-    return plan_command(argv)
-
-
-def export(argv: Sequence[str]) -> int:
-    """`zoscale export`."""
-    from zoscale.release.publish import export_command
-
-    return export_command(argv)
-
-
-def replay(argv: Sequence[str]) -> int:
-    """`zoscale replay`."""
-    from zoscale.recovery.replay import replay_command
-
-    return replay_command(argv)
-
-
-def journal(argv: Sequence[str]) -> int:
-    """`zoscale journal`."""
-    from zoscale.recovery.journal_report import journal_command
-
-    return journal_command(argv)
-
-
-def compare(argv: Sequence[str]) -> int:
-    """`zoscale compare`."""
-    from zoscale.comparison.command import compare_command
-
-    return compare_command(argv)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train,
-    "submit": submit,
-    "evaluate": evaluate,
-    "compare": compare,
-    "export": export,
-    "replay": replay,
-    "journal": journal,
-    "plan": plan,
-    "doctor": doctor,
+COMMANDS = {
+    "train": "zoscale.cli:train",
+    "submit": "zoscale.submit:submit_command",
+    "evaluate": "zoscale.evaluation_job:evaluate_command",
+    "compare": "zoscale.comparison.command:compare_command",
+    "export": "zoscale.release.publish:export_command",
+    "replay": "zoscale.recovery.replay:replay_command",
+    "journal": "zoscale.recovery.journal_report:journal_command",
+    "plan": "zoscale.plan.report:plan_command",
+    "doctor": "zoscale.doctor:doctor_command",
 }
+"""`module:function` of each, imported when it is called: what others need takes seconds."""
+
+
+def _call(name: str, words: Sequence[str]) -> int | None:
+    module, _, function = COMMANDS[name].partition(":")
+    status: int | None = getattr(import_module(module), function)(words)
+    return status
 
 
 def _version() -> str:
@@ -190,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = f"{near}see zoscale --help"
         print(f"zoscale: error: expected one of {', '.join(COMMANDS)}, {got}: {remedy}", file=sys.stderr)
         return 2
-    return guarded(f"zoscale {name}", lambda: COMMANDS[name](rest), rest if name != "train" else ())
+    return guarded(f"zoscale {name}", lambda: _call(name, rest), rest if name != "train" else ())
 
 
 def guarded(command: str, work: Callable[[], int | None], words: Sequence[str]) -> int:
@@ -208,7 +169,7 @@ def guarded(command: str, work: Callable[[], int | None], words: Sequence[str]) 
                 raise ConfigError("no blank words", got, "give the value, or leave the option out")
         return work() or 0
     except ConfigError as error:
-        exit_with(error, command)
+        _exit_with(error, command)
     except OSError as error:
         remedy, status = _remedy(error)
         return _end(f"{command}: error", f"{error}{remedy}", status)

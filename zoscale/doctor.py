@@ -20,6 +20,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from zoscale.config import first_line
 from zoscale.local_job import cause_of, command_of, run_here
 from zoscale.noise.generator import Key, Noise, Range
 from zoscale.noise.kernels import kernels_on
@@ -151,7 +152,7 @@ def check_tracking(setup: Setup) -> Finding:
             with short_waits():
                 MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow and its stores raise any type
-        reason = shown(str(error)).strip().splitlines()[0][:200]
+        reason = shown(first_line(error))[:200]
         return Finding(f"{shown(uri)} does not take runs: {reason}", remedy)
     return Finding(shown(uri))
 

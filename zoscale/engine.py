@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 from accelerate import Accelerator
@@ -10,23 +10,23 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zoscale.adapters.selection import Selection
+from zoscale.config.sections import CompileName, ForwardName, Master, NoiseBackend
 from zoscale.estimators import ESTIMATORS, Estimator
 from zoscale.fingerprint import check_replicas
-from zoscale.forward.choice import ForwardName, choose_forward
-from zoscale.forward.compilation import CompileName
+from zoscale.forward.choice import choose_forward
 from zoscale.forward.sequential import Forward
 from zoscale.mesh import Mesh
 from zoscale.noise.generator import Noise
 from zoscale.objectives import Objective, language_modeling
 from zoscale.optim import JaguarSignSGD, ShardedOptimizer
+from zoscale.optim.checks import check_choice
 from zoscale.placement import place
 from zoscale.probes import PROBES, Probe
 from zoscale.rehearsal import Rehearsal
-from zoscale.shards import Master, ShardedParam, shard_parameters, trainable_specs
+from zoscale.shards import ShardedParam, shard_parameters, trainable_specs
 from zoscale.step import Engine
 
 OptimizerFactory = Callable[[Sequence[ShardedParam], Mesh], ShardedOptimizer]
-NoiseBackend = Literal["auto", "eager", "compiled"]
 
 _COMPILE_ABOVE = 2**20  # trainable elements from which a compiled generator pays for its compilation on a CPU
 
@@ -79,10 +79,10 @@ class ZeroOrderEngine(Engine):
         candidate_parts: int = 1,
         selection: Selection | None = None,
     ) -> None:
-        _check_value("master", master, Master)
-        _check_value("noise", noise, NoiseBackend)
-        _check_value("forward", forward, ForwardName)
-        _check_value("compile", compile, CompileName)
+        check_choice("master", master, get_args(Master))
+        check_choice("noise", noise, get_args(NoiseBackend))
+        check_choice("forward", forward, get_args(ForwardName))
+        check_choice("compile", compile, get_args(CompileName))
         module, mesh = place(model, accelerator)
         shards = shard_parameters(model, master=master)
         rule = optimizer(shards, mesh)
@@ -118,11 +118,6 @@ class ZeroOrderEngine(Engine):
         for shard in old.values():
             shard.release()
         self.forward = self._new_forward()
-
-
-def _check_value(option: str, value: str, values: Any) -> None:
-    if value not in get_args(values):
-        raise ValueError(f"expected {option} to be one of {', '.join(get_args(values))}, got {value!r}")
 
 
 def is_compiled(noise: NoiseBackend, num_trainable: int, device: torch.device) -> bool:

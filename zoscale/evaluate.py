@@ -14,6 +14,7 @@ from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
 from zoscale.objectives import (
     Objective,
+    by_example,
     chosen_texts,
     classification,
     language_modeling,
@@ -115,14 +116,8 @@ def _check_shared(batches: Sequence[MicroBatch], metrics: Sequence[str]) -> None
 
 
 def _scored(logprobs: Tensor, batch: MicroBatch) -> Scored:
-    scores: list[list[float]] = [[] for _ in range(batch.num_examples)]
-    gold = [0] * batch.num_examples
-    columns = (batch.option_example, batch.option_is_gold, option_scores(logprobs, batch))
-    for example, is_gold, score_ in zip(*(column.tolist() for column in columns), strict=True):
-        if is_gold:
-            gold[example] = len(scores[example])
-        scores[example].append(score_)
-    return list(zip(scores, gold, strict=True))
+    gold = [own.index(True) for own in by_example(batch.option_is_gold, batch)]
+    return list(zip(by_example(option_scores(logprobs, batch), batch), gold, strict=True))
 
 
 def _sums(

@@ -63,7 +63,7 @@ class Lanes:
             for follower in others:
                 stack.callback(follower.end)
             for station in self._stations:
-                stack.callback(station.register_forward_pre_hook(_turn(others)).remove)  # after ZeRO-3's, which gathers
+                stack.enter_context(station.register_forward_pre_hook(_turn(others)))  # after ZeRO-3's, which gathers
             stack.callback(_LANE.reset, _LANE.set(0))
             first = passes[0]()
             return [first, *(follower.finish() for follower in others)]

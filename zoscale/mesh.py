@@ -106,10 +106,6 @@ class Mesh:
         self.stop_agreed = bool(whole[0, -1].any())
         return whole[:, :-1].flatten(1)[:, :num_items]
 
-    def gather_flat(self, local: Tensor, numel: int) -> Tensor:
-        """The whole flat tensor from the slices of the shard group: see `gather_flats`."""
-        return self.gather_flats([(local, numel)])[0]
-
     def gather_flats(self, slices: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
         """Whole flat tensors from the slices of the shard group, in one collective.
 

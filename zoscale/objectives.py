@@ -32,6 +32,14 @@ def option_scores(logprobs: Tensor, batch: MicroBatch) -> Tensor:
     return sums_by(logprobs.double(), batch.answer_option, num_options) / counts
 
 
+def by_example(values: Tensor, batch: MicroBatch) -> list[list[Any]]:
+    """Values of the options, [S], as one list for each example."""
+    found: list[list[Any]] = [[] for _ in range(batch.num_examples)]
+    for example, value in zip(batch.option_example.tolist(), values.tolist(), strict=True):
+        found[example].append(value)
+    return found
+
+
 def sums_by(values: Tensor, index: Tensor, count: int) -> Tensor:
     """The sum of the values of each index: [count], the same bits whenever it is taken.
 

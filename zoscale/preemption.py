@@ -33,7 +33,6 @@ class Preempted(BaseException):
     def __init__(self, step: int | None) -> None:
         when = "between its steps" if step is None else f"after step {step}"
         super().__init__(f"told to stop {when}; the same command continues the run")
-        self.step = step
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from zoscale.config.sections import Master
 from zoscale.data.batch import MicroBatch
 from zoscale.estimators import Candidate, Estimator
 from zoscale.forward.compilation import CompiledAnswers
@@ -21,7 +22,7 @@ from zoscale.noise.streams import MANY
 from zoscale.objectives import Objective
 from zoscale.optim import ShardedOptimizer
 from zoscale.probes import Piece, Probe
-from zoscale.shards import Master, ShardedParam, shard_parameters
+from zoscale.shards import ShardedParam, shard_parameters
 
 _SHAPES = [(1024, 1024), (8, 4096), (1024,), (127, 131), (16411,), (31, 33), (1021,)]
 """First a whole chunk: the compiler sees that threads pay. Then few rows, of which one is a large share. Even and odd

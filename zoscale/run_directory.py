@@ -174,7 +174,8 @@ def _lock(folder: Path) -> int:
         return descriptor
 
 
-_FIRST, _LAST = {"summary.json": 0, "journal.bin": 1}, {"evaluations.jsonl": 3, "config.yaml": 4}
+_TURNS = {"summary.json": 0, "journal.bin": 1, "evaluations.jsonl": 3, "config.yaml": 4}
+"""Of what is removed; everything else goes between, at 2."""
 
 
 def _empty(folder: Path) -> None:
@@ -182,7 +183,7 @@ def _empty(folder: Path) -> None:
 
     Evaluations without a journal say so, and go last.
     """
-    for path in sorted(folder.iterdir(), key=lambda path: (_FIRST | _LAST).get(path.name, 2)):
+    for path in sorted(folder.iterdir(), key=lambda path: _TURNS.get(path.name, 2)):
         if path.name == ".lock":
             continue
         if path.is_dir() and not path.is_symlink():

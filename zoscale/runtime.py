@@ -1,5 +1,6 @@
 """Starting the processes: DeepSpeed ZeRO-3 without an optimizer, through Accelerate, on GPUs or CPUs."""
 
+import copy
 import ctypes
 import json
 import os
@@ -72,7 +73,7 @@ def read_deepspeed_config(path: str | Path | None) -> dict[str, Any]:
     """
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if path is None else path
     if str(path) == "none":
-        default: dict[str, Any] = json.loads(json.dumps(ZERO3))
+        default = copy.deepcopy(ZERO3)
         offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
         if offload != "none":  # `accelerate launch --offload_param_device cpu`
             options = {"device": offload, "pin_memory": True}
@@ -114,7 +115,7 @@ def fill_deepspeed_config(
     Raises:
         ConfigError: if the file switches on another dtype than the run's.
     """
-    own = {key: value for key, value in json.loads(json.dumps(config)).items() if value != "auto"}
+    own = {key: copy.deepcopy(value) for key, value in config.items() if value != "auto"}
     filled: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, **own}
     for name, section in _DTYPE_SECTIONS.items():
         enabled = filled.get(section, {}).get("enabled", "auto")

@@ -13,7 +13,7 @@ from zoscale.evaluate import Evaluation, evaluate
 from zoscale.mesh import Mesh
 from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
-from zoscale.objectives import option_scores, predictions
+from zoscale.objectives import by_example, option_scores, predictions
 from zoscale.run_directory import write_text
 from zoscale.tasks import Example
 
@@ -56,9 +56,7 @@ class RecordingModel(AnswerModel):
     def answer_logprobs(self, batch: MicroBatch) -> Tensor:
         """See `AnswerModel`."""
         logprobs = super().answer_logprobs(batch)
-        scores: list[list[float]] = [[] for _ in range(batch.num_examples)]
-        for example, score in zip(batch.option_example.tolist(), option_scores(logprobs, batch).tolist(), strict=True):
-            scores[example].append(score)
+        scores = by_example(option_scores(logprobs, batch), batch)
         best = predictions(logprobs, batch).tolist()
         self.scored.append([(tuple(own), number) for own, number in zip(scores, best, strict=True)])
         return logprobs

@@ -1,17 +1,16 @@
 """`ShardedParam`: this rank's live slice of one trainable tensor. The only reader of DeepSpeed's `ds_*` attributes."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from zoscale.config.sections import Master
 from zoscale.noise.segments import Segment
-
-Master = Literal["fp32", "none", "stochastic"]
 
 CHUNK = 2**20
 """Elements handled at once: bounds the temporaries of perturbing and updating (a few fp32 buffers of this size)."""
@@ -223,13 +222,13 @@ def true_numel(param: nn.Parameter) -> int:
     return int(getattr(param, "ds_numel", param.numel()))
 
 
-def gathered(param: nn.Parameter) -> AbstractContextManager[Any]:
-    """Within, the parameter is whole on every rank, to be read only. A collective under ZeRO-3."""
-    if not hasattr(param, "ds_id"):
+def gathered(*params: nn.Parameter) -> AbstractContextManager[Any]:
+    """Within, the parameters are whole on every rank, to be read only. A collective under ZeRO-3."""
+    if not any(hasattr(param, "ds_id") for param in params):
         return nullcontext()
     import deepspeed
 
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([param], modifier_rank=None)
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(params, modifier_rank=None)
     return context
 
 
@@ -263,14 +262,9 @@ def not_gathered(shards: Sequence[ShardedParam]) -> Iterator[None]:
             param.ds_status = type(param.ds_status).NOT_AVAILABLE
 
 
-@contextmanager
-def vectors_gathered(model: nn.Module) -> Iterator[None]:
+def vectors_gathered(model: nn.Module) -> AbstractContextManager[Any]:
     """Within, the model's vectors (norms, biases) are whole on every rank, to be read only. A collective."""
-    with ExitStack() as stack:
-        for param in model.parameters():
-            if len(getattr(param, "ds_shape", param.shape)) == 1:
-                stack.enter_context(gathered(param))
-        yield
+    return gathered(*(param for param in model.parameters() if len(getattr(param, "ds_shape", param.shape)) == 1))
 
 
 def order_gathers_after_writes(module: nn.Module) -> None:

@@ -10,9 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, at_least
 
-VARIANTS = ("bare", "mezo", "sequential", "fan_out")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 PROBES_OF = {"lora": ("block",), "full": ("block", "rademacher", "gaussian")}
 """Probes that are measured with each scheme."""
@@ -90,12 +89,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probes", nargs="+", default=PROBES_OF["full"], choices=PROBES_OF["full"],
                         help="of full; lora has block only")  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--q", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--batch", type=int, default=16, help="rows per rank")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens per row")
-    parser.add_argument("--repetitions", type=int, default=5, help="timed steps of each variant")
-    parser.add_argument("--threads", type=int, help="CPU threads per rank; default: cores / ranks")
+    parser.add_argument("--ranks", nargs="+", type=at_least(1), default=[1, 2])
+    parser.add_argument("--q", nargs="+", type=at_least(1), default=[1, 4])
+    parser.add_argument("--batch", type=at_least(1), default=16, help="rows per rank")
+    parser.add_argument("--tokens", type=at_least(2), default=48, help="tokens per row")
+    parser.add_argument("--repetitions", type=at_least(1), default=5, help="timed steps of each variant")
+    parser.add_argument("--threads", type=at_least(1), help="CPU threads per rank; default: cores / ranks")
     parser.add_argument("--master", default="fp32", choices=["fp32", "none"], help="truth of the trained weights")
     parser.add_argument("--compile", default="off", choices=["off", "blocks", "cuda_graphs"],
                         help="of the engine's variants; needs --schemes lora --ranks 1")  # fmt: skip
@@ -106,18 +105,8 @@ def select(options: argparse.Namespace) -> list[Cell]:
     """All cells that the options name; on GPUs, those of as many ranks as there are.
 
     Raises:
-        ConfigError: for numbers that cannot be.
+        ConfigError: for options that do not go together.
     """
-    numbers = (
-        *options.ranks,
-        *options.q,
-        options.batch,
-        options.repetitions,
-        1 if options.threads is None else options.threads,
-    )
-    if min(numbers) < 1 or options.tokens < 2:
-        expected = "ranks, q, batch, repetitions and threads of at least 1, tokens of at least 2"
-        raise ConfigError(expected, str(min(*numbers, options.tokens)), "correct the number")
     if options.compile != "off" and (options.schemes != ["lora"] or options.ranks != [1]):
         got = f"--schemes {' '.join(options.schemes)} --ranks {' '.join(map(str, options.ranks))}"
         raise ConfigError(f"--schemes lora --ranks 1 beside --compile {options.compile}", got, "leave others out")

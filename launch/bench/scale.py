@@ -83,12 +83,12 @@ def simulate(layers: Layers, network: Network, gpus: int, group: int) -> dict[st
     }
 
 
-def curve(layers: Layers, network: Network, group: int, gpus: Sequence[int] = GPUS) -> list[dict[str, Any]]:
+def curve(layers: Layers, network: Network, group: int) -> list[dict[str, Any]]:
     """Rows for sharding over `all` GPUs and within `groups` of `group`."""
     return [
         {"sharding": name, **simulate(layers, network, number, number if name == "all" else min(group, number))}
         for name in ("all", "groups")
-        for number in gpus
+        for number in GPUS
     ]
 
 

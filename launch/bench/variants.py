@@ -34,12 +34,10 @@ class Bench:
 
     Args:
         engine: holds the model.
-        size: of the model without adapters.
         steps: by name of the variant, one step of it.
     """
 
     engine: ZeroOrderEngine
-    size: ModelSize
     steps: dict[str, Callable[[], None]]
 
 
@@ -63,7 +61,7 @@ def build(cell: Cell) -> Bench:
         "sequential": _engine_step(engine, sequential, batches),
         "fan_out": _engine_step(engine, fan_out, batches),
     }
-    return Bench(engine, size, steps)
+    return Bench(engine, steps)
 
 
 def _engine(cell: Cell, config: ModelConfig, architecture: object, size: ModelSize) -> ZeroOrderEngine:

@@ -4,7 +4,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -127,12 +127,10 @@ def uncalled(model: nn.Module) -> Iterator[list[str]]:
     above = {part for name in layers for part in _paths(name)}
     watched = {name: module for name, module in model.named_modules() if name in above}
     called, idle = set[nn.Module](), list[str]()
-    handles = [m.register_forward_pre_hook(lambda module, args: called.add(module)) for m in watched.values()]
-    try:
+    with ExitStack() as stack:
+        for module in watched.values():
+            stack.enter_context(module.register_forward_pre_hook(lambda module, args: called.add(module)))
         yield idle
-    finally:
-        for handle in handles:
-            handle.remove()
     ran = {part for name, module in watched.items() if module in called for part in _paths(name)}
     if ran:
         idle += [name for name in layers if name not in ran and not _is_one_of_many(watched, name, ran)]

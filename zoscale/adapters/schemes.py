@@ -10,7 +10,7 @@ from typing import Any, Literal, get_type_hints
 from torch import nn
 
 from zoscale.adapters.selection import Selection
-from zoscale.config import ConfigError, check_adapter, first_line, show
+from zoscale.config import ConfigError, did_you_mean, first_line, show
 from zoscale.config.schema import conforms, type_name
 
 PEFT_CONFIGS = {
@@ -55,8 +55,7 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
         raise ConfigError(f"a regular expression for trainable ({error})", repr(trainable), "correct it") from error
     if adapter is not None:
         name, options = _split(adapter)
-        library = PEFT_CONFIGS[name]
-        check_adapter(options, [field.name for field in fields(_peft_class(name))], f"peft.{library}")
+        _check_fields(_peft_class(name), options)
         _check_start(name, str(options.get("init_lora_weights")).lower())
         _check_values(_peft_class(name), options)
         for key in ("prefix_projection", "inference_mode"):
@@ -65,7 +64,7 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
         try:
             chosen = peft_config(adapter)
         except (ValueError, TypeError) as error:
-            expected = f"adapter options that peft.{library} takes"
+            expected = f"adapter options that peft.{PEFT_CONFIGS[name]} takes"
             raise ConfigError(expected, first_line(error), "correct adapter") from error
         if chosen.is_prompt_learning and not (isinstance(count := chosen.num_virtual_tokens, int) and count >= 1):
             raise ConfigError("adapter.num_virtual_tokens of at least 1", repr(count), "raise it")
@@ -76,6 +75,20 @@ def check_scheme(adapter: Mapping[str, Any] | None, trainable: str | None, num_s
     if selection is not None and num_steps and selection.last_step >= num_steps:
         got = f"step {selection.last_step} (adapter.warmup_steps, expansions x expand_every)"
         raise ConfigError(f"the last choice of adapters before train.steps={num_steps}", got, "choose earlier")
+
+
+def _check_fields(peft_class: Any, options: Mapping[str, Any]) -> None:
+    """Refuse options that PEFT's class has no field for.
+
+    Raises:
+        ConfigError: what was expected.
+    """
+    library = f"peft.{peft_class.__name__}"
+    known = [f"adapter.{field.name}" for field in fields(peft_class)]
+    for key in options:
+        if f"adapter.{key}" not in known:
+            remedy = did_you_mean(f"adapter.{key}", known, f"see the fields of {library}")
+            raise ConfigError(f"a field of {library}", f"adapter.{key}", remedy)
 
 
 def _check_values(peft_class: Any, options: Mapping[str, Any]) -> None:

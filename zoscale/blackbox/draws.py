@@ -9,6 +9,8 @@ from torch import Tensor
 from zoscale.noise.generator import Domain, Key, Noise, Range
 
 T = TypeVar("T")
+_NUMBERS, _VECTORS = 1024, 64
+"""Draws of a block."""
 
 
 class Draws(Generic[T]):
@@ -32,34 +34,34 @@ class Draws(Generic[T]):
         return self._block[place]
 
 
-def coordinates(noise: Noise, dimension: int, size: int = 1024) -> Draws[int]:
+def coordinates(noise: Noise, dimension: int) -> Draws[int]:
     """Per number a coordinate, uniform on [0, dimension)."""
-    lanes = [(lane, dimension) for lane in range(size)]
-    return Draws(lambda block: noise.integers(Key(block, domain=Domain.SUPPORT), lanes), size)
+    lanes = [(lane, dimension) for lane in range(_NUMBERS)]
+    return Draws(lambda block: noise.integers(Key(block, domain=Domain.SUPPORT), lanes), _NUMBERS)
 
 
-def signs(noise: Noise, dimension: int, size: int = 64) -> Draws[Tensor]:
+def signs(noise: Noise, dimension: int) -> Draws[Tensor]:
     """Per number a vector of random signs: float32 [dimension]."""
-    lanes = [Range(lane, 0, dimension) for lane in range(size)]
-    return Draws(lambda block: noise.rademacher(Key(block), lanes), size)
+    lanes = [Range(lane, 0, dimension) for lane in range(_VECTORS)]
+    return Draws(lambda block: noise.rademacher(Key(block), lanes), _VECTORS)
 
 
-def normals(noise: Noise, dimension: int, size: int = 64) -> Draws[Tensor]:
+def normals(noise: Noise, dimension: int) -> Draws[Tensor]:
     """Per number a vector of standard normals: float32 [dimension]."""
-    lanes = [Range(lane, 0, dimension) for lane in range(size)]
-    return Draws(lambda block: noise.normal(Key(block), lanes), size)
+    lanes = [Range(lane, 0, dimension) for lane in range(_VECTORS)]
+    return Draws(lambda block: noise.normal(Key(block), lanes), _VECTORS)
 
 
-def uniforms(noise: Noise, size: int = 1024) -> Draws[float]:
+def uniforms(noise: Noise) -> Draws[float]:
     """Per number a float, uniform on [0, 1)."""
-    return Draws(lambda block: noise.uniform(Key(block, 1), [Range(0, 0, size)])[0].tolist(), size)
+    return Draws(lambda block: noise.uniform(Key(block, 1), [Range(0, 0, _NUMBERS)])[0].tolist(), _NUMBERS)
 
 
-def subsets(noise: Noise, n: int, k: int, size: int = 64) -> Draws[Tensor]:
+def subsets(noise: Noise, n: int, k: int) -> Draws[Tensor]:
     """Per number k integers uniform on [0, n), with replacement: int64 [k]."""
-    lanes = [(lane, n) for lane in range(size * k)]
+    lanes = [(lane, n) for lane in range(_VECTORS * k)]
 
     def draw(block: int) -> Sequence[Tensor]:
-        return torch.tensor(noise.integers(Key(block, domain=Domain.DATA), lanes)).view(size, k).unbind()
+        return torch.tensor(noise.integers(Key(block, domain=Domain.DATA), lanes)).view(_VECTORS, k).unbind()
 
-    return Draws(draw, size)
+    return Draws(draw, _VECTORS)

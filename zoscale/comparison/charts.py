@@ -114,13 +114,9 @@ def _line(number: int, group: Group, legend: bool, window: int) -> Any:
 
 
 def _look(number: int, group: Group) -> dict[str, Any]:
-    name = f"{_safe(group.label)} ({_seeds(group)})"
+    name = f"{_safe(group.label)} ({group.seed_count})"
     line, marker = {"color": colour(number), "width": 2}, {"size": 7, "symbol": markers(number)[0]}
     return {"name": name, "legendgroup": str(number), "line": line, "marker": marker}
-
-
-def _seeds(group: Group) -> str:
-    return "one seed" if group.num_seeds == "1" else f"{group.num_seeds} seeds"
 
 
 def _safe(text: str) -> str:

@@ -18,7 +18,7 @@ _WHAT = "Which method is better per forward equivalent, per second and per devic
 _SHOWN = 3  # names in a title
 
 
-def compare_command(argv: Sequence[str] | None = None) -> int:
+def compare_command(argv: Sequence[str]) -> int:
     """`zoscale compare NAME... [--metric M] [--uri URI] [--out FOLDER] [--json] [--no-log | --no-report]`.
 
     Returns:
@@ -47,10 +47,9 @@ def compare_command(argv: Sequence[str] | None = None) -> int:
         _print(comparison)
     if not given.no_report:
         folder = Path(given.out)
-        _write(comparison, folder)
+        files = [(file, FOLDER) for file in _write(comparison, folder)]
         _say(f"report: {folder / 'report.html'}")
         if store is not None and not given.no_log:
-            files = [(file, FOLDER) for file in sorted(folder.iterdir()) if file.name in _FILES]
             remedy = f"the report is in {folder}; --no-log leaves MLflow alone"
             _say(log_report(store, " ".join(given.names), _title(given.names), files, remedy))
     return 0
@@ -83,14 +82,13 @@ def _print(comparison: Comparison) -> None:
         print(line)
 
 
-def _write(comparison: Comparison, folder: Path) -> None:
+def _write(comparison: Comparison, folder: Path) -> list[Path]:
+    """The files of the report."""
     from zoscale.comparison.page import render
     from zoscale.comparison.pictures import write_pictures
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text(render(comparison), encoding="utf-8")
-    (folder / "comparison.json").write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
-    write_pictures(comparison, folder)
-
-
-_FILES = ("report.html", "comparison.json", "learning.png", "loss.png", "time.png", "ranks.png")
+    page, numbers = folder / "report.html", folder / "comparison.json"
+    page.write_text(render(comparison), encoding="utf-8")
+    numbers.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return [page, numbers, *write_pictures(comparison, folder)]

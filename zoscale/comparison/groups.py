@@ -122,6 +122,11 @@ class Group:
         num = len(set(self.seeds).difference(self.failed))
         return f"{num} of {num + len(self.failed)}" if self.failed else str(num)
 
+    @property
+    def seed_count(self) -> str:
+        """How many seeds, for a legend."""
+        return "one seed" if self.num_seeds == "1" else f"{self.num_seeds} seeds"
+
     def curve(self, metric: str, axis: Axis, *, window: int = 1) -> Curve | None:
         """A metric over a cost; None if a run lacks one of them.
 
@@ -142,11 +147,11 @@ class Group:
 
     def last(self, metric: str) -> Spread | None:
         """The last value of a metric, over the runs."""
-        return Spread.of(_last(run.metrics.get(metric)) for run in self.runs)
+        return Spread.of(last_value(run.metrics.get(metric)) for run in self.runs)
 
     def total(self, axis: Axis) -> Spread | None:
         """What the runs have paid in the end."""
-        return Spread.of(_last(axis.totals(run)) for run in self.runs)
+        return Spread.of(last_value(axis.totals(run)) for run in self.runs)
 
     @cached_property
     def ranks(self) -> list[dict[str, float]]:
@@ -285,7 +290,8 @@ def _label(params: Mapping[str, str], chosen: Sequence[str]) -> str:
     return ", ".join(parts) or params.get("optimizer.name", "all runs")
 
 
-def _last(series: Series | None) -> float | None:
+def last_value(series: Series | None) -> float | None:
+    """That of the last step; None if there is none."""
     return series[max(series)] if series else None
 
 

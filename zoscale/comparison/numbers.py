@@ -42,13 +42,13 @@ def short(value: float | None, digits: int = 4) -> str:
     return f"{value:,.{max(0, digits - whole)}f}"
 
 
-def spread(value: Spread | None, digits: int = 4) -> str:
+def spread(value: Spread | None) -> str:
     """The mean, and the range over runs where they differ."""
     if value is None:
         return "-"
     if value.low == value.high:
-        return short(value.mean, digits)
-    return f"{short(value.mean, digits)} [{short(value.low, digits)}, {short(value.high, digits)}]"
+        return short(value.mean)
+    return f"{short(value.mean)} [{short(value.low)}, {short(value.high)}]"
 
 
 def mebibytes(value: float | None) -> str:

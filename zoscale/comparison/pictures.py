@@ -64,14 +64,16 @@ PICTURES: dict[str, Picture] = {
 }  # fmt: skip
 
 
-def write_pictures(comparison: Comparison, folder: Path) -> None:
-    """All pictures into a folder.
+def write_pictures(comparison: Comparison, folder: Path) -> list[Path]:
+    """All pictures into a folder; returns their files.
 
     Raises:
         OSError: if it cannot be written.
     """
-    for name, draw in PICTURES.items():
-        draw(comparison).savefig(folder / f"{name}.png", dpi=150)
+    files = {folder / f"{name}.png": draw for name, draw in PICTURES.items()}
+    for file, draw in files.items():
+        draw(comparison).savefig(file, dpi=150)
+    return list(files)
 
 
 def _curves(comparison: Comparison, metric: str, window: int) -> Figure:
@@ -100,8 +102,7 @@ def _tidy(axes: Any) -> None:
 
 
 def _name(group: Group) -> str:
-    seeds = "one seed" if group.num_seeds == "1" else f"{group.num_seeds} seeds"
-    return f"{_plain(group.label)} ({seeds})"
+    return f"{_plain(group.label)} ({group.seed_count})"
 
 
 def _plain(text: str) -> str:

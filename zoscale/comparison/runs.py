@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, first_line
 from zoscale.tracking.mlflow_store import Card, check_database, short_waits, shown
 from zoscale.tracking.tracker import read_metrics, status_of
 
@@ -120,7 +120,8 @@ def _reading(uri: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"an MLflow store at {shown(uri)}", _first_line(error), "check --uri") from error
+        got = shown(first_line(error))[:300]
+        raise ConfigError(f"an MLflow store at {shown(uri)}", got, "check --uri") from error
 
 
 def _is_path(name: str) -> bool:
@@ -186,10 +187,6 @@ def _pages(client: Any, experiment_id: str) -> Iterator[Any]:
         token = page.token
         if not token:
             return
-
-
-def _first_line(error: Exception) -> str:
-    return shown((str(error).strip() or repr(error)).splitlines()[0])[:300]
 
 
 def _from_store(client: Any, item: Any) -> Run:

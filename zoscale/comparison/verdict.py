@@ -6,7 +6,7 @@ from itertools import accumulate
 from math import comb
 from statistics import fmean
 
-from zoscale.comparison.groups import Axis, Group, results
+from zoscale.comparison.groups import Axis, Group, last_value, results
 from zoscale.comparison.numbers import Spread, short
 from zoscale.comparison.runs import Run
 
@@ -44,7 +44,7 @@ class Goal:
 
     def best(self, group: Group) -> Spread | None:
         """The best value of each run."""
-        return Spread.of(_final(self.best_so_far(run)) for run in group.runs)
+        return Spread.of(last_value(self.best_so_far(run)) for run in group.runs)
 
     def worst_of(self, spread: Spread) -> float:
         """The worse end of the runs."""
@@ -222,7 +222,3 @@ def chance_of_separation(n: int, m: int) -> float:
 
 def _and(items: Sequence[str]) -> str:
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
-
-
-def _final(series: dict[int, float]) -> float | None:
-    return list(series.values())[-1] if series else None

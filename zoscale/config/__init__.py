@@ -1,16 +1,7 @@
 """The configuration of a run and its command line."""
 
 from zoscale.config.command_line import at_least, read_yaml
-from zoscale.config.run_config import (
-    RunConfig,
-    build,
-    check_adapter,
-    exit_with,
-    flatten,
-    parse,
-    parse_or_exit,
-    validate,
-)
+from zoscale.config.run_config import RunConfig, build, flatten, parse, validate
 from zoscale.config.schema import Method
 from zoscale.config.sections import (
     CheckpointConfig,
@@ -42,16 +33,13 @@ __all__ = [
     "TrainConfig",
     "at_least",
     "build",
-    "check_adapter",
     "did_you_mean",
-    "exit_with",
     "first_line",
     "flatten",
     "imported",
     "load_yaml",
     "one_line",
     "parse",
-    "parse_or_exit",
     "read_yaml",
     "show",
     "validate",

@@ -14,10 +14,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from zoscale.config.command_line import help_text, read_command_line
 from zoscale.config.merging import Given, Schema, Tables
@@ -26,6 +26,7 @@ from zoscale.config.sections import (
     CheckpointConfig,
     DataConfig,
     ForwardConfig,
+    Master,
     MeshConfig,
     ModelConfig,
     RuntimeConfig,
@@ -86,7 +87,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: dict[str, Any] | None = field(default_factory=dict)
     trainable: str | None = None
-    master: Literal["fp32", "none", "stochastic"] = "fp32"
+    master: Master = "fp32"
     objective: str = "classification"
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -245,22 +246,6 @@ Defaults < --config files, left to right < overrides. An override is key=value, 
 """
 
 
-def parse_or_exit(
-    argv: Sequence[str], tables: Tables, defaults: Mapping[str, str], *, command: str = "zoscale train"
-) -> RunConfig:
-    """`parse`; a mistake is printed to stderr and the process exits with status 2."""
-    try:
-        return parse(argv, tables, defaults, command=command)
-    except ConfigError as error:
-        exit_with(error, command)
-
-
-def exit_with(error: ConfigError, command: str) -> NoReturn:
-    """Print `error` as the user's mistake and exit with status 2."""
-    print(f"{command}: error: {error}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def build(method: Method, table: Mapping[str, type[T]], *positional: Any) -> T:
     """The object that `method` names: its class in `table`, called with `positional` and its arguments."""
     if method.name not in table:
@@ -270,15 +255,6 @@ def build(method: Method, table: Mapping[str, type[T]], *positional: Any) -> T:
 
 
 # ------------------------------------------------------------ checking
-
-
-def check_adapter(adapter: Mapping[str, Any] | None, allowed: Iterable[str], library: str = "peft.LoraConfig") -> None:
-    """Raise `ConfigError` if `adapter` has a key that is not `allowed` (the fields of the class of the library)."""
-    known = [f"adapter.{key}" for key in allowed]
-    for key in adapter or {}:
-        if f"adapter.{key}" not in known:
-            remedy = did_you_mean(f"adapter.{key}", known, f"see the fields of {library}")
-            raise ConfigError(f"a field of {library}", f"adapter.{key}", remedy)
 
 
 _MINIMUM = {

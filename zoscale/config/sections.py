@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Master = Literal["fp32", "none", "stochastic"]
+ForwardName = Literal["auto", "sequential", "fan_out"]
+CompileName = Literal["off", "auto", "blocks", "cuda_graphs"]
+NoiseBackend = Literal["auto", "eager", "compiled"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -124,9 +129,9 @@ class ForwardConfig:
             name=sequential, and the whole model on every rank (mesh.shard_size=1); see data.pad_to_multiple_of.
     """
 
-    name: Literal["auto", "sequential", "fan_out"] = "auto"
+    name: ForwardName = "auto"
     max_rows: int | None = None
-    compile: Literal["off", "auto", "blocks", "cuda_graphs"] = "off"
+    compile: CompileName = "off"
 
 
 @dataclass(frozen=True)
@@ -197,4 +202,4 @@ class RuntimeConfig:
     timeout_minutes: float = 30.0
     stall_seconds: float = 30.0
     threads: int | None = None
-    noise: Literal["auto", "eager", "compiled"] = "auto"
+    noise: NoiseBackend = "auto"

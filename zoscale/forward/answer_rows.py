@@ -205,7 +205,7 @@ def _called(block: nn.Module, columns: _Columns, call: Callable[[], Any]) -> lis
     with ExitStack() as stack:
         for module in block.modules():
             if module is not block and any(param.dim() > 1 for param in module.parameters()):
-                stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+                stack.enter_context(module.register_forward_hook(note, with_kwargs=True))
         call()
     return [module for module in called if called.count(module) == 1]
 

@@ -1,10 +1,10 @@
 """`choose_forward`: the forward by its name in the configuration; `auto` fans out where it can."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from zoscale.config import ConfigError
-from zoscale.forward.compilation import CompiledAnswers, CompileName, compiled_answers
+from zoscale.config.sections import CompileName, ForwardName
+from zoscale.forward.compilation import CompiledAnswers, compiled_answers
 from zoscale.forward.fan import Fan
 from zoscale.forward.fan_out import FanOutForward
 from zoscale.forward.lora_fan import LoraFan, find_lora_pairs
@@ -16,8 +16,6 @@ from zoscale.models.answers import AnswerModel
 from zoscale.models.generation import Generator
 from zoscale.objectives import GeneratedLoss, Objective
 from zoscale.shards import ShardedParam
-
-ForwardName = Literal["auto", "sequential", "fan_out"]
 
 
 def choose_forward(

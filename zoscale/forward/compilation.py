@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoscale.adapters.weighted_lora import find_slots
 from zoscale.config import ConfigError, RunConfig
+from zoscale.config.sections import CompileName
 from zoscale.data.batch import MicroBatch
 from zoscale.models.answers import AnswerModel
 from zoscale.models.sizes import blocks_of
 from zoscale.noise.kernels import kernels_on
 from zoscale.optim.first_order import FIRST_ORDER
-
-CompileName = Literal["off", "auto", "blocks", "cuda_graphs"]
 
 _MODES = {"blocks": None, "cuda_graphs": "reduce-overhead"}  # of torch.compile
 _LIMITS = {"recompile_limit": 1024, "accumulated_recompile_limit": 1024}  # graphs before dynamo gives up

@@ -76,13 +76,11 @@ class SharedRows:
             order.setdefault(module)
             are_rows &= module not in self._blocks or _are_rows((args, kwargs), num_rows)
 
-        handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in self._watched]
-        try:
+        with ExitStack() as stack:
+            for module in self._watched:
+                stack.enter_context(module.register_forward_pre_hook(note, with_kwargs=True))
             yield
-            self._order = list(takewhile(lambda module: module not in again, order)) if are_rows else []
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._order = list(takewhile(lambda module: module not in again, order)) if are_rows else []
 
     def _specs(self, module: nn.Module, *, recurse: bool = True) -> list[Any]:
         return [self._trainable[param] for param in module.parameters(recurse) if param in self._trainable]

@@ -131,12 +131,10 @@ def _used_within(unit: Unit, running: Set[nn.Module]) -> Iterator[None]:
             raise ConfigError(expected, "a call from elsewhere", SEQUENTIAL)
 
     owners = {owner for owner, _ in unit.places if owner is not unit.module}
-    handles = [module.register_forward_pre_hook(check) for module in owners]
-    try:
+    with ExitStack() as stack:
+        for module in owners:
+            stack.enter_context(module.register_forward_pre_hook(check))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _fanned_forward(

@@ -101,11 +101,8 @@ def _answer_positions(head: nn.Module, batch: MicroBatch) -> Iterator[None]:
         num_virtual = hidden.shape[1] - batch.input_ids.shape[1]  # prompt tuning puts tokens before the others
         return (hidden[batch.position_row, batch.position_column + num_virtual].unsqueeze(0), *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
-    try:
+    with head.register_forward_pre_hook(select):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -125,11 +122,8 @@ def _virtual_seen(model: Any, inputs: dict[str, Any]) -> Iterator[None]:
     def see(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         return (args, kwargs | seen) if lane() == own else None
 
-    handle = model.get_base_model().register_forward_pre_hook(see, with_kwargs=True)
-    try:
+    with model.get_base_model().register_forward_pre_hook(see, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoscale.grouping import alike
 from zoscale.noise import philox
 from zoscale.noise.fused import compiled, on_device
 
@@ -133,12 +134,10 @@ class Noise:
             if not 0 <= k <= n:
                 raise ValueError(f"expected 0 <= k <= n for tensor {tensor}, got k={k}, n={n}")
         words = self.words(key, [Range(tensor, 0, n) for tensor, n, _ in wanted])
-        alike: dict[tuple[int, int], list[int]] = {}
-        for place, (_, n, k) in enumerate(wanted):
-            alike.setdefault((n, k), []).append(place)
         found: dict[int, Tensor] = {}
-        for (_, k), places in alike.items():
-            found |= zip(places, _smallest(torch.stack([words[place] for place in places]), k), strict=True)
+        for places in alike((n, k) for _, n, k in wanted):
+            together = torch.stack([words[place] for place in places])
+            found |= zip(places, _smallest(together, wanted[places[0]][2]), strict=True)
         return [found[place] for place in range(len(wanted))]
 
     def permutation(self, key: Key, n: int) -> Tensor:

@@ -16,9 +16,7 @@ _CUBIC = (1.5, -0.5, 0.0)
 _EPS = 1e-7
 
 
-def orthogonalize(
-    matrix: Tensor, *, iteration: Iteration = "quintic", num_iterations: int | None = None, power_rank: int = 16
-) -> Tensor:
+def orthogonalize(matrix: Tensor, *, iteration: Iteration = "quintic", power_rank: int = 16) -> Tensor:
     """The nearly orthonormal factor of a matrix, or of each of many; a zero matrix gives zero.
 
     Quintic (Muon, K. Jordan 2024; 5 iterations): singular values above 0.01 of the Frobenius norm land in [0.68, 1.13].
@@ -28,7 +26,6 @@ def orthogonalize(
     Args:
         matrix: [..., m, n], floating point; in 16 bits every product is rounded.
         iteration: the polynomial, or `power`.
-        num_iterations: of the polynomial; None = the published number.
         power_rank: singular directions that `power` keeps.
 
     Returns:
@@ -36,12 +33,11 @@ def orthogonalize(
     """
     if iteration == "power":
         return partially_orthogonalize(matrix, rank=power_rank)
-    a, b, c = _QUINTIC if iteration == "quintic" else _CUBIC
-    default = 5 if iteration == "quintic" else 10
+    (a, b, c), num_iterations = (_QUINTIC, 5) if iteration == "quintic" else (_CUBIC, 10)
     tall = matrix.shape[-2] > matrix.shape[-1]
     x: Tensor = matrix.mT if tall else matrix
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + _EPS)).reshape(-1, *x.shape[-2:])
-    for _ in range(default if num_iterations is None else num_iterations):
+    for _ in range(num_iterations):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else b * gram, x, beta=a)
     return (x.mT if tall else x).reshape(matrix.shape)

@@ -10,19 +10,18 @@ _NOISE = 1e-5  # singular values below this share of the largest are the roundin
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def partially_orthogonalize(matrix: Tensor, *, rank: int, num_sweeps: int = _SWEEPS) -> Tensor:
+def partially_orthogonalize(matrix: Tensor, *, rank: int) -> Tensor:
     """U V^T over the dominant singular directions of a matrix, or of each of many; a zero matrix gives zero.
 
     ZO-MOPI (arXiv 2605.09034): V <- QR(A^T (A V)), U from A V. Full orthogonalisation lifts the noise of an estimate to
     the size of its signal; this leaves the small directions out. The paper keeps V from step to step, sweeps once and
-    normalises the columns of A V. Here V starts from the same Gaussian each time and is swept `num_sweeps` times, so
+    normalises the columns of A V. Here V starts from the same Gaussian each time and is swept `_SWEEPS` times, so
     there is nothing to store, shard or restore; U is the polar factor of A V, which is the same once V has converged
     and needs V's span alone before. On a GPU the host waits for the singular values, once for all matrices.
 
     Args:
         matrix: [..., m, n], floating point; the arithmetic is float32.
         rank: number k of singular directions; of a smaller matrix, all.
-        num_sweeps: products with A^T A.
 
     Returns:
         [..., m, n] of the same dtype, of rank k at most, its non-zero singular values about 1.
@@ -32,7 +31,7 @@ def partially_orthogonalize(matrix: Tensor, *, rank: int, num_sweeps: int = _SWE
     v = start.view(-1, k)
     a = matrix.float()
     a = a / a.abs().amax((-2, -1), keepdim=True).clamp(min=_TINY)
-    for _ in range(num_sweeps):
+    for _ in range(_SWEEPS):
         v = torch.linalg.qr(a.mT @ (a @ v)).Q
     left, values, right = torch.linalg.svd(a @ v, full_matrices=False)
     kept = values > _NOISE * values.amax(-1, keepdim=True)

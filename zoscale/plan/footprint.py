@@ -149,9 +149,8 @@ class ModelShapes:
                 stack.enter_context(fan.adapted(self._stacks(candidates), Rows(candidates, rows, rows)))
                 batch = batch.repeat(candidates)
             for block in self._blocks:
-                handles = block.register_forward_pre_hook(tracker.enter), block.register_forward_hook(tracker.leave)
-                for handle in handles:
-                    stack.callback(handle.remove)
+                stack.enter_context(block.register_forward_pre_hook(tracker.enter))
+                stack.enter_context(block.register_forward_hook(tracker.leave))
             stack.enter_context(flops)
             stack.enter_context(tracker)
             losses = self._losses(answers, batch)
@@ -173,10 +172,10 @@ class ModelShapes:
     def _take_back(self, losses: Tensor) -> None:
         """The backward pass; gradients are dropped as soon as they are complete, as if they were reduced at once."""
         weights: Iterable[Any] = (param for param in self.model.parameters() if param.requires_grad)
-        handles = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in weights]
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        for handle in handles:
-            handle.remove()
+        with ExitStack() as stack:
+            for weight in weights:
+                stack.enter_context(weight.register_post_accumulate_grad_hook(_drop_gradient))
+            losses.sum().backward()  # type: ignore[no-untyped-call]
 
     def _stacks(self, candidates: int) -> dict[str, Tensor]:
         """Every candidate's adapters: [K, *shape] each."""
@@ -189,11 +188,11 @@ class ModelShapes:
 _ATEN = torch.ops.aten
 
 
-def _attention_flops(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
 
 
-def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_backward_flop_count(grad, q, k, v))  # type: ignore[no-untyped-call]
 
 

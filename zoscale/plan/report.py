@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoscale.assembly import longest_row
-from zoscale.config import ConfigError, RunConfig, parse, read_yaml
+from zoscale.config import ConfigError, RunConfig, at_least, parse, read_yaml
 from zoscale.devices import DEVICES, GIB, Device
 from zoscale.estimators import ESTIMATORS
 from zoscale.methods import DEFAULTS, TABLES
@@ -158,10 +158,6 @@ def _column(memory: Memory, work: Work, shard_size: int, budget: float, device: 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
     """Refuse numbers that no job and no device has."""
-    for name in ("gpus", "batch", "tokens"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} of at least 1", str(value), "raise it")
     for name in ("gpu_memory", "link", "flops", "bandwidth", "reserve"):
         value, zero = getattr(arguments, name), name == "reserve"
         if value is not None and not (0 < value < math.inf or (zero and value == 0)):
@@ -224,7 +220,7 @@ def _device(arguments: argparse.Namespace) -> Device:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zoscale plan", description=__doc__)
     parser.add_argument("--model", metavar="ID|FILE", help="Hugging Face id, folder, or YAML as model.config")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="ranks of the job")
+    parser.add_argument("--gpus", type=at_least(1), required=True, metavar="N", help="ranks of the job")
     parser.add_argument("--device", choices=DEVICES, default="h100", help="published peak rates (default: h100)")
     parser.add_argument("--gpu-memory", type=float, metavar="GiB", help="of each GPU (default: the device's)")
     parser.add_argument(
@@ -235,8 +231,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reserve", type=float, metavar="GiB",
                         help="kept free for the CUDA context, NCCL and gaps of the allocator (default: 15 %% of the "
                         "memory, as mesh.shard_size=auto)")  # fmt: skip
-    parser.add_argument("--batch", type=int, metavar="B", help="rows of a step (default: data.batch_size)")
-    parser.add_argument("--tokens", type=int, metavar="T", help="per row (default: the most of a row of the run)")
+    parser.add_argument("--batch", type=at_least(1), metavar="B", help="rows of a step (default: data.batch_size)")
+    parser.add_argument(
+        "--tokens", type=at_least(1), metavar="T", help="per row (default: the most of a row of the run)"
+    )
     parser.add_argument("--measure", action="store_true",
                         help="also time steps on this machine, with random weights and a few of the blocks, on all "
                         "ranks if it has a GPU (without any, a core) for each; a minute or two")  # fmt: skip

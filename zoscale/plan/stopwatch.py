@@ -18,8 +18,9 @@ import torch
 
 from zoscale.assembly import build_engine, build_model
 from zoscale.config import ConfigError, RunConfig
+from zoscale.config.sections import NoiseBackend
 from zoscale.data.batch import MicroBatch
-from zoscale.engine import NoiseBackend, is_compiled
+from zoscale.engine import is_compiled
 from zoscale.first_order import FirstOrderEngine, end_engine
 from zoscale.local_job import cause_of, run_here
 from zoscale.methods import DEFAULTS, TABLES

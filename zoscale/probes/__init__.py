@@ -8,8 +8,8 @@ class with `draw`, and a row in the table of `layers.py`.
 from zoscale.config import Table
 from zoscale.probes.base import Direction, DrawnDirection, Patch, Piece, Probe, pieces
 from zoscale.probes.dense import Gaussian, Rademacher
-from zoscale.probes.factored import FactoredDirection, Orthogonal, Subspace, SubspaceDirection, product_slice
-from zoscale.probes.jaguar import Block, Coordinate, Entry, JaguarDirection, JaguarProbe, Row, Signs, Tensors
+from zoscale.probes.factored import Orthogonal, Subspace, SubspaceDirection, product_slice
+from zoscale.probes.jaguar import Block, Coordinate, Entry, JaguarDirection, JaguarProbe, Row, Tensors
 from zoscale.probes.layers import PROBES_OF_ALL_LAYERS, Layers, LayersDirection
 
 PROBES: Table[Probe] = Table({**PROBES_OF_ALL_LAYERS, "layers": Layers}, Probe)
@@ -21,7 +21,6 @@ __all__ = [
     "Direction",
     "DrawnDirection",
     "Entry",
-    "FactoredDirection",
     "Gaussian",
     "JaguarDirection",
     "JaguarProbe",
@@ -33,7 +32,6 @@ __all__ = [
     "Probe",
     "Rademacher",
     "Row",
-    "Signs",
     "Subspace",
     "SubspaceDirection",
     "Tensors",

@@ -14,7 +14,7 @@ from zoscale.mesh import Mesh
 
 
 def _counted(result: dict[str, float]) -> dict[str, float]:
-    if not float(result.get("count", 0.5)).is_integer():
+    if "count" not in result or not result["count"].is_integer():
         raise ValueError("a result needs a count of examples")
     return result
 

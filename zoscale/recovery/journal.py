@@ -19,6 +19,7 @@ from zoscale.recovery.journal_format import (
     unpack_header,
     unpack_record,
 )
+from zoscale.run_directory import RunDirectory
 
 _MAX_SEARCH = 2**28  # bytes to checksum in search of a record behind a torn one: seconds
 
@@ -65,6 +66,18 @@ class Journal:
                 "restore the file from a copy: what follows cannot be trusted",
             )
         return cls(header, records, place, len(content) - place)
+
+
+def find_journal(path: Path) -> Path:
+    """The journal of a run directory, or the one that lies at the path.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    file = RunDirectory(path).journal if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError("a run directory with journal.bin, or a journal", str(path), "check the path")
+    return file
 
 
 class JournalWriter:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoscale.config import ConfigError, Method, build
+from zoscale.config import ConfigError, Method, at_least, build
 from zoscale.estimators import Estimator
 from zoscale.methods import TABLES
-from zoscale.recovery.journal import Journal
+from zoscale.recovery.journal import Journal, find_journal
 from zoscale.recovery.journal_format import Header, Record
 
 Loss = Callable[[Record], float]
@@ -22,47 +22,35 @@ _EDGE = 5  # steps shown at either end
 _FEW = 3  # numbers of a kind shown per step
 
 
-def journal_command(argv: Sequence[str] | None = None) -> int:
+def journal_command(argv: Sequence[str]) -> int:
     """`zoscale journal RUN [--json] [--last N] [--plot FILE.png]`.
 
     Returns:
-        0, or 2 for a mistake of the user.
+        0.
+
+    Raises:
+        ConfigError: for a mistake of the user.
+        OSError: if the picture cannot be written.
     """
     parser = argparse.ArgumentParser(prog="zoscale journal", description="Print or plot the steps of a run.")
     parser.add_argument("run", metavar="RUN", help="run directory, or a journal")
     parser.add_argument("--json", action="store_true", help="every step as a line of JSON; nan and inf are text")
-    parser.add_argument("--last", type=int, metavar="N", help="only the last N steps")
+    parser.add_argument("--last", type=at_least(0), metavar="N", help="only the last N steps")
     parser.add_argument("--plot", metavar="FILE.png", help="draw loss, |projected grad| and lr into a PNG file")
     arguments = parser.parse_args(argv)
     try:
-        journal = Journal.read(_find(Path(arguments.run)))
-        records = _last(journal.records, arguments.last)
+        journal = Journal.read(find_journal(Path(arguments.run)))
+        short = arguments.last is None
+        records = journal.records if short else journal.records[max(0, len(journal.records) - arguments.last) :]
         loss = _loss_of(journal.header)
         if arguments.plot is not None:
             _plot(records, loss, Path(arguments.plot))
-        short = arguments.last is None
         for line in _json_lines(records, loss) if arguments.json else _report(journal, records, loss, short):
             print(line)
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`; what is left in the buffer must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ConfigError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
     return 0
-
-
-def _find(path: Path) -> Path:
-    file = path / "journal.bin" if path.is_dir() else path
-    if not file.is_file():
-        raise ConfigError("a run directory with journal.bin, or a journal", str(path), "check the path")
-    return file
-
-
-def _last(records: list[Record], num: int | None) -> list[Record]:
-    if num is not None and num < 0:
-        raise ConfigError("--last of at least 0", str(num), "raise it")
-    return records if num is None else records[max(0, len(records) - num) :]
 
 
 def _loss_of(header: Header) -> Loss:

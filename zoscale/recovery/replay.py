@@ -17,7 +17,7 @@ from zoscale.config import ConfigError, RunConfig
 from zoscale.engine import ZeroOrderEngine
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.loading import read_model_config
-from zoscale.recovery.journal import Journal
+from zoscale.recovery.journal import Journal, find_journal
 from zoscale.recovery.journal_format import Header
 from zoscale.recovery.resume import check_replay, check_start, replay
 from zoscale.release.export import read_origin, save_trained
@@ -28,7 +28,7 @@ _ROUNDING = 1e-5  # methods that multiply matrices (Muon) depend on the machine'
 _TIMES = 4.0  # what two machines may differ by in bfloat16, of what bfloat16 and float32 differ by on one
 
 
-def replay_command(argv: Sequence[str] | None = None) -> int:
+def replay_command(argv: Sequence[str]) -> int:
     """Rebuild a run's weights, and compare them with the saved ones where they are of the same step.
 
     Returns:
@@ -39,15 +39,14 @@ def replay_command(argv: Sequence[str] | None = None) -> int:
         OSError: if the folder of the weights cannot be written.
     """
     arguments = _parser().parse_args(argv)
-    given = Path(arguments.run)
-    path = given / "journal.bin" if given.is_dir() else given
-    journal = Journal.read(path)
-    saved = path.parent / "adapter"
+    path = find_journal(Path(arguments.run))
+    journal, run = Journal.read(path), RunDirectory(path.parent)
+    saved = run.adapter
     saved_step = read_origin(saved)
     step = _wanted(arguments.until, saved_step, len(journal.records))
     if arguments.out:
         _prepare(Path(arguments.out), step, saved, saved_step)
-    was_on_gpus = _was_on_gpus(path.parent)
+    was_on_gpus = _was_on_gpus(run)
     engine = rebuild(journal.header, arguments.base)
     in_16_bits = _set_precision(engine, "bfloat16" if was_on_gpus else "float32")
     started = time.monotonic()
@@ -135,9 +134,9 @@ def _prepare(out: Path, step: int, saved: Path, saved_step: int | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def _was_on_gpus(run: Path) -> bool:
+def _was_on_gpus(run: RunDirectory) -> bool:
     """Whether a finished run computed on GPUs: their normals and quotients are those of a CPU to rounding only."""
-    hardware = (RunDirectory(run).read_summary() or {}).get("hardware")
+    hardware = (run.read_summary() or {}).get("hardware")
     return isinstance(hardware, dict) and bool(hardware.get("gpus"))
 
 

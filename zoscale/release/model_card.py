@@ -131,9 +131,9 @@ def _history(record: RunRecord, summary: Mapping[str, Any]) -> str:
 def _training(config: RunConfig, summary: Mapping[str, Any]) -> str:
     hardware = summary["hardware"]
     devices = ", ".join(sorted(set(hardware["gpus"]))) or f"CPU ({hardware['machine']})"
-    optimizer = ", ".join(f"{key} {value}" for key, value in config.optimizer.args.items() if key == "lr")
+    lr = f" lr {config.optimizer.args['lr']}" if "lr" in config.optimizer.args else ""
     rows = [
-        ("optimizer", f"{config.optimizer.name} {optimizer}".strip()),
+        ("optimizer", f"{config.optimizer.name}{lr}"),
         ("probe, estimator", f"{config.probe.name}, {config.estimator.name}"),
         ("steps, forward passes", f"{summary['steps']:,}, {summary['forwards']:,}"),
         ("batch", f"{config.data.batch_size} examples"),

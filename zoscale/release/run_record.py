@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoscale.config import ConfigError, RunConfig, load_yaml
+from zoscale.config import ConfigError, RunConfig, read_yaml
 from zoscale.methods import DEFAULTS, TABLES
 from zoscale.models.loading import missing_folder
 from zoscale.run_directory import RunDirectory
@@ -37,13 +37,10 @@ class RunRecord:
             ConfigError: if it is not a run's.
         """
         directory = RunDirectory(Path(path))
-        try:
-            tree = load_yaml(directory.config.read_text(encoding="utf-8"), str(directory.config))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("the folder of a run, with config.yaml", str(path), "check the path") from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"a configuration in {directory.config}", repr(tree)[:80], "restore it from a copy")
-        return cls(directory, with_base(RunConfig.from_dict(tree, TABLES, DEFAULTS), base), base)
+        if not directory.config.is_file():
+            raise ConfigError("the folder of a run, with config.yaml", str(path), "check the path")
+        config = RunConfig.from_dict(read_yaml(directory.config), TABLES, DEFAULTS)
+        return cls(directory, with_base(config, base), base)
 
     def summary(self) -> dict[str, Any]:
         """The summary of the finished run.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoscale.config import ConfigError
+from zoscale.config import ConfigError, first_line
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _MAX_DEPTH = 64  # of nested lists and objects in a row
@@ -48,7 +48,7 @@ class Source:
         except ConfigError:
             raise
         except Exception as error:  # the library raises any type at all, StopIteration for an empty file
-            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error.__cause__ or error)
             raise ConfigError(
                 f"a readable split {split!r} at {self.files or self.path}", reason, "check task.path and task.files"
             ) from error

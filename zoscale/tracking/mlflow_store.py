@@ -75,14 +75,9 @@ def _name(name: str) -> str:
     return posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", name)).lstrip("/.")[:_MAX_NAME] or "_"
 
 
-def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[_name(prefix + name)] = str(value)[:_MAX_PARAM]
-    return flat
+def accepted(params: Mapping[str, object]) -> dict[str, str]:
+    """Parameters with names and values that MLflow accepts."""
+    return {_name(name): str(value)[:_MAX_PARAM] for name, value in params.items()}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from zoscale.tracking.mlflow_sender import Call, Sender
 from zoscale.tracking.mlflow_store import (
     Card,
     Record,
-    flatten,
+    accepted,
     open_run,
     send_records,
     sent_before,
@@ -108,12 +108,12 @@ class Tracker:
         Of a run that is continued, MLflow gets what `metrics.jsonl` has and it lacks, and nothing twice.
 
         The store is `uri`, else MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` beside `run_dir`.
-        `params` may be nested (names are joined by dots). Without `enabled` only the file is written.
-        `patience`: the longest time in seconds that `start`, and `finish` without any progress, wait for the
-        server; one that has not answered by the end of `start` is awaited in the background.
+        Without `enabled` only the file is written. `patience`: the longest time in seconds that `start`, and
+        `finish` without any progress, wait for the server; one that has not answered by the end of `start` is
+        awaited in the background.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
-        card = Card(experiment, run_name, flatten(params), dict(tags))
+        card = Card(experiment, run_name, accepted(params), dict(tags))
         (run_dir / "tracking.json").write_text(json.dumps(asdict(card), indent=1), encoding="utf-8")
         past = _past(run_dir / "metrics.jsonl")
         sender = Sender(run_dir, store_uri(run_dir, uri), card, past) if enabled else None
