@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from zoscale import cli
+
 ROOT = Path(__file__).parents[1]
+
+
+def status_of(*argv: str) -> int:
+    """That with which a command ends in this process: argparse leaves by itself."""
+    try:
+        return cli.main(list(argv))
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ import pytest
 from browser import page, screenshot, share_of
 from jobs import JobServer
 from mlflow import MlflowClient
-from processes import ROOT, environment, free_port
+from processes import ROOT, environment, free_port, status_of
 from test_tracking import Server
 
 from zoscale import cli
@@ -260,10 +260,7 @@ def test_mistakes_are_refused_with_a_remedy(
     home: Path, report: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*arguments: str) -> str:
-        try:
-            status = cli.main(["compare", *arguments])
-        except SystemExit as end:
-            status = int(end.code or 0)
+        status = status_of("compare", *arguments)
         out, err = capsys.readouterr()
         assert status == 2 and out == "" and "Traceback" not in err
         assert err.startswith("zoscale compare: error: expected ")

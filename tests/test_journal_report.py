@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, environment
+from processes import ROOT, environment, status_of
 from test_journal import HEADER, INF, NAN, NUM_STEPS, RECORDS, START, record, write
 
 from zoscale import cli
@@ -51,9 +51,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Call:
     """What the command says against its arguments: one line, no traceback, nothing on stdout."""
 
     def refused_(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as end:
-            cli.main(["journal", *map(str, arguments)])
-        assert end.value.code == 2
+        assert status_of("journal", *map(str, arguments)) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("zoscale journal: error: expected ") and err.count("\n") == 1
         return err
@@ -331,9 +329,7 @@ def test_a_bad_path_or_file_is_one_line_on_stderr(refused: Call, run_dir: Path, 
 
 def test_a_bad_option_ends_with_status_2(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], [str(run_dir), "--last", "x"], [str(run_dir), "--last", "-1"], [str(run_dir), "--lost"]):
-        with pytest.raises(SystemExit) as caught:
-            cli.main(["journal", *arguments])
-        assert caught.value.code == 2
+        assert status_of("journal", *arguments) == 2
         assert "zoscale journal: error: " in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 from jobs import FULL, SHORT, SIGN, JobServer, run_dir_of
 from peft import PeftModel
-from processes import ROOT, run
+from processes import ROOT, run, status_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -511,9 +511,5 @@ def test_lm_evaluation_harness_scores_the_export(at_nine: Path, last: Path, tmp_
 
 def refused(*argv: str, capsys: pytest.CaptureFixture[str]) -> str:
     """What a command says that ends with status 2."""
-    try:
-        status = cli.main(list(argv))
-    except SystemExit as end:
-        status = int(end.code or 0)
-    assert status == 2
+    assert status_of(*argv) == 2
     return capsys.readouterr().err

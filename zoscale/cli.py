@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from zoscale.config import ConfigError, parse
 
-EX_IOERR = 74
+MISTAKE, EX_IOERR = 2, 74
 _DISK = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ESTALE}
 _LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")  # which the `deepspeed` launcher adds to every command
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # tells of a package that few need
@@ -61,7 +61,7 @@ def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") 
     try:
         config = parse(words, TABLES, DEFAULTS, command=command)
     except ConfigError as error:
-        _exit_with(error, command)
+        return _mistake(error, command)
     from zoscale.fingerprint import Diverged
     from zoscale.preemption import REQUEUE, Preempted
     from zoscale.run import run
@@ -69,7 +69,7 @@ def train(argv: Sequence[str] | None = None, *, command: str = "zoscale train") 
     try:
         run(config)
     except ConfigError as error:
-        _exit_with(error, command)
+        return _mistake(error, command)
     except Preempted as stopped:
         return _end(command, stopped, REQUEUE)
     except (FloatingPointError, Diverged) as error:
@@ -97,10 +97,10 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _exit_with(error: ConfigError, command: str) -> NoReturn:
-    """Print `error` as the user's mistake and exit with status 2."""
+def _mistake(error: ConfigError, command: str) -> int:
+    """Print `error` as the user's; returns its status."""
     print(f"{command}: error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    return MISTAKE
 
 
 def _end(command: str, what: object, status: int) -> int:
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = "".join(f"did you mean {word}? " for word in get_close_matches(name, COMMANDS, 1))
         remedy = f"{near}see zoscale --help"
         print(f"zoscale: error: expected one of {', '.join(COMMANDS)}, {got}: {remedy}", file=sys.stderr)
-        return 2
+        return MISTAKE
     return guarded(f"zoscale {name}", lambda: _call(name, rest), rest if name != "train" else ())
 
 
@@ -169,12 +169,12 @@ def guarded(command: str, work: Callable[[], int | None], words: Sequence[str]) 
                 raise ConfigError("no blank words", got, "give the value, or leave the option out")
         return work() or 0
     except ConfigError as error:
-        _exit_with(error, command)
+        return _mistake(error, command)
     except OSError as error:
         remedy, status = _remedy(error)
         return _end(f"{command}: error", f"{error}{remedy}", status)
     except ValueError as error:
-        return _end(f"{command}: error", error, 2)
+        return _end(f"{command}: error", error, MISTAKE)
 
 
 def _is_of_disk(error: Exception) -> bool:
@@ -186,4 +186,4 @@ def _remedy(error: OSError) -> tuple[str, int]:
     """What to do about an error, and the exit status: that of the disk, or of a mistake."""
     if _is_of_disk(error):
         return ": make room on the disk or mend it, and run the same command again", EX_IOERR
-    return (": check the path" if error.filename is not None else ""), 2
+    return (": check the path" if error.filename is not None else ""), MISTAKE
