@@ -43,6 +43,13 @@ class Reviews(SST2):
     """SST-2 under another name."""
 
 
+class Unmade(ElementwiseOptimizer):
+    """Has no `__init__`, which its base wants."""
+
+    def direction(self, piece: Piece, gradient: Tensor, group: Mapping[str, Any]) -> Tensor:
+        return gradient
+
+
 class Lacking(ElementwiseOptimizer):
     """Has no `direction`."""
 

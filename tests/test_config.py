@@ -283,6 +283,10 @@ def test_their_modules_are_part_of_the_code_that_a_run_names(tmp_path: Path, mon
         ("optimizer.name=own_methods:NO_CLASS", "subclass of zoscale.optim.base.ZeroOrderOptimizer, got 1"),
         ("optimizer.name=own_methods:Draws", "subclass of zoscale.optim.base.ZeroOrderOptimizer, got"),
         ("optimizer.name=own_methods:Lacking", "zoscale.optim.base.ZeroOrderOptimizer asks for, got no direction"),
+        (
+            "optimizer.name=own_methods:Unmade",
+            "own_methods:Unmade to call its base's __init__ with what that takes, got",
+        ),
         ("optimizer.name=own methods:Rule", "module:name, of a module and of what it holds"),
         ("optimizer.name=:Rule", "module:name, of a module and of what it holds"),
         ("optimizer.name=zosgd", "jaguar_muon, fo_sgd, fo_adamw, module:Class, got 'zosgd'"),
@@ -298,6 +302,7 @@ def test_classes_that_are_no_methods_are_refused(
     with pytest.raises(ConfigError, match=re.escape(message)):
         config = parse([MODEL, override], methods.TABLES, methods.DEFAULTS)
         build(config.probe, methods.TABLES["probe"])
+        build(config.optimizer, methods.TABLES["optimizer"], [])
 
 
 # ------------------------------------------------------------ methods

@@ -214,6 +214,13 @@ def plan_of(ranks: int, gib: float, *, measure: Collection[Method] = (), **chang
     return make_plan(config, ranks, device, tokens=16, reserve=0.0, measure=measure)
 
 
+def test_adapters_in_float32_have_no_master() -> None:
+    """Over a base in 16 bits, too: they are the truth themselves."""
+    bf16 = {"config": SHAPES, "dtype": "bfloat16"}
+    masters = [plan_of(1, 8, adapter=a, model=bf16)["zero_order"]["memory"]["fp32 master"] for a in (LORA, None)]
+    assert masters[0] == 0 < masters[1]
+
+
 def test_the_smallest_shard_size_that_fits() -> None:
     """A divisor of the ranks; one more than needed is never taken."""
     bf16 = {"config": SHAPES, "dtype": "bfloat16"}

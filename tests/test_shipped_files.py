@@ -71,7 +71,7 @@ RUN_BY = {
     "zoscale compare": "test_compare_command.py", "python launch/reproduce.py": "test_reproduction.py",
     "zoscale submit": "test_slurm.py", "zoscale plan": "test_plan.py", "zoscale doctor": "test_doctor.py",
     "zoscale evaluate": "test_release.py", "zoscale export": "test_release.py", "lm_eval run": "test_release.py",
-    "accelerate launch --config_file launch/accelerate/gpu.yaml -m zoscale evaluate": "test_release.py",
+    "accelerate launch --config_file launch/accelerate/gpu_8.yaml -m zoscale evaluate": "test_release.py",
 }  # fmt: skip
 """The beginnings of the README's commands, and where each is run."""
 

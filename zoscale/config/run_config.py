@@ -251,7 +251,15 @@ def build(method: Method, table: Mapping[str, type[T]], *positional: Any) -> T:
     if method.name not in table:
         remedy = did_you_mean(method.name, table, "choose one of them")
         raise ConfigError(f"one of {choices(table)}", show(method.name), remedy)
-    return table[method.name](*positional, **plain(method.args, method.name))
+    try:
+        return table[method.name](*positional, **plain(method.args, method.name))
+    except TypeError as error:
+        if ":" not in method.name:
+            raise
+        remedy = "give it an __init__ that does, as the package's own"
+        raise ConfigError(
+            f"{method.name} to call its base's __init__ with what that takes", str(error), remedy
+        ) from error
 
 
 # ------------------------------------------------------------ checking

@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from zoscale.forward.fan import Rows
 from zoscale.forward.scratch import Draws
-from zoscale.models import wide_head
-from zoscale.models.wide_head import WideHead
+from zoscale.models.wide_head import WideHead, product
 from zoscale.noise.fused import on_device
 from zoscale.probes import Direction
 from zoscale.shards import ShardedParam, TensorSpec, chunk
@@ -164,7 +163,7 @@ class PatchedUnit(Unit):
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
     """A linear layer's result [N, rows], put where it belongs: the bits of its own forward without a copy."""
     if out.dtype != x.dtype:
-        wide_head.multiply(x, weight, bias, out=out)
+        out.copy_(product(x, weight, bias))
     elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:

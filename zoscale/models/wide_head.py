@@ -22,9 +22,7 @@ class WideHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.is_wide:
             return functional.linear(input, self.weight, self.bias)
-        result = input.new_empty(*input.shape[:-1], len(self.weight), dtype=torch.float32)
-        multiply(input.flatten(0, -2), self.weight, self.bias, out=result.view(-1, len(self.weight)))
-        return result
+        return product(input.flatten(0, -2), self.weight, self.bias).view(*input.shape[:-1], -1)
 
     @property
     def is_wide(self) -> bool:
@@ -53,21 +51,22 @@ def widen(head: nn.Module) -> None:
                 widen(layer)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b of 16-bit numbers, without rounding to 16 bits.
 
     Args:
         x: [N, in].
         weight: [M, in].
         bias: [M].
-        out: float32 [N, M], in which columns may have gaps between them.
+
+    Returns:
+        float32 [N, M].
     """
     if x.is_cuda:
-        out.copy_(torch.mm(x, weight.t(), out_dtype=torch.float32))
+        result = torch.mm(x, weight.t(), out_dtype=torch.float32)
     else:  # a CPU's library has no such product
-        wide = x.float()
+        wide, result = x.float(), x.new_empty(len(x), len(weight), dtype=torch.float32)
         for first in range(0, len(weight), _ROWS):
             rows = slice(first, first + _ROWS)
-            torch.mm(wide, weight[rows].float().t(), out=out[:, rows])
-    if bias is not None:
-        out += bias
+            torch.mm(wide, weight[rows].float().t(), out=result[:, rows])
+    return result if bias is None else result.add_(bias)

@@ -59,7 +59,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         options: of the rule itself, `lr` among them; a subclass has them as keyword-only arguments.
         lr: learning rate >= 0.
         weight_decay: decoupled weight decay >= 0; not of vectors (biases, norms, IA3's scales).
-        groups: overrides by name, see `ShardedOptimizer`.
+        groups: mappings of `pattern` (regular expression searched in the name), `max_ndim`, `lr_scale` and options of
+            the rule; of each tensor the first that fits counts.
     """
 
     goes_with: ClassVar[Company]

@@ -87,7 +87,7 @@ def job_of(config: RunConfig, shapes: ModelShapes, ranks: int, tokens: int, *, c
         waiting=WAITING * tokens_per_pass(shapes.model),
         hidden=hidden_size(shapes.model) * max(weight.width for weight in shapes.weights),
         state=state_per_element(config),
-        master=config.master == "fp32" and config.model.dtype != "float32",
+        master=config.master == "fp32" and any(w.trainable and w.width < 4 for w in shapes.weights),
         prefetch=zero.get("stage3_prefetch_bucket_size", 1) > 0,
         copies=copies,
         bucket=zero.get("reduce_bucket_size"),

@@ -19,7 +19,7 @@ from zoscale.recovery.journal_format import (
     unpack_header,
     unpack_record,
 )
-from zoscale.run_directory import RunDirectory
+from zoscale.run_directory import RunDirectory, write_bytes
 
 _MAX_SEARCH = 2**28  # bytes to checksum in search of a record behind a torn one: seconds
 
@@ -111,13 +111,7 @@ class JournalWriter:
         """
         content = pack_header(header)
         unpack_header(content, path)
-        aside = path.with_suffix(".tmp")
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
+        write_bytes(path, content)
         return cls(path, header, len(content), sync_every=sync_every)
 
     def append(self, record: Record) -> None:
@@ -162,15 +156,6 @@ class JournalWriter:
             self.sync()
             os.close(self._file)
             self._file = -1
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _look_behind(content: bytes, place: int, header: Header, seed: int) -> str | None:

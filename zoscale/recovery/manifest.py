@@ -1,7 +1,6 @@
 """The manifest of a checkpoint: which slices lie in which file. What has one is complete."""
 
 import json
-import os
 import shutil
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from zoscale.config import ConfigError
-from zoscale.recovery.journal import sync_folder
+from zoscale.run_directory import sync_folder, write_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -95,12 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def publish(aside: Path, folder: Path, manifest: Manifest) -> None:
     """Complete a folder of shard files with its manifest, and give it its name."""
-    path = aside / MANIFEST
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(aside)
+    write_text(aside / MANIFEST, json.dumps(asdict(manifest)))
     if folder.exists():  # an incomplete or an equal one
         shutil.rmtree(folder)
     aside.rename(folder)
