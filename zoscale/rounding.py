@@ -55,7 +55,7 @@ def _count(shard: ShardedParam, direction: Direction, ends: tuple[float, float])
     if segment is None:
         return 0, 0
     z = torch.zeros(piece.stop, device=shard.truth.device)
-    segment.add_to(z, 1.0)
+    z[segment.place(0)] = segment.value
 
     def live(radius: float) -> Tensor:
         return (shard.truth[: piece.stop].float() + radius * z).to(shard.live.dtype)
