@@ -33,7 +33,10 @@ import torch
 from accelerate import Accelerator
 from zoscale.assembly import build_model
 from zoscale.config import ModelConfig
+from zoscale.data.batch import MicroBatch
+from zoscale.models.answers import AnswerModel
 from zoscale.models.loading import read_model_config
+from zoscale.models.wide_head import product
 from zoscale.placement import WholeAccelerator
 config = ModelConfig(id="launch/tiny_opt/model", dtype="bfloat16")
 accelerator = WholeAccelerator(dtype="bfloat16")
@@ -47,6 +50,14 @@ pairs = list(zip(model.parameters(), alone.parameters(), strict=True))
 print({str(own.device) for own, _ in pairs}, {str(other.device) for _, other in pairs})
 print(all(own.dtype == other.dtype and torch.equal(own.cpu(), other) for own, other in pairs))
 print(any("For" in name for name in moved))
+ids = torch.arange(4, 16).view(2, 6)
+batch = MicroBatch.from_labels({"input_ids": ids, "labels": ids}).to(accelerator.device)
+with torch.no_grad():
+    own = AnswerModel(model, model).answer_logprobs(batch)
+    head = alone.get_output_embeddings().weight
+    x = torch.randn(3, head.shape[1]).bfloat16()
+    there = product(x.cuda(), head.cuda(), None).cpu()
+    print(own.device, own.dtype, torch.allclose(there, product(x, head, None), atol=1e-5))
 """
 JOB = [
     "--config", "launch/recipes/quickstart.yaml", "train.steps=4", "train.eval_every=0",
@@ -81,9 +92,12 @@ def test_what_is_asked_of_a_gpu_holds(two: dict[str, str]) -> None:
 
 
 def test_a_whole_model_goes_to_its_gpu_weight_by_weight(two: dict[str, str]) -> None:
-    """Not as a copy in the memory of the host, of which each rank would have one; adapters begin as they do there."""
-    found = run([sys.executable, "-c", LOADED], **two, HF_HUB_OFFLINE="1").stdout.splitlines()[-3:]
-    assert found == ["{'cuda:0'} {'cpu'}", "True", "False"]
+    """Not as a copy in the memory of the host, of which each rank would have one; adapters begin as they do there.
+
+    And its 16-bit head gives logits in float32, by another product than on a CPU.
+    """
+    found = run([sys.executable, "-c", LOADED], **two, HF_HUB_OFFLINE="1").stdout.splitlines()[-4:]
+    assert found == ["{'cuda:0'} {'cpu'}", "True", "False", "cuda:0 torch.float32 True"]
 
 
 @pytest.mark.parametrize(
