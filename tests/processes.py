@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,9 +19,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def status_of(*argv: str) -> int:
-    """That with which a command ends in this process: argparse leaves by itself."""
+    """That with which a command ends in this process."""
+    return ended(lambda: cli.main(list(argv)))
+
+
+def ended(call: Callable[[], int]) -> int:
+    """The status with which a program ends: argparse leaves by itself."""
     try:
-        return cli.main(list(argv))
+        return call()
     except SystemExit as end:
         return int(end.code or 0)
 

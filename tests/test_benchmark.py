@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, run
+from processes import ROOT, ended, run
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "launch"))
@@ -104,8 +104,7 @@ def test_all_weights_in_bf16(tmp_path: Path) -> None:
 def test_mistakes_are_told(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(monkeypatch, "--model", "tiny", *arguments)
+    assert ended(lambda: main(monkeypatch, "--model", "tiny", *arguments)) == 2
     assert re.search(r"(?m)^benchmark.py: error: (argument --\w+: )?expected ", capsys.readouterr().err)
 
 

@@ -384,7 +384,11 @@ def test_defaults_of_a_run_are_what_was_measured(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         config_of("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "units of the weights. Left out, it is 0.01 unless adapter=null. (type: float, default: 0.001)" in text
+    with_an_adapter = "units of the weights. Left out, it is 0.01 unless adapter=null. "
+    orthogonal = "Left out, it is 0.1 with optimizer.name=zo_muon_orthogonal. "
+    assert f"{with_an_adapter}{orthogonal}(type: float, default: 0.001)" in text
+    for adapter in ((), ("adapter=null",)):
+        assert config_of(*adapter, "optimizer.name=zo_muon_orthogonal").estimator.args["tau"] == 0.1
     assert "Left out, it is 4 with optimizer.name=zo_muon_subspace. (type: int, default: 1)" in text
 
 
