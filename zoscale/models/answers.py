@@ -13,7 +13,7 @@ from zoscale.models.attention import padding_unmasked
 from zoscale.models.wide_head import wide_logits, widen
 from zoscale.shards import end_without_backward, order_gathers_after_writes
 
-_AT_ONCE = 2**26  # logits that are held in float32 at a time
+_AT_ONCE = 2**26  # logits whose exponentials are held at a time
 
 
 class AnswerModel:
